@@ -1,0 +1,10 @@
+"""fastlora: a LoRA linear at the cost of its frozen linear, with dropout, at any shape, with gradients one can trust."""
+
+from fastlora import reference
+from fastlora._version import __version__
+from fastlora.autograd import LoraLinearFunction
+from fastlora.dropout import dropout_mask
+from fastlora.functional import lora_linear
+from fastlora.modules import FusedLoraLinear
+
+__all__ = ["FusedLoraLinear", "LoraLinearFunction", "__version__", "dropout_mask", "lora_linear", "reference"]

@@ -1,0 +1,77 @@
+"""The autograd Function: which tensors backward needs, and nothing else."""
+
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlora import ops  # defines torch.ops.fastlora
+
+
+class LoraLinearFunction(torch.autograd.Function):
+    """y = x Wᵀ + bias + scaling · drop(x) Aᵀ Bᵀ and its gradients, for inputs that `lora_linear` has checked.
+
+    With dy = ∂L/∂y, c the dropout scale and mask the keep mask (no mask and c = 1 where seed is None):
+
+        S  = c · mask(x) Aᵀ            (M, r)   saved, float32
+        dS = scaling · dy B            (M, r)
+        dB = scaling · dyᵀ S           (out, r)
+        dA = c · dSᵀ mask(x)           (r, in)
+        dx = dy W + c · mask(dS A)     (..., in)
+        dbias = Σ dy over rows         (out,)
+
+    Saved for backward: x where dA is needed, W and A where dx is, B where dx or dA is, S where dB is, and the 8-byte seed;
+    no dropped copy of x and no mask.  Second derivatives are refused.
+
+    Args of `apply`: x (..., in), weight (out, in), lora_A (r, in), lora_B (out, r), bias (out,) or None, seed int64 (1,) or
+    None for no dropout, scaling, dropout_p, backend "triton" or "torch".
+    """
+
+    @staticmethod
+    def forward(  # type: ignore[override]  # Function.forward is declared with *args
+        ctx: Any,
+        x: Tensor,
+        weight: Tensor,
+        lora_A: Tensor,
+        lora_B: Tensor,
+        bias: Tensor | None,
+        seed: Tensor | None,
+        scaling: float,
+        dropout_p: float,
+        backend: str,
+    ) -> Tensor:
+        y, S = torch.ops.fastlora.lora_linear(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, backend)
+        need_dx, _, need_dA, need_dB, _ = ctx.needs_input_grad[:5]
+        need_dS = need_dx or need_dA
+        ctx.save_for_backward(
+            x if need_dA else None,
+            weight if need_dx else None,
+            lora_A if need_dx else None,
+            lora_B if need_dS else None,
+            S if need_dB else None,
+            seed if need_dS else None,
+        )
+        ctx.adapter_dtype = lora_A.dtype
+        ctx.bias_dtype = None if bias is None else bias.dtype
+        ctx.constants = scaling, dropout_p, backend
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # declared with *grads
+        # once_differentiable alone would let a second derivative that reaches x, A or B but not dy come out as a silent zero.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError(
+                "lora_linear has no second derivative: its backward was called with create_graph=True; "
+                "use fastlora.reference.lora_linear where one is needed"
+            )
+        need_dx, _, need_dA, need_dB, need_dbias = ctx.needs_input_grad[:5]
+        dx = dA = dB = dbias = None
+        if need_dx or need_dA or need_dB:
+            scaling, dropout_p, backend = ctx.constants
+            dx, dA, dB = torch.ops.fastlora.lora_linear_backward(
+                dy, *ctx.saved_tensors, scaling, dropout_p, ctx.adapter_dtype, backend
+            )
+        if need_dbias:
+            dbias = dy.flatten(0, -2).sum(0, dtype=ops.accumulator(dy.dtype)).to(ctx.bias_dtype)
+        grads = (dx if need_dx else None), None, (dA if need_dA else None), (dB if need_dB else None), dbias
+        return *grads, None, None, None, None

@@ -1,0 +1,109 @@
+"""The dropout mask: a pure function of (seed, row, column).
+
+x is viewed as (M, in).  Philox4x32 with 7 rounds (Salmon et al., "Parallel random numbers: as easy as 1, 2, 3", SC 2011) is
+run with key = (low, high) 32 bits of the seed and counter = (column // 8, row, projection, 0), projection = 0 for a single
+linear.  Its four words w0..w3 hold eight 16-bit lanes: lane 2i = wi & 0xffff, lane 2i + 1 = wi >> 16.  Element (row, column)
+uses lane column % 8 and is kept iff lane >= t, t = round(p * 65536).  Kept elements are scaled by 65536 / (65536 - t), the
+inverse of the keep rate that the threshold realises, so that dropout(x) is unbiased for every p.
+
+Tile shape, kernel, direction, backend and device do not enter: forward, backward, every tuning choice and the eager
+reference see the same bits.  ``kernels/dropout.py`` is the same function on the device.
+"""
+
+import torch
+from torch import Tensor
+
+ROUNDS = 7
+LANES = 8  # columns served by one Philox call
+_LANE_RANGE = 1 << 16
+_WORD = 0xFFFFFFFF
+_MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
+_WEYL = (0x9E3779B9, 0xBB67AE85)
+_CHUNK_CALLS = 1 << 14  # 128 KiB per int64 temporary: fastest of 2**12 .. 2**20 for a 2048 x 1024 mask on two cores
+
+
+def threshold(p: float) -> int:
+    """t = round(p * 65536): a lane below t is dropped.  0 means that no mask is taken, 65536 that everything is dropped."""
+    return round(p * _LANE_RANGE)
+
+
+def keep_scale(p: float) -> float:
+    """65536 / (65536 - t), the factor on kept elements; 0.0 when everything is dropped."""
+    kept = _LANE_RANGE - threshold(p)
+    return _LANE_RANGE / kept if kept else 0.0
+
+
+def draw_seed(device: torch.device | str) -> Tensor:
+    """A fresh seed, an int64 tensor of one element, from torch's default generator of `device`.
+
+    Drawn on the device: no synchronisation, obeys `torch.manual_seed`, is captured by CUDA graphs, and activation
+    checkpointing, which restores the generator's state, draws the same seed again.
+    """
+    return torch.randint(-(2**63), 2**63 - 1, (1,), device=device, dtype=torch.int64)
+
+
+def philox(key: tuple[Tensor, Tensor], counter: tuple[Tensor, Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
+    """Philox4x32-7 on int64 tensors that hold 32-bit words and broadcast against each other; returns four such tensors.
+
+    A 32 x 32-bit product wraps in int64 to the right 64 bits, so its halves are (p >> 32) & 0xffffffff and p & 0xffffffff.
+    The first two rounds mix single rows with single columns only; left unbroadcast, they cost next to nothing.
+    """
+    k0, k1 = key
+    c0, c1, c2, c3 = counter
+    for _ in range(ROUNDS):
+        product0, product2 = c0 * _MULTIPLIERS[0], c2 * _MULTIPLIERS[1]
+        c0 = (product2 >> 32 & _WORD) ^ c1 ^ k0
+        c1 = product2 & _WORD
+        c2 = (product0 >> 32 & _WORD) ^ c3 ^ k1
+        c3 = product0 & _WORD
+        k0, k1 = k0 + _WEYL[0] & _WORD, k1 + _WEYL[1] & _WORD
+    return c0, c1, c2, c3
+
+
+def keep_rows(seed: Tensor, rows: range, cols: int, p: float) -> Tensor:
+    """Rows `rows` of the mask as bool (len(rows), cols), computed at once on the seed's device."""
+    calls = -(-cols // LANES)
+    zero = seed.new_zeros((1, 1))
+    row = torch.arange(rows.start, rows.stop, device=seed.device).unsqueeze(1)
+    column = torch.arange(calls, device=seed.device).unsqueeze(0)
+    words = philox((seed & _WORD, seed >> 32 & _WORD), (column, row, zero, zero))
+    t = threshold(p)
+    lanes = [keep for word in words for keep in ((word & 0xFFFF) >= t, (word >> 16) >= t)]
+    return torch.stack(lanes, dim=-1).view(len(rows), calls * LANES)[:, :cols]
+
+
+def row_chunks(rows: int, cols: int, elements: int) -> list[range]:
+    """Split `rows` rows of `cols` columns into consecutive ranges of about `elements` elements, at least one row each."""
+    step = max(1, elements // max(cols, 1))
+    return [range(start, min(start + step, rows)) for start in range(0, rows, step)]
+
+
+def dropout_mask(seed: int | Tensor, rows: int, cols: int, p: float, *, device: torch.device | str | None = None) -> Tensor:
+    """The keep mask of a (rows, cols) activation, True = kept, bit for bit the one the kernels use.
+
+    Args:
+        seed: an int in [-2**63, 2**63), or an int64 tensor of one element.
+        rows, cols: the shape of x viewed as (M, in).
+        p: drop probability in [0, 1]; the realised rate is round(p * 65536) / 65536.
+        device: where the mask is made; default: the seed's device for a tensor, torch's default device for an int.
+
+    Returns:
+        bool (rows, cols).
+
+    Raises:
+        TypeError: seed is neither an int nor an int64 tensor.
+        ValueError: p outside [0, 1], a negative size, or a seed that does not fit.
+    """
+    from fastlora import validation
+
+    validation.check_dropout_p(p, "p")
+    validation.check_size(rows, "rows")
+    validation.check_size(cols, "cols")
+    if device is None:
+        device = seed.device if isinstance(seed, Tensor) else torch.get_default_device()
+    if not isinstance(seed, Tensor):
+        seed = validation.seed_tensor(seed, torch.device(device))
+    validation.check_seed(seed)
+    seed = seed.to(device).reshape(1, 1)
+    chunks = [keep_rows(seed, chunk, cols, p) for chunk in row_chunks(rows, cols, _CHUNK_CALLS * LANES)]
+    return torch.cat(chunks) if chunks else torch.empty((0, cols), dtype=torch.bool, device=device)

@@ -1,0 +1,122 @@
+"""`lora_linear`: checks its inputs, follows autocast, chooses the backend, draws the seed, and applies the Function."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastlora import validation
+from fastlora.autograd import LoraLinearFunction
+from fastlora.dropout import draw_seed, threshold
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scaling: float = 1.0,
+    dropout_p: float = 0.0,
+    training: bool = True,
+    seed: int | Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """y = x Wᵀ + bias + scaling · drop(x) Aᵀ Bᵀ, with gradients for x, A, B and bias; W is frozen.
+
+    drop(x) zeroes each element of x with probability dropout_p and scales the rest by the inverse of the realised keep rate;
+    `fastlora.dropout_mask(seed, M, in, dropout_p)` is the mask.  Products are summed in float32 and rounded once.
+
+    Args:
+        x: (..., in), any strides.  weight: (out, in), must not require grad.  lora_A: (r, in).  lora_B: (out, r).
+        bias: (out,) or None; may require grad.
+        scaling: alpha / r, or alpha / √r with rsLoRA.
+        dropout_p: drop probability in [0, 1]; realised in steps of 1/65536.
+        training: without it there is no dropout, whatever dropout_p and seed say.
+        seed: the mask's seed: None draws one from torch's default generator of x.device; an int; or an int64 tensor of one
+            element on x.device.
+        backend: None chooses: "triton" on a CUDA GPU of capability 8.0 or newer unless x is float64, otherwise "torch".
+
+    Dtypes: x, weight and bias share one of float32, float16, bfloat16, float64; lora_A and lora_B share that dtype too, or are
+    float32 while x is 16-bit.  Under autocast all are cast first, as F.linear would.  float32 products use TF32 on the tensor
+    cores where torch's own switch (`torch.backends.cuda.matmul`) allows it.
+
+    Returns:
+        (..., out) in x's dtype.
+
+    Raises:
+        TypeError, ValueError: an argument of the wrong type, dtype, layout, shape, device or range.
+        RuntimeError: a backend that cannot run these tensors, a functorch transform, or a second derivative.
+    """
+    autocast_dtype = _autocast_dtype(x)
+    validation.check_inputs(x, weight, lora_A, lora_B, bias, autocast_dtype)
+    validation.check_number(scaling, "scaling")
+    validation.check_dropout_p(dropout_p, "dropout_p")
+    validation.check_seed(seed, x.device)
+    dtype = validation.autocast_target(x, autocast_dtype)
+    backend = _choose_backend(backend, x.device, dtype)
+    _refuse_functorch()
+    if autocast_dtype is not None:
+        x, weight, lora_A, lora_B, bias = (
+            None if t is None else t.to(validation.autocast_target(t, autocast_dtype))
+            for t in (x, weight, lora_A, lora_B, bias)
+        )
+    if lora_A.shape[0] == 0:
+        return F.linear(x, weight, bias)
+    if not training or threshold(dropout_p) == 0:
+        dropout_p, seed = 0.0, None
+    elif seed is None:
+        seed = draw_seed(x.device)
+    elif not isinstance(seed, Tensor):
+        seed = validation.seed_tensor(seed, x.device)
+    return LoraLinearFunction.apply(x, weight, lora_A, lora_B, bias, seed, float(scaling), float(dropout_p), backend)
+
+
+@torch.compiler.assume_constant_result  # a property of the machine: Dynamo need not trace into Triton and the driver
+def available_backends(device: torch.device | str) -> tuple[str, ...]:
+    """The backends that can run tensors on `device`, the default one first."""
+    device = torch.device(device)
+    if device.type == "cuda" and torch.version.cuda and torch.cuda.get_device_capability(device) >= (8, 0):
+        return "triton", "torch"
+    if device.type == "cpu" and interpreting():
+        return "torch", "triton"
+    return ("torch",)
+
+
+def interpreting() -> bool:
+    """Whether Triton's interpreter, which runs kernels on CPU tensors, is on (TRITON_INTERPRET=1)."""
+    from triton import knobs
+
+    return bool(knobs.runtime.interpret)
+
+
+def _choose_backend(backend: str | None, device: torch.device, dtype: torch.dtype) -> str:
+    if backend not in (None, "triton", "torch"):
+        raise ValueError(f'backend must be None, "triton" or "torch", got {backend!r}')
+    if backend == "torch":
+        return backend
+    available = available_backends(device)
+    if backend is None:
+        return "torch" if dtype == torch.float64 else available[0]
+    if dtype == torch.float64:
+        raise TypeError('backend="triton" computes in float32, float16 or bfloat16, got x in float64: use backend="torch"')
+    if "triton" not in available:
+        raise RuntimeError(
+            f'backend="triton" cannot run tensors on {device}: it needs a CUDA GPU of capability 8.0 or newer, or '
+            "TRITON_INTERPRET=1 in the environment for Triton's interpreter on a CPU"
+        )
+    return backend
+
+
+def _autocast_dtype(x: Tensor) -> torch.dtype | None:
+    if not isinstance(x, Tensor) or not torch.is_autocast_enabled(x.device.type):
+        return None
+    return torch.get_autocast_dtype(x.device.type)
+
+
+def _refuse_functorch() -> None:
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        raise RuntimeError(
+            "lora_linear does not support functorch transforms (torch.func.grad, vmap, jvp, ...): "
+            "its backward is not itself differentiable; use torch.autograd"
+        )

@@ -1,0 +1,243 @@
+"""`FusedLoraLinear`: a frozen linear with a LoRA bypass, in PEFT's semantics, on the fused operator."""
+
+import math
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from fastlora import validation
+from fastlora.functional import lora_linear
+
+
+class FusedLoraLinear(nn.Module):
+    """y = x Wᵀ + bias + scaling · dropout(x) Aᵀ Bᵀ, W and bias frozen; dropout in training mode only.
+
+    scaling = lora_alpha / r, or lora_alpha / √r with `use_rslora`.  A is drawn from kaiming_uniform(a=√5) and B is zero, so a
+    new module computes what its frozen linear does.  r = 0 is the frozen linear, without lora_A and lora_B.
+
+    Args:
+        in_features, out_features, bias: as in nn.Linear.  r: rank.  lora_alpha, lora_dropout: as in PEFT.
+        use_rslora: scale by 1/√r (Kalajdzievski, "A rank stabilization scaling factor", 2023).
+        fan_in_fan_out: weight is stored (in, out), as in transformers' Conv1D.
+        merge_weights: merge on `eval()` and unmerge on `train()`, as loralib does.
+        dtype, device: of weight and bias.  adapter_dtype: of lora_A and lora_B; default: dtype.  float32 adapters on a
+            float16 or bfloat16 base keep float32 gradients without a float32 copy of x.
+
+    Attributes:
+        weight (out, in) or, with fan_in_fan_out, (in, out); bias (out,) or None; lora_A (r, in); lora_B (out, r); scaling;
+        merged.  `state_dict` has the keys weight, bias, lora_A, lora_B, and describes the same function merged or not.
+
+    Raises:
+        TypeError, ValueError: a size, rank, rate or dtype out of range, or a `linear` that cannot be wrapped.
+    """
+
+    lora_A: nn.Parameter | None
+    lora_B: nn.Parameter | None
+    bias: nn.Parameter | None
+    _base_weight: Tensor | None
+
+    def __init__(
+        self,
+        in_features: int,
+        out_features: int,
+        r: int = 8,
+        lora_alpha: float = 8,
+        lora_dropout: float = 0.0,
+        bias: bool = True,
+        *,
+        use_rslora: bool = False,
+        fan_in_fan_out: bool = False,
+        merge_weights: bool = False,
+        device: torch.device | str | None = None,
+        dtype: torch.dtype | None = None,
+        adapter_dtype: torch.dtype | None = None,
+    ) -> None:
+        validation.check_size(in_features, "in_features")
+        validation.check_size(out_features, "out_features")
+        base = nn.Linear(in_features, out_features, bias, device="meta")
+        shape = (in_features, out_features) if fan_in_fan_out else (out_features, in_features)
+        weight = torch.empty(shape, device=device, dtype=dtype)
+        self._setup(
+            weight,
+            torch.empty(out_features, device=device, dtype=dtype) if base.bias is not None else None,
+            r,
+            lora_alpha,
+            lora_dropout,
+            use_rslora=use_rslora,
+            fan_in_fan_out=fan_in_fan_out,
+            merge_weights=merge_weights,
+            adapter_dtype=adapter_dtype,
+        )
+        self._reset_base()
+
+    @classmethod
+    def from_linear(
+        cls,
+        linear: nn.Module,
+        r: int = 8,
+        lora_alpha: float = 8,
+        lora_dropout: float = 0.0,
+        *,
+        use_rslora: bool = False,
+        fan_in_fan_out: bool = False,
+        merge_weights: bool = False,
+        adapter_dtype: torch.dtype | None = None,
+    ) -> "FusedLoraLinear":
+        """Wrap `linear` (nn.Linear, or with fan_in_fan_out a module whose weight is (in, out), such as transformers' Conv1D).
+
+        weight and bias share the storage of `linear`'s, and so its device and dtype; the training mode is kept.
+        """
+        weight, bias = getattr(linear, "weight", None), getattr(linear, "bias", None)
+        if not isinstance(weight, Tensor):
+            raise TypeError(f"linear must be an nn.Linear or have a 2-D weight tensor, got {type(linear).__name__}")
+        module = cls.__new__(cls)
+        module._setup(
+            weight.detach(),
+            None if bias is None else bias.detach(),
+            r,
+            lora_alpha,
+            lora_dropout,
+            use_rslora=use_rslora,
+            fan_in_fan_out=fan_in_fan_out,
+            merge_weights=merge_weights,
+            adapter_dtype=adapter_dtype,
+        )
+        return module.train(linear.training)
+
+    def _setup(
+        self,
+        weight: Tensor,
+        bias: Tensor | None,
+        r: int,
+        lora_alpha: float,
+        lora_dropout: float,
+        *,
+        use_rslora: bool,
+        fan_in_fan_out: bool,
+        merge_weights: bool,
+        adapter_dtype: torch.dtype | None,
+    ) -> None:
+        adapter_dtype = adapter_dtype or weight.dtype
+        validation.check_frozen(weight, bias, adapter_dtype)
+        out_features, in_features = weight.shape[::-1] if fan_in_fan_out else weight.shape
+        validation.check_rank(r, in_features, out_features)
+        validation.check_dropout_p(lora_dropout, "lora_dropout")
+        validation.check_number(lora_alpha, "lora_alpha")
+        super().__init__()
+        self.in_features, self.out_features, self.r = in_features, out_features, r
+        self.lora_alpha, self.lora_dropout, self.use_rslora = lora_alpha, lora_dropout, use_rslora
+        self.fan_in_fan_out, self.merge_weights, self.merged = fan_in_fan_out, merge_weights, False
+        self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r) if r else 0.0
+        self.weight = nn.Parameter(weight, requires_grad=False)
+        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+        self.register_buffer("_base_weight", None, persistent=False)
+        adapter = {"device": weight.device, "dtype": adapter_dtype}
+        self.lora_A = nn.Parameter(torch.empty((r, in_features), **adapter)) if r else None
+        self.lora_B = nn.Parameter(torch.empty((out_features, r), **adapter)) if r else None
+        self.reset_lora_parameters()
+
+    def _reset_base(self) -> None:
+        """nn.Linear's initialisation of weight and bias."""
+        bound = 1 / math.sqrt(self.in_features) if self.in_features else 0.0
+        for tensor in (self.weight, self.bias):
+            if tensor is not None:
+                nn.init.uniform_(tensor, -bound, bound)
+
+    def reset_lora_parameters(self) -> None:
+        """A from kaiming_uniform(a=√5), that is uniform(±1/√in), and B zero."""
+        if self.lora_A is not None and self.lora_B is not None:
+            if self.in_features:
+                nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
+            nn.init.zeros_(self.lora_B)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        weight = self.weight.t() if self.fan_in_fan_out else self.weight
+        if self.merged or self.lora_A is None or self.lora_B is None:
+            return nn.functional.linear(x, weight, self.bias)
+        return lora_linear(
+            x,
+            weight,
+            self.lora_A,
+            self.lora_B,
+            self.bias,
+            scaling=self.scaling,
+            dropout_p=self.lora_dropout,
+            training=self.training,
+        )
+
+    def train(self, mode: bool = True) -> "FusedLoraLinear":
+        """Set the mode; with merge_weights, unmerge for training and merge for evaluation."""
+        super().train(mode)
+        if self.merge_weights and mode == self.merged:
+            self.unmerge() if mode else self.merge()
+        return self
+
+    def delta_weight(self) -> Tensor:
+        """scaling · B A, (out, in), in float32 (float64 for float64 adapters)."""
+        if self.lora_A is None or self.lora_B is None:
+            return torch.zeros((self.out_features, self.in_features), device=self.weight.device)
+        dtype = torch.float64 if self.lora_A.dtype == torch.float64 else torch.float32
+        return (self.lora_B.detach().to(dtype) @ self.lora_A.detach().to(dtype)) * self.scaling
+
+    def merge(self, keep_base: bool = True) -> None:
+        """Fold the bypass into the weight: W + scaling · B A, summed in float32 and rounded once to W's dtype.
+
+        The merged weight is a new tensor: other modules that share W's storage keep the base weight.  With keep_base the base
+        weight is kept aside and `unmerge` restores it bit for bit; without, it is dropped and `unmerge` refuses.
+
+        Raises:
+            RuntimeError: the module is merged already.
+        """
+        if self.merged:
+            raise RuntimeError("merge() on a module that is merged already")
+        base = self.weight.detach()
+        delta = self.delta_weight()
+        merged = (base.to(delta.dtype) + (delta.t() if self.fan_in_fan_out else delta)).to(base.dtype)
+        self._base_weight = base if keep_base else None
+        self.weight.data = merged
+        self.merged = True
+
+    def unmerge(self) -> None:
+        """Restore the base weight, bit for bit.
+
+        Raises:
+            RuntimeError: the module is not merged, or was merged with keep_base=False.
+        """
+        if not self.merged:
+            raise RuntimeError("unmerge() on a module that is not merged")
+        if self._base_weight is None:
+            raise RuntimeError("unmerge() needs the base weight, which merge(keep_base=False) dropped")
+        self.weight.data = self._base_weight
+        self._base_weight = None
+        self.merged = False
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        """A merged module saves its base weight or, without it, a zero B, so that what is saved is the same function."""
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        if not self.merged:
+            return
+        if self._base_weight is not None:
+            destination[prefix + "weight"] = self._base_weight
+        elif self.lora_B is not None:
+            destination[prefix + "lora_B"] = torch.zeros_like(self.lora_B)
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """Loading into a merged module replaces the base weight and A, B; the module is merged again afterwards."""
+        merged, keep_base = self.merged, self._base_weight is not None
+        if merged and keep_base:
+            self.unmerge()
+        self.merged = False
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        if merged:
+            self.merge(keep_base)
+
+    def extra_repr(self) -> str:
+        """What nn.Module prints between the parentheses."""
+        text = (
+            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, r={self.r}, "
+            f"lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}"
+        )
+        flags = ("use_rslora", "fan_in_fan_out", "merge_weights", "merged")
+        return text + "".join(f", {flag}=True" for flag in flags if getattr(self, flag))

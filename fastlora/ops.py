@@ -1,0 +1,108 @@
+"""The two operators of `torch.library`: schemas, fakes, and the choice of the backend that runs them.
+
+They are functional: no output aliases an input, nothing is written in place, and the seed is an explicit tensor, so that
+fake tensors, functionalisation, CUDA graphs and activation checkpointing see all there is to see.  A gradient that is not
+asked for comes back as an empty tensor, because a schema cannot return None.
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlora import torch_backend
+
+_LIBRARY = torch.library.Library("fastlora", "DEF")
+_LIBRARY.define(
+    "lora_linear(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, Tensor? seed, float scaling, "
+    "float dropout_p, str backend) -> (Tensor y, Tensor S)"
+)
+_LIBRARY.define(
+    "lora_linear_backward(Tensor dy, Tensor? x, Tensor? weight, Tensor? lora_A, Tensor? lora_B, Tensor? S, Tensor? seed, "
+    "float scaling, float dropout_p, ScalarType adapter_dtype, str backend) -> (Tensor dx, Tensor dA, Tensor dB)"
+)
+
+
+def accumulator(dtype: torch.dtype) -> torch.dtype:
+    """The dtype of S and of every sum: float32, and float64 for float64 inputs."""
+    return torch.float64 if dtype == torch.float64 else torch.float32
+
+
+def _steps(backend: str) -> Any:
+    if backend == "torch":
+        return torch_backend
+    from fastlora import kernels  # Triton is imported where a kernel is to run, not with the package
+
+    return kernels
+
+
+def _rows(tensor: Tensor) -> Tensor:
+    return tensor.reshape(-1, tensor.shape[-1]) if tensor.shape[-1] else tensor.new_empty((tensor.shape[:-1].numel(), 0))
+
+
+def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
+    """Inputs have been cast at the boundary; inside, float32 S and dS must stay float32."""
+
+    def run(first: Tensor, *args: Any) -> Any:
+        if not torch.is_autocast_enabled(first.device.type):
+            return function(first, *args)
+        with torch.autocast(first.device.type, enabled=False):
+            return function(first, *args)
+
+    return run
+
+
+@_without_autocast
+def _forward(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    backend: str,
+) -> tuple[Tensor, Tensor]:
+    y, S = _steps(backend).forward(_rows(x), weight, lora_A, lora_B, bias, seed, scaling, dropout_p)
+    return y.view(*x.shape[:-1], weight.shape[0]), S
+
+
+@_without_autocast
+def _backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    S: Tensor | None,
+    seed: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    adapter_dtype: torch.dtype,
+    backend: str,
+) -> tuple[Tensor, Tensor, Tensor]:
+    dx, dA, dB = _steps(backend).backward(
+        _rows(dy), None if x is None else _rows(x), weight, lora_A, lora_B, S, seed, scaling, dropout_p, adapter_dtype
+    )
+    empty = [dy.new_empty(0) if grad is None else grad for grad in (dx, dA, dB)]
+    return empty[0] if weight is None else empty[0].view(*dy.shape[:-1], weight.shape[1]), empty[1], empty[2]
+
+
+@torch.library.register_fake("fastlora::lora_linear", lib=_LIBRARY)
+def _forward_fake(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, backend):  # type: ignore[no-untyped-def]  # the schema types it
+    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    return y, x.new_empty((x.shape[:-1].numel(), lora_A.shape[0]), dtype=accumulator(x.dtype))
+
+
+@torch.library.register_fake("fastlora::lora_linear_backward", lib=_LIBRARY)
+def _backward_fake(dy, x, weight, lora_A, lora_B, S, seed, scaling, dropout_p, adapter_dtype, backend):  # type: ignore[no-untyped-def]  # the schema types it
+    dx = dy.new_empty(0) if weight is None else dy.new_empty((*dy.shape[:-1], weight.shape[1]))
+    dA = dy.new_empty(0) if x is None else dy.new_empty((lora_B.shape[1], x.shape[-1]), dtype=adapter_dtype)
+    dB = dy.new_empty(0) if S is None else dy.new_empty((dy.shape[-1], S.shape[1]), dtype=adapter_dtype)
+    return dx, dA, dB
+
+
+_LIBRARY.impl("lora_linear", _forward, "CompositeExplicitAutograd")
+_LIBRARY.impl("lora_linear_backward", _backward, "CompositeExplicitAutograd")

@@ -1,0 +1,46 @@
+"""The one eager implementation: plain torch, any float dtype, an explicit keep mask, differentiable by autograd."""
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastlora.dropout import keep_scale, threshold
+
+
+def lora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None = None,
+    *,
+    scaling: float = 1.0,
+    dropout_p: float = 0.0,
+    keep_mask: Tensor | None = None,
+) -> Tensor:
+    """y = x Wᵀ + bias + scaling · drop(x) Aᵀ Bᵀ, the order and the casts of `peft.tuners.lora.layer.Linear`.
+
+    drop(x) = x · keep_scale(p) where kept, else 0.  The base layer sees x uncast; x is cast to A's dtype for the bypass;
+    the sum is cast once, to the base output's dtype.
+
+    Args:
+        x: (..., in).  weight: (out, in).  lora_A: (r, in).  lora_B: (out, r).  bias: (out,) or None.
+        dropout_p: the rate that made `keep_mask`; it only sets the scale of the kept elements.
+        keep_mask: bool (M, in) with M = x.numel() // in, True = kept, as `fastlora.dropout_mask` gives; required when
+            dropout_p rounds to a threshold above 0.
+
+    Returns:
+        (..., out) in the dtype of F.linear(x, weight, bias).
+
+    Raises:
+        ValueError: dropout_p > 0 without a mask, or a mask of another shape.
+    """
+    base = F.linear(x, weight, bias)
+    dropped = x.to(lora_A.dtype)
+    if threshold(dropout_p) > 0:
+        expected = (x[..., 0].numel() if x.shape[-1] else 0, x.shape[-1])
+        if keep_mask is None or (keep_mask.numel() and tuple(keep_mask.shape) != expected):
+            shape = None if keep_mask is None else tuple(keep_mask.shape)
+            raise ValueError(f"keep_mask must be a bool tensor of shape {expected} when dropout_p={dropout_p}, got {shape}")
+        dropped = torch.where(keep_mask.reshape(x.shape), dropped * keep_scale(dropout_p), 0.0)
+    return (base + F.linear(F.linear(dropped, lora_A), lora_B) * scaling).to(base.dtype)

@@ -1,0 +1,125 @@
+"""The same steps as the kernels on plain torch ops: for CPU users, and as the second implementation to test against.
+
+Forward:   S = c · mask(x) Aᵀ,  y = x Wᵀ + bias + scaling · S Bᵀ
+Backward:  dS = scaling · dy B,  dB = scaling · dyᵀ S,  dA = c · dSᵀ mask(x),  dx = dy W + c · mask(dS A)
+
+with c = keep_scale(p).  The mask is made again in backward, row chunk by row chunk, so that neither it nor a dropped copy of x
+ever exists whole; the LoRA terms are accumulated in place onto the frozen GEMMs' outputs.  Sums are kept in float32 (float64
+for float64 inputs), also where x is 16-bit.
+"""
+
+import torch
+from torch import Tensor
+
+from fastlora.dropout import keep_rows, keep_scale, row_chunks
+
+# Elements of x per chunk.  A CPU wants the chunk in cache (fastest of 2**15 .. 2**22 at M = 2048, K = 1024 on two cores);
+# an accelerator wants few launches and bounded memory.
+_CPU_CHUNK = 1 << 18
+_DEVICE_CHUNK = 1 << 26
+
+
+def forward(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    seed: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+) -> tuple[Tensor, Tensor]:
+    """(y, S) of 2-D x (M, in); S is (M, r) in the accumulation dtype, with the dropout scale but not `scaling` in it."""
+    S = _project(x, lora_A, seed, dropout_p)
+    y = x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
+    y.addmm_((S * scaling).to(y.dtype), lora_B.t().to(y.dtype))
+    return y, S
+
+
+def backward(
+    dy: Tensor,
+    x: Tensor | None,
+    weight: Tensor | None,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    S: Tensor | None,
+    seed: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    adapter_dtype: torch.dtype,
+) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
+    """(dx, dA, dB), each computed where its operands are given: dx from weight and lora_A, dA from x, dB from S."""
+    dS, dB = _grad_s_and_b(dy, lora_B, S, scaling)
+    if dS is None:
+        return None, None, dB if dB is None else dB.to(adapter_dtype)
+    dx = None if weight is None else dy @ weight
+    dA = _grad_a_and_add_to_dx(dS.mul_(keep_scale(dropout_p)), x, lora_A, dx, seed, dropout_p)
+    return dx, dA if dA is None else dA.to(adapter_dtype), dB if dB is None else dB.to(adapter_dtype)
+
+
+def _project(x: Tensor, lora_A: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor:
+    """S = c · mask(x) Aᵀ, (M, r)."""
+    A_t = lora_A.t().to(_accumulator(x))
+    if seed is None and x.dtype == A_t.dtype:
+        return x @ A_t
+    S = x.new_empty((x.shape[0], lora_A.shape[0]), dtype=A_t.dtype)
+    for rows in _chunks(x):
+        torch.mm(_masked(_rows(x, rows).to(A_t.dtype), _keep(seed, rows, x.shape[1], dropout_p)), A_t, out=_rows(S, rows))
+    return S.mul_(keep_scale(dropout_p))
+
+
+def _grad_s_and_b(dy: Tensor, lora_B: Tensor | None, S: Tensor | None, scaling: float) -> tuple[Tensor | None, Tensor | None]:
+    """dS = scaling · dy B where B is given, dB = scaling · dyᵀ S where S is, in one pass over dy."""
+    dtype = _accumulator(dy)
+    B = None if lora_B is None else lora_B.to(dtype)
+    dS = None if B is None else dy.new_empty((dy.shape[0], B.shape[1]), dtype=dtype)
+    dB = None if S is None else dy.new_zeros((dy.shape[1], S.shape[1]), dtype=dtype)
+    for rows in _chunks(dy) if dy.dtype != dtype else [range(dy.shape[0])]:
+        dy_rows = _rows(dy, rows).to(dtype)
+        if B is not None and dS is not None:
+            torch.mm(dy_rows, B, out=_rows(dS, rows))
+        if S is not None and dB is not None:
+            dB.addmm_(dy_rows.t(), _rows(S, rows))
+    return (None if dS is None else dS.mul_(scaling)), (None if dB is None else dB.mul_(scaling))
+
+
+def _grad_a_and_add_to_dx(
+    dS: Tensor, x: Tensor | None, lora_A: Tensor | None, dx: Tensor | None, seed: Tensor | None, dropout_p: float
+) -> Tensor | None:
+    """dA = dSᵀ mask(x) where x is given, and dx += mask(dS A) in place where dx is; dS already holds the dropout scale."""
+    source = x if x is not None else dx
+    assert source is not None  # dS is only computed for one of them
+    if seed is None and dx is not None and lora_A is not None:
+        dx.addmm_(dS.to(dx.dtype), lora_A.to(dx.dtype))
+    if seed is None and x is None:
+        return None
+    A = None if lora_A is None else lora_A.to(dS.dtype)
+    dA = None if x is None else dS.new_zeros((dS.shape[1], x.shape[1]))
+    for rows in _chunks(source) if seed is not None or source.dtype != dS.dtype else [range(source.shape[0])]:
+        keep = _keep(seed, rows, source.shape[1], dropout_p)
+        if x is not None and dA is not None:
+            dA.addmm_(_rows(dS, rows).t(), _masked(_rows(x, rows).to(dS.dtype), keep))
+        if keep is not None and dx is not None and A is not None:
+            _rows(dx, rows).add_(_masked(_rows(dS, rows) @ A, keep))
+    return dA
+
+
+def _accumulator(tensor: Tensor) -> torch.dtype:
+    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
+
+
+def _chunks(tensor: Tensor) -> list[range]:
+    return row_chunks(*tensor.shape, elements=_CPU_CHUNK if tensor.device.type == "cpu" else _DEVICE_CHUNK)
+
+
+def _rows(tensor: Tensor, rows: range) -> Tensor:
+    return tensor[rows.start : rows.stop]
+
+
+def _keep(seed: Tensor | None, rows: range, cols: int, dropout_p: float) -> Tensor | None:
+    return None if seed is None else keep_rows(seed.view(1, 1), rows, cols, dropout_p)
+
+
+def _masked(tensor: Tensor, keep: Tensor | None) -> Tensor:
+    """`tensor` with 0 where dropped; a selection, not a product, so that an infinity that is dropped leaves no NaN."""
+    return tensor if keep is None else torch.where(keep, tensor, 0.0)

@@ -1,0 +1,153 @@
+"""The checks at the public boundary: each names the argument, its value and what was expected, before anything is launched."""
+
+import math
+import warnings
+
+import torch
+from torch import Tensor
+
+FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
+HALF_DTYPES = (torch.float16, torch.bfloat16)
+
+
+def check_size(value: int, name: str) -> None:
+    """`value` is an int >= 0."""
+    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
+        raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}")
+    if value < 0:
+        raise ValueError(f"{name} must be >= 0, got {value}")
+
+
+def check_dropout_p(p: float, name: str) -> None:
+    """`p` is a number in [0, 1]; NaN is not."""
+    if isinstance(p, bool) or not isinstance(p, (int, float)):
+        raise TypeError(f"{name} must be a float in [0, 1], got {type(p).__name__} {p!r}")
+    if not 0.0 <= p <= 1.0:
+        raise ValueError(f"{name} must be in [0, 1], got {p}")
+
+
+def check_number(value: float, name: str) -> None:
+    """`value` is a finite number: an infinite or NaN scaling would only show as NaN in the loss."""
+    if isinstance(value, bool) or not isinstance(value, (int, float)):
+        raise TypeError(f"{name} must be a float, got {type(value).__name__} {value!r}")
+    if not math.isfinite(value):
+        raise ValueError(f"{name} must be finite, got {value}")
+
+
+def check_seed(seed: int | Tensor | None, device: torch.device | None = None) -> None:
+    """`seed` is None, an int in [-2**63, 2**63), or an int64 tensor of one element (on `device`, where one is given)."""
+    if isinstance(seed, Tensor):
+        if seed.dtype != torch.int64:
+            raise TypeError(f"seed must be an int64 tensor, got dtype {seed.dtype}")
+        if seed.numel() != 1:
+            raise ValueError(f"seed must have one element, got shape {tuple(seed.shape)}")
+        if device is not None and seed.device != device:
+            raise ValueError(f"seed is on {seed.device}, expected x's device {device}")
+    elif seed is not None:
+        if isinstance(seed, bool) or not isinstance(seed, int):
+            raise TypeError(f"seed must be None, an int or an int64 tensor of one element, got {type(seed).__name__} {seed!r}")
+        if not -(2**63) <= seed < 2**63:
+            raise ValueError(f"seed must fit in 64 signed bits, got {seed}")
+
+
+def seed_tensor(seed: int, device: torch.device) -> Tensor:
+    """`seed`, an int, as the int64 tensor of one element that the kernels read, made on `device` without a copy to it."""
+    check_seed(seed)
+    return torch.full((1,), seed, dtype=torch.int64, device=device)
+
+
+def check_rank(r: int, in_features: int, out_features: int) -> None:
+    """r >= 0; above min(in, out) the bypass can do nothing that a smaller rank could not, which earns a warning."""
+    check_size(r, "r")
+    if r > min(in_features, out_features) and not torch.compiler.is_compiling():
+        warnings.warn(
+            f"r={r} is above min(in_features={in_features}, out_features={out_features}): the product of lora_B and lora_A "
+            f"cannot have a higher rank than {min(in_features, out_features)}",
+            stacklevel=4,
+        )
+
+
+def _check_tensor(tensor: Tensor, name: str, dim: int | None) -> None:
+    if not isinstance(tensor, Tensor):
+        raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
+    if tensor.layout != torch.strided:
+        raise TypeError(f"{name} must be a dense (strided) tensor, got layout {tensor.layout}: call .to_dense() first")
+    if tensor.dtype not in FLOAT_DTYPES:
+        hint = "; dequantise it first" if name == "weight" and not tensor.is_complex() else ""
+        raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {tensor.dtype}{hint}")
+    if dim is not None and tensor.dim() != dim:
+        raise ValueError(f"{name} must have {dim} dimension(s), got shape {tuple(tensor.shape)}")
+
+
+def _check_shapes(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> None:
+    if x.dim() == 0:
+        raise ValueError("x must have at least one dimension, (..., in), got a scalar")
+    out_features, in_features = weight.shape
+    if x.shape[-1] != in_features:
+        raise ValueError(
+            f"x has shape {tuple(x.shape)}, but weight {tuple(weight.shape)} expects its last dimension to be {in_features}"
+        )
+    if lora_A.shape[1] != in_features:
+        raise ValueError(f"lora_A must be (r, in) with in={in_features}, got {tuple(lora_A.shape)}")
+    expected = (out_features, lora_A.shape[0])
+    if tuple(lora_B.shape) != expected:
+        raise ValueError(f"lora_B must be (out, r) = {expected}, got {tuple(lora_B.shape)}")
+    if bias is not None and tuple(bias.shape) != (out_features,):
+        raise ValueError(f"bias must be (out,) = ({out_features},), got {tuple(bias.shape)}")
+
+
+def _check_dtypes(dtypes: dict[str, torch.dtype]) -> None:
+    for name in ("weight", "bias"):
+        if name in dtypes and dtypes[name] != dtypes["x"]:
+            raise TypeError(f"{name} is {dtypes[name]} but x is {dtypes['x']}: x, weight and bias must share a dtype")
+    if dtypes["lora_A"] != dtypes["lora_B"]:
+        raise TypeError(f"lora_A is {dtypes['lora_A']} but lora_B is {dtypes['lora_B']}: they must share a dtype")
+    mixed = dtypes["lora_A"] == torch.float32 and dtypes["x"] in HALF_DTYPES
+    if dtypes["lora_A"] != dtypes["x"] and not mixed:
+        raise TypeError(
+            f"lora_A and lora_B are {dtypes['lora_A']} but x is {dtypes['x']}: the adapters must have x's dtype, or be "
+            "float32 with x in float16 or bfloat16"
+        )
+
+
+def check_inputs(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None,
+    autocast_dtype: torch.dtype | None,
+) -> None:
+    """Types, layouts, shapes, devices, and the dtypes as they will be once autocast has cast the inputs."""
+    tensors = {"x": x, "weight": weight, "lora_A": lora_A, "lora_B": lora_B}
+    if bias is not None:
+        tensors["bias"] = bias
+    dims = {"x": None, "weight": 2, "lora_A": 2, "lora_B": 2, "bias": 1}
+    for name, tensor in tensors.items():
+        _check_tensor(tensor, name, dims[name])
+    _check_shapes(x, weight, lora_A, lora_B, bias)
+    for name, tensor in tensors.items():
+        if tensor.device != x.device:
+            raise ValueError(f"{name} is on {tensor.device}, but x is on {x.device}: all tensors must share a device")
+    _check_dtypes({name: autocast_target(tensor, autocast_dtype) for name, tensor in tensors.items()})
+    if weight.requires_grad:
+        raise ValueError(
+            "weight requires grad, but fastlora computes no gradient for the frozen weight: "
+            "call weight.requires_grad_(False), or pass weight.detach()"
+        )
+    check_rank(lora_A.shape[0], weight.shape[1], weight.shape[0])
+
+
+def check_frozen(weight: Tensor, bias: Tensor | None, adapter_dtype: torch.dtype) -> None:
+    """A base layer's weight and bias, and the dtype of the adapters to be put beside them."""
+    _check_tensor(weight, "weight", 2)
+    dtypes = {"x": weight.dtype, "lora_A": adapter_dtype, "lora_B": adapter_dtype}
+    if bias is not None:
+        _check_tensor(bias, "bias", 1)
+        dtypes["bias"] = bias.dtype
+    _check_dtypes(dtypes)
+
+
+def autocast_target(tensor: Tensor, autocast_dtype: torch.dtype | None) -> torch.dtype:
+    """The dtype F.linear would see: autocast casts every floating tensor except float64."""
+    return tensor.dtype if autocast_dtype is None or tensor.dtype == torch.float64 else autocast_dtype
