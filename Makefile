@@ -1,0 +1,75 @@
+# `make demo` and `make test` need only make and Python 3.11 to 3.13; everything is installed into .venv.
+
+PYTHON ?= python3
+JOBS ?= 2
+MARKS ?= not slow
+ARGS ?=
+TRITON ?=
+OLDEST_TRITON := 3.6.0
+
+VENV := .venv
+OLDEST_VENV := .venv-triton-$(OLDEST_TRITON)
+REPORT_VENV := $(if $(TRITON),.venv-triton-$(TRITON),$(VENV))
+PIP_INSTALL = $(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
+PYTEST_OPTIONS := --numprocesses $(JOBS) --dist worksteal -m "$(MARKS)"
+
+.DEFAULT_GOAL := help
+.PHONY: help demo test test-interpreter test-compile check bench compile-report clean
+
+help:  ## show the commands
+	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 24
+
+demo: $(VENV)/.installed  ## fine-tune a small language model with fastlora and with eager LoRA, side by side
+	$(VENV)/bin/fastlora finetune $(ARGS)
+
+test: test-interpreter test-compile  ## run the tests (MARKS="" adds the slow ones)
+
+# Triton reads TRITON_INTERPRET once, when the kernels are imported, hence a process for each of the two modes.
+test-interpreter: $(VENV)/.installed  ## run the tests that execute the kernels under Triton's interpreter
+	OMP_NUM_THREADS=1 $(VENV)/bin/pytest $(PYTEST_OPTIONS) tests
+
+test-compile: $(VENV)/.installed $(OLDEST_VENV)/.installed  ## compile the kernels for GPUs, with the pinned and the oldest Triton
+	$(VENV)/bin/pytest $(PYTEST_OPTIONS) tests/compile
+	$(OLDEST_VENV)/bin/pytest $(PYTEST_OPTIONS) tests/compile
+
+check: $(VENV)/.installed build/typed  ## lint, formatting, types
+	$(VENV)/bin/ruff check
+	$(VENV)/bin/ruff format --check
+	cd build/typed && $(CURDIR)/$(VENV)/bin/mypy --config-file $(CURDIR)/pyproject.toml
+
+bench: $(VENV)/.installed  ## time forward and backward against eager LoRA on this machine
+	$(VENV)/bin/fastlora bench $(ARGS)
+
+compile-report: $(REPORT_VENV)/.installed  ## registers, spills and shared memory of every kernel (TRITON=3.6.0 for another Triton)
+	$(REPORT_VENV)/bin/python -m tools.compile_report $(ARGS)
+
+clean:  ## remove the environments and what was built
+	rm -rf .venv .venv-triton-* build dist *.egg-info
+
+# torch comes first and alone: installed, it satisfies whatever depends on it, and no other build of it is fetched.
+define create_environment
+	@$(PYTHON) -c 'import sys; (3, 11) <= sys.version_info < (3, 14) or sys.exit("fastlora needs Python 3.11 to 3.13 and \
+	$(PYTHON) is %s.%s: name another one, as in make PYTHON=python3.12" % sys.version_info[:2])'
+	$(PYTHON) -m venv $(@D)
+	$(PIP_INSTALL) torch
+endef
+
+$(VENV)/.installed: pyproject.toml constraints.txt
+	$(create_environment)
+	$(PIP_INSTALL) setuptools
+	$(PIP_INSTALL) --no-build-isolation --editable '.[dev]'
+	@touch $@
+
+.venv-triton-%/.installed: pyproject.toml constraints.txt
+	$(create_environment)
+	$(PIP_INSTALL) setuptools pytest pytest-xdist hypothesis numpy rich
+	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps triton==$*
+	$(PIP_INSTALL) --no-build-isolation --no-deps --editable .
+	@touch $@
+
+# The package as it is once installed, in links: mypy cannot follow setuptools' package-dir.
+.PHONY: build/typed
+build/typed:
+	@rm -rf $@ && mkdir -p $@/fastlora
+	@ln -s $(CURDIR)/fastlora/* $(CURDIR)/kernels $@/fastlora/
+	@ln -s $(CURDIR)/tools $@/

@@ -1,0 +1,91 @@
+"""How the tests run: in which mode of Triton, with which draws of hypothesis, and with no uninitialised memory.
+
+Triton reads TRITON_INTERPRET once, when kernels are imported, so one process has one mode.  It follows from what is asked for:
+
+    pytest                  the kernels run under Triton's interpreter, on a CPU
+    pytest tests/compile    the kernels are compiled for GPUs, and not run
+    pytest -m gpu           the compiled kernels run on this machine's GPU
+"""
+
+import os
+import sys
+from collections.abc import Callable, Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from hypothesis import settings
+
+COMPILE_TESTS = Path(__file__).parent / "compile"
+INTERPRETED = pytest.StashKey[bool]()
+
+settings.register_profile("fixed", derandomize=True, deadline=None, print_blob=True)
+settings.register_profile("explore", deadline=None, print_blob=True)  # pytest --hypothesis-profile=explore
+settings.load_profile("fixed")
+
+
+def pytest_configure(config: pytest.Config) -> None:
+    compiling = {COMPILE_TESTS in (path, *path.parents) for path in _asked_for(config)}
+    if compiling == {True, False}:
+        raise pytest.UsageError("tests/compile runs without Triton's interpreter: give it a pytest process of its own")
+    on_gpu = config.option.markexpr.split()[:1] == ["gpu"]
+    config.stash[INTERPRETED] = not on_gpu and compiling != {True}
+    if config.stash[INTERPRETED]:
+        os.environ["TRITON_INTERPRET"] = "1"
+    else:
+        os.environ.pop("TRITON_INTERPRET", None)
+
+
+def _asked_for(config: pytest.Config) -> list[Path]:
+    return [(config.invocation_params.dir / argument.split("::")[0]).resolve() for argument in config.args]
+
+
+def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
+    return True if config.stash[INTERPRETED] and collection_path == COMPILE_TESTS else None
+
+
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    import torch
+
+    if config.stash[INTERPRETED]:
+        reason = "the kernels are interpreted in this process; run pytest -m gpu"
+    elif not torch.cuda.is_available():
+        reason = "no CUDA GPU"
+    else:
+        return
+    for item in items:
+        if "gpu" in item.keywords:
+            item.add_marker(pytest.mark.skip(reason=reason))
+
+
+@pytest.fixture(scope="session", autouse=True)
+def poisoned_memory() -> Iterator[None]:
+    """Fills what the package allocates without initialising it, so that an element no kernel wrote cannot pass for a result."""
+    import torch
+
+    with pytest.MonkeyPatch.context() as patch:
+        for name in ("empty", "empty_like", "empty_permuted", "empty_strided"):
+            patch.setattr(torch, name, _poisoning(getattr(torch, name)))
+        for name in ("new_empty", "new_empty_strided"):
+            patch.setattr(torch.Tensor, name, _poisoning(getattr(torch.Tensor, name)))
+        yield
+
+
+def _poisoning(allocate: Callable[..., Any]) -> Callable[..., Any]:
+    import torch
+
+    def poisoned(*args: Any, **kwargs: Any) -> Any:
+        tensor = allocate(*args, **kwargs)
+        if torch.compiler.is_compiling():  # dynamo cannot trace the look at the caller's frame
+            return tensor
+        caller = sys._getframe(1).f_globals.get("__name__", "")
+        return tensor.fill_(_poison(tensor.dtype)) if caller.split(".")[0] == "fastlora" else tensor
+
+    return poisoned
+
+
+def _poison(dtype: Any) -> float | int:
+    """NaN, or every byte 0xA5 (True for bool)."""
+    if dtype.is_floating_point or dtype.is_complex:
+        return float("nan")
+    return int.from_bytes(b"\xa5" * dtype.itemsize, "little", signed=dtype.is_signed)
