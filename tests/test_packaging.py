@@ -85,9 +85,3 @@ def test_this_install_has_no_module_named_kernels(tmp_path: Path) -> None:
 
 def test_one_version_everywhere() -> None:
     assert metadata.version("fastlora") == fastlora.__version__
-
-
-def test_triton_is_not_imported_with_the_package(tmp_path: Path) -> None:
-    """A program that only uses the torch backend pays nothing for Triton, and may still set TRITON_INTERPRET."""
-    code = "import sys, fastlora; print([m for m in sys.modules if m.split('.')[0] == 'triton'])"
-    assert python(code, tmp_path) == "[]"

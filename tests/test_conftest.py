@@ -1,0 +1,62 @@
+"""The suite's own promises: uninitialised memory shows, and each process runs Triton in the mode it was asked for."""
+
+import os
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+
+TESTS = Path(__file__).parent
+DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8]
+ALLOCATIONS = [
+    "torch.empty(3, 5, dtype=dtype)",
+    "torch.empty_like(like)",
+    "torch.empty_strided((3, 5), (1, 3), dtype=dtype)",
+    "torch.empty_permuted((3, 5), (1, 0), dtype=dtype)",
+    "like.new_empty(3, 5)",
+    "like.new_empty_strided((3, 5), (1, 3))",
+]
+
+
+def allocate(expression: str, module: str, dtype: torch.dtype) -> torch.Tensor:
+    like = torch.zeros(3, 5, dtype=dtype)
+    return eval(expression, {"__name__": module, "torch": torch, "like": like, "dtype": dtype})
+
+
+@pytest.mark.parametrize("module", ["fastlora", "fastlora.torch_backend", "fastlora.kernels.shrink"])
+@pytest.mark.parametrize("expression", ALLOCATIONS)
+@pytest.mark.parametrize("dtype", DTYPES, ids=str)
+def test_package_allocations_are_poisoned(expression: str, module: str, dtype: torch.dtype) -> None:
+    tensor = allocate(expression, module, dtype)
+    assert tensor.dtype == dtype
+    assert tensor.shape == (3, 5)
+    if dtype.is_floating_point:
+        assert tensor.isnan().all()
+    else:
+        assert set(tensor.contiguous().view(torch.uint8).flatten().tolist()) == {0xA5}
+
+
+def test_other_allocations_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
+    def refuse(*args: object) -> None:
+        raise AssertionError("filled an allocation made outside the package")
+
+    monkeypatch.setattr(torch.Tensor, "fill_", refuse)
+    for expression in ALLOCATIONS:
+        assert allocate(expression, "fastlorax", torch.float32).shape == (3, 5)
+
+
+def run_pytest(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
+    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", *arguments]
+    return subprocess.run(command, cwd=TESTS.parent, env=os.environ | environment, capture_output=True, text=True, check=False)
+
+
+def test_this_process_interprets() -> None:
+    assert os.environ["TRITON_INTERPRET"] == "1"
+
+
+def test_modes_do_not_mix() -> None:
+    run = run_pytest("tests/compile", "tests/test_conftest.py")
+    assert run.returncode == pytest.ExitCode.USAGE_ERROR
+    assert "a pytest process of its own" in run.stderr
