@@ -79,7 +79,9 @@ def _poisoning(allocate: Callable[..., Any]) -> Callable[..., Any]:
         if torch.compiler.is_compiling():  # dynamo cannot trace the look at the caller's frame
             return tensor
         caller = sys._getframe(1).f_globals.get("__name__", "")
-        return tensor.fill_(_poison(tensor.dtype)) if caller.split(".")[0] == "fastlora" else tensor
+        if caller.split(".")[0] == "fastlora":
+            tensor.detach().fill_(_poison(tensor.dtype))
+        return tensor
 
     return poisoned
 
