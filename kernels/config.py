@@ -1,0 +1,90 @@
+"""Tile shapes: what may run on a target, and which of it is chosen for a shape.  No GPU is asked; the target is an argument."""
+
+from collections.abc import Iterator
+from dataclasses import dataclass
+
+import torch
+import triton
+
+from fastlora.kernels.target import Target
+
+
+def rank_block(r: int, limit: int = 128) -> int:
+    """The padded rank of one dot: at least 16 (tl.dot's minimum), a power of two, at most `limit`; larger ranks loop."""
+    return min(limit, max(16, triton.next_power_of_2(r)))
+
+
+@dataclass(frozen=True)
+class GemmConfig:
+    """The tile and pipeline of the GEMM kernel: C tile (block_m, block_n), reduction step block_k."""
+
+    block_m: int
+    block_n: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+    group_m: int = 8
+
+    def shared_memory(self, itemsize: int, descriptors: bool) -> int:
+        """Bytes of the operand pipeline and, with descriptors, of the tile that is staged for the store."""
+        pipeline = self.num_stages * (self.block_m + self.block_n) * self.block_k * itemsize
+        return pipeline + (self.block_m * self.block_n * itemsize if descriptors else 0) + 1024
+
+    def is_valid(self, target: Target, dtype: torch.dtype, precision: str) -> bool:
+        """The one statement of what may run: for the choice below and for a tuner."""
+        itemsize = dtype.itemsize
+        registers = self.block_m * self.block_n // (32 * self.num_warps)
+        if dtype == torch.float32 and precision == "ieee":
+            return registers <= 64 and self.shared_memory(itemsize, False) <= target.shared_memory
+        # Accumulators per thread: 128 leave room for wgmma's operands, which are in shared memory, but not for mma's, which
+        # are in registers (128 x 256 spills on sm_80 at 8 warps).
+        limit = 128 if target.has_wide_mma else 64
+        return registers <= limit and self.shared_memory(itemsize, target.has_descriptors) <= target.shared_memory
+
+
+def gemm_candidates(dtype: torch.dtype) -> Iterator[GemmConfig]:
+    """Tiles worth trying, the largest, which re-reads its operands least, first."""
+    depth = 64 * 2 // dtype.itemsize  # 128 bytes: one swizzle atom of a descriptor
+    for stages in (4, 3, 2):
+        yield GemmConfig(128, 256, depth, 8, stages)
+    for block_m, block_n, warps in ((128, 128, 8), (64, 128, 4), (64, 64, 4), (32, 64, 4)):
+        for block_k in (depth, depth // 2):
+            for stages in (4, 3, 2):
+                yield GemmConfig(block_m, block_n, block_k, warps, stages)
+
+
+def gemm_config(rows: int, cols: int, dtype: torch.dtype, precision: str, target: Target) -> GemmConfig:
+    """The largest valid tile that still gives every multiprocessor one; else the smallest, which spreads the work furthest."""
+    valid = [config for config in gemm_candidates(dtype) if config.is_valid(target, dtype, precision)]
+    for config in valid:
+        if triton.cdiv(rows, config.block_m) * triton.cdiv(cols, config.block_n) >= target.sms:
+            return config
+    smallest = min(config.block_m * config.block_n for config in valid)
+    return next(config for config in valid if config.block_m * config.block_n == smallest)
+
+
+@dataclass(frozen=True)
+class StreamConfig:
+    """The tile of a kernel that streams x or dY once: block_m rows of block_k columns a step."""
+
+    block_m: int
+    block_k: int
+    num_warps: int
+    num_stages: int
+
+
+def stream_config(dtype: torch.dtype, block_r: int) -> StreamConfig:
+    """Tiles of 16 KiB and three in flight: with a program a multiprocessor, enough to cover the memory's latency."""
+    block_k = 128 if dtype.itemsize == 2 else 64
+    return StreamConfig(64, block_k, 8 if block_r > 64 else 4, 3)
+
+
+def splits(programs: int, steps: int, target: Target) -> int:
+    """Into how many parts a reduction of `steps` steps is cut so that `programs` of them fill the chip twice."""
+    wanted = triton.cdiv(2 * target.sms, max(programs, 1))
+    return max(1, min(wanted, steps // 4))
+
+
+def split_length(total: int, block: int, parts: int) -> int:
+    """The length of one part of `total`, a multiple of `block`, so that no tile straddles two parts."""
+    return triton.cdiv(triton.cdiv(total, parts), block) * block

@@ -1,0 +1,94 @@
+"""Dots whose second operand may be wider than the first, and the reduction of partial sums: device helpers of all kernels."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton import knobs
+
+from fastlora.kernels import launch
+
+INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr):
+    """acc + a b in float32.  The interpreter's dot multiplies the raw bits of bfloat16, so there the operands are widened."""
+    if INTERPRETED:
+        a, b = a.to(tl.float32), b.to(tl.float32)
+    return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=tl.float32)
+
+
+@triton.jit
+def round_to(t, DTYPE: tl.constexpr):
+    """t in DTYPE, rounded to nearest even.  The interpreter truncates float32 to bfloat16, so there the bits are rounded first."""
+    if INTERPRETED and DTYPE == tl.bfloat16 and t.dtype == tl.float32:
+        bits = t.to(tl.uint32, bitcast=True)
+        bits += ((bits >> 16) & 1) + 0x7FFF
+        t = tl.where(t == t, bits.to(tl.float32, bitcast=True), t)
+    return t.to(DTYPE)
+
+
+@triton.jit
+def into_range(t, OPERAND: tl.constexpr):
+    """(t / s, 1 / s, s) for a float32 tile t about to be rounded to OPERAND: s = 1, but for float16, whose exponents do not
+    cover a gradient's range, the power of two of max |t|."""
+    if OPERAND == tl.float16:
+        exponent = tl.max(tl.max(tl.abs(t), axis=1), axis=0).to(tl.int32, bitcast=True) & 0x7F800000
+        # Within 2**-60 .. 2**126 the inverse is a normal number, and accumulators times it stay finite.
+        exponent = tl.minimum(tl.maximum(exponent, 0x21800000), 0x7E800000)
+        inverse = (0x7F000000 - exponent).to(tl.float32, bitcast=True)
+        return t * inverse, inverse, exponent.to(tl.float32, bitcast=True)
+    return t, 1.0, 1.0
+
+
+@triton.jit
+def dot_wide(a, b, acc, PRECISION: tl.constexpr, SPLIT: tl.constexpr):
+    """acc + a b, where b may be float32 beside a 16-bit a.
+
+    With SPLIT, b = hi + lo with both parts in a's dtype, and since a is exact, two dots keep float32 quality; without, b is
+    rounded to a's dtype.
+    """
+    if a.dtype == b.dtype:
+        return dot(a, b, acc, PRECISION)
+    b, inverse, scale = into_range(b.to(tl.float32), a.dtype)
+    hi = round_to(b, a.dtype)
+    acc = dot(a, hi, acc * inverse, PRECISION)
+    if SPLIT:
+        acc = dot(a, round_to(b - hi.to(tl.float32), a.dtype), acc, PRECISION)
+    return acc * scale
+
+
+@triton.jit
+def sum_partials_kernel(partials, out, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+    """out[i] = Σ_s partials[s, i], in the order of s, whatever the launch: two runs are equal bit for bit."""
+    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    pointers = partials + index
+    for _ in range(SPLITS):
+        total += tl.load(pointers, mask=index < size, other=0.0)
+        pointers += size
+    tl.store(out + index, round_to(total, out.dtype.element_ty), mask=index < size)
+
+
+def sum_partials(partials: Tensor, dtype: torch.dtype) -> Tensor:
+    """(splits, ...) float32 -> (...) in `dtype`."""
+    if partials.shape[0] == 1 and partials.dtype == dtype:
+        return partials[0]
+    out = torch.empty(partials.shape[1:], dtype=dtype, device=partials.device)
+    block = 1024
+    launch.launch(
+        sum_partials_kernel,
+        (triton.cdiv(out.numel(), block),),
+        (partials, out, out.numel()),
+        SPLITS=partials.shape[0],
+        BLOCK=block,
+        num_warps=4,
+        num_stages=1,
+    )
+    return out
+
+
+def matmul_precision(dtype: torch.dtype) -> str:
+    """How a float32 dot multiplies: TF32 where torch's own switch allows it.  16-bit operands are exact either way."""
+    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

@@ -1,0 +1,76 @@
+"""The keep mask on the device: the function that `fastlora/dropout.py` specifies, as a tile of booleans or of packed bits."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastlora.dropout import threshold
+from fastlora.kernels import launch
+
+
+@triton.jit
+def keep_words(seed, rows, first_col, BLOCK_K: tl.constexpr):
+    """The four Philox words, (len(rows), BLOCK_K / 8) each, behind columns first_col .. first_col + BLOCK_K of `rows`."""
+    calls = first_col // 8 + tl.arange(0, BLOCK_K // 8)
+    return tl.philox(seed, calls[None, :], rows[:, None], 0, 0, 7)
+
+
+@triton.jit
+def keep_tile(w0, w1, w2, w3, threshold, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    """Booleans (BLOCK_M, BLOCK_K), True = kept: 8 neighbouring columns come from one thread's words, as x's loads do."""
+    words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [..., i, j] = word 2i + j
+    lanes = tl.join(words & 0xFFFF, words >> 16)  # [..., i, j, h] = lane 4i + 2j + h
+    return tl.reshape(lanes, (BLOCK_M, BLOCK_K)).to(tl.int32) >= threshold
+
+
+@triton.jit
+def _keep_pair(word, threshold):
+    low = ((word & 0xFFFF).to(tl.int32) >= threshold).to(tl.int32)
+    return low | (((word >> 16).to(tl.int32) >= threshold).to(tl.int32) << 1)
+
+
+@triton.jit
+def keep_bytes(w0, w1, w2, w3, threshold):
+    """The same booleans packed: bit j of byte (row, c) is column 8c + j.  Straight from the words, without a shuffle."""
+    low = _keep_pair(w0, threshold) | (_keep_pair(w1, threshold) << 2)
+    high = _keep_pair(w2, threshold) | (_keep_pair(w3, threshold) << 2)
+    return (low | (high << 4)).to(tl.uint8)
+
+
+@triton.jit
+def store_bytes(bits, w0, w1, w2, w3, threshold, rows, first_col, M, row_bytes, BLOCK_K: tl.constexpr):
+    """Write the packed mask of a tile to bits (M, row_bytes)."""
+    columns = first_col // 8 + tl.arange(0, BLOCK_K // 8)
+    pointers = bits + rows[:, None].to(tl.int64) * row_bytes + columns[None, :]
+    tl.store(pointers, keep_bytes(w0, w1, w2, w3, threshold), mask=(rows[:, None] < M) & (columns[None, :] < row_bytes))
+
+
+@triton.jit(do_not_specialize=["M", "threshold"])
+def pack_bits_kernel(bits, seed, M, row_bytes, threshold, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+    """bits (M, row_bytes) uint8: the packed mask."""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    first_col = tl.program_id(1) * BLOCK_K
+    w0, w1, w2, w3 = keep_words(tl.load(seed), rows, first_col, BLOCK_K)
+    store_bytes(bits, w0, w1, w2, w3, threshold, rows, first_col, M, row_bytes, BLOCK_K)
+
+
+def empty_bits(rows: int, cols: int, device: torch.device) -> Tensor:
+    """The buffer for the packed mask of a (rows, cols) activation: uint8 (rows, ⌈cols / 8⌉)."""
+    return torch.empty((rows, -(-cols // 8)), dtype=torch.uint8, device=device)
+
+
+def pack_bits(seed: Tensor, rows: int, cols: int, dropout_p: float) -> Tensor:
+    """The packed keep mask, for a backward that needs the mask but does not stream x."""
+    bits = empty_bits(rows, cols, seed.device)
+    block_m, block_k = 32, 256
+    launch.launch(
+        pack_bits_kernel,
+        (triton.cdiv(rows, block_m), triton.cdiv(cols, block_k)),
+        (bits, seed, rows, bits.shape[1], threshold(dropout_p)),
+        BLOCK_M=block_m,
+        BLOCK_K=block_k,
+        num_warps=4,
+        num_stages=1,
+    )
+    return bits

@@ -1,0 +1,205 @@
+"""The two GEMMs, each with its rank-r term in the same accumulator: y = x Wᵀ + bias + S (scaling·B)ᵀ and dx = dy W + mask(dS A).
+
+Both are C (M, N) = P (M, K) Q (K, N) + bias + mask(alpha · U (M, R) V (R, N)); forward P = x, Q = Wᵀ, U = S, V = Bᵀ; backward
+P = dy, Q = W, U = dS, V = A.  The rank-r product comes first, so that the main loop accumulates onto it and no second
+accumulator is ever live; the mask is read from packed bits.  Persistent programs walk the tiles of C in groups of GROUP_M rows.
+"""
+
+from typing import Any
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+from fastlora.kernels import launch
+from fastlora.kernels.config import GemmConfig, gemm_config, rank_block
+from fastlora.kernels.dot import dot, into_range, matmul_precision, round_to
+from fastlora.kernels.target import Target, fits_descriptor, needs_int64
+
+
+TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
+
+
+@triton.jit
+def grouped_tile(tile, M, N, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, GROUP_M: tl.constexpr):
+    """(first row, first column) of tile number `tile`: GROUP_M row blocks share each column block while it is in L2."""
+    tiles_m, tiles_n = tl.cdiv(M, BLOCK_M), tl.cdiv(N, BLOCK_N)
+    first_m = tile // (GROUP_M * tiles_n) * GROUP_M
+    group_m = tl.minimum(tiles_m - first_m, GROUP_M)
+    within = tile % (GROUP_M * tiles_n)
+    return (first_m + within % group_m) * BLOCK_M, within // group_m * BLOCK_N
+
+
+@triton.jit
+def rank_term(
+    U,
+    V,
+    rows,
+    cols,
+    M,
+    N,
+    stride_vr,
+    stride_vn,
+    alpha,
+    R: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+    OPERAND: tl.constexpr,
+):
+    """alpha · U V of one tile of C in float32: U (M, R) float32 and V (R, N), each rounded to OPERAND, the GEMM's dtype."""
+    acc = tl.zeros((rows.shape[0], cols.shape[0]), tl.float32)
+    for start in tl.static_range(0, R, BLOCK_R):
+        ranks = start + tl.arange(0, BLOCK_R)
+        u_mask = (rows[:, None] < M) & (ranks[None, :] < R)
+        u = tl.load(U + rows[:, None] * R + ranks[None, :], mask=u_mask, other=0.0)
+        v_mask = (ranks[:, None] < R) & (cols[None, :] < N)
+        v = tl.load(V + ranks[:, None] * stride_vr + cols[None, :] * stride_vn, mask=v_mask, other=0.0)
+        u, inverse, scale = into_range(u * alpha, OPERAND)
+        acc = dot(round_to(u, OPERAND), round_to(v, OPERAND), acc * inverse, PRECISION) * scale
+    return acc
+
+
+@triton.jit
+def keep_from_bits(bits, rows, cols, M, row_bytes):
+    """Booleans of one tile of C from bits (M, row_bytes), bit j of byte (row, c) being column 8c + j."""
+    pointers = bits + rows[:, None].to(tl.int64) * row_bytes + (cols // 8)[None, :]
+    byte = tl.load(pointers, mask=(rows[:, None] < M) & (cols // 8 < row_bytes)[None, :], other=0)
+    return (byte.to(tl.int32) >> (cols % 8)[None, :]) & 1
+
+
+@triton.jit(do_not_specialize=["M"])
+def gemm_kernel(
+    P,
+    Q,
+    C,
+    bias,
+    U,
+    V,
+    bits,
+    M,
+    N,
+    K,
+    stride_pm,
+    stride_pk,
+    stride_qk,
+    stride_qn,
+    stride_vr,
+    stride_vn,
+    row_bytes,
+    alpha,
+    R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    GROUP_M: tl.constexpr,
+    PROGRAMS: tl.constexpr,
+    DTYPE: tl.constexpr,
+    HAS_BIAS: tl.constexpr,
+    HAS_MASK: tl.constexpr,
+    DESCRIPTORS: tl.constexpr,
+    Q_TRANSPOSED: tl.constexpr,
+    EVEN_K: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """C = P Q + bias + mask(alpha · U V); P, Q, C are descriptors (Q's of Qᵀ with Q_TRANSPOSED) or pointers."""
+    tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+    for tile in range(tl.program_id(0), tiles, PROGRAMS):
+        first_m, first_n = grouped_tile(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        rows, cols = first_m + tl.arange(0, BLOCK_M), first_n + tl.arange(0, BLOCK_N)
+        offs_m = rows.to(tl.int64) if WIDE else rows
+        offs_n = cols.to(tl.int64) if WIDE else cols
+        acc = rank_term(U, V, offs_m, offs_n, M, N, stride_vr, stride_vn, alpha, R, BLOCK_R, PRECISION, DTYPE)
+        # Rows and columns beyond C read row or column 0 and are not stored: cheaper than a mask in the main loop.
+        safe_m, safe_n = tl.where(rows < M, offs_m, 0), tl.where(cols < N, offs_n, 0)
+        if HAS_MASK:
+            acc = tl.where(keep_from_bits(bits, rows, cols, M, row_bytes) != 0, acc, 0.0)
+        if HAS_BIAS:
+            acc += tl.load(bias + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+        for k in range(0, K, BLOCK_K):
+            if DESCRIPTORS:
+                p = P.load([first_m, k])
+                if Q_TRANSPOSED:
+                    q = tl.trans(Q.load([first_n, k]))
+                else:
+                    q = Q.load([k, first_n])
+            else:
+                ks = k + tl.arange(0, BLOCK_K)
+                offs_k = ks.to(tl.int64) if WIDE else ks
+                p_mask = None if EVEN_K else ks[None, :] < K
+                q_mask = None if EVEN_K else ks[:, None] < K
+                p = tl.load(P + safe_m[:, None] * stride_pm + offs_k[None, :] * stride_pk, mask=p_mask, other=None if EVEN_K else 0.0)
+                q = tl.load(Q + offs_k[:, None] * stride_qk + safe_n[None, :] * stride_qn, mask=q_mask, other=None if EVEN_K else 0.0)
+            acc = dot(p, q, acc, PRECISION)
+        if DESCRIPTORS:
+            C.store([first_m, first_n], round_to(acc, DTYPE))
+        else:
+            c_mask = (rows[:, None] < M) & (cols[None, :] < N)
+            tl.store(C + offs_m[:, None] * N + offs_n[None, :], round_to(acc, DTYPE), mask=c_mask)
+
+
+def _descriptor(matrix: Tensor, block: list[int]) -> TensorDescriptor:
+    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), block)
+
+
+def gemm(
+    P: Tensor,
+    Q: Tensor,
+    U: Tensor,
+    V: Tensor,
+    target: Target,
+    *,
+    alpha: float,
+    bias: Tensor | None = None,
+    bits: Tensor | None = None,
+    config: GemmConfig | None = None,
+) -> Tensor:
+    """C = P Q + bias + mask(alpha · U V) in P's dtype, (M, N); P (M, K) and Q (K, N) of any strides, U (M, r) float32, V (r, N).
+
+    P, Q and C go through tensor descriptors where all three can, otherwise through pointers.  `config` is chosen from the
+    shape when not given.
+    """
+    (M, K), N, r = P.shape, Q.shape[1], U.shape[1]
+    C = torch.empty((M, N), dtype=P.dtype, device=P.device)
+    precision = matmul_precision(P.dtype)
+    if config is None:
+        config = gemm_config(M, N, P.dtype, precision, target)
+    transposed = Q.stride(0) == 1 and Q.stride(1) != 1
+    stored_q = Q.t() if transposed else Q
+    descriptors = target.has_descriptors and all(fits_descriptor(matrix) for matrix in (P, stored_q, C))
+    operands: tuple[Any, ...] = (P, Q, C)
+    if descriptors:
+        block_q = (config.block_n, config.block_k) if transposed else (config.block_k, config.block_n)
+        blocks = ([config.block_m, config.block_k], list(block_q), [config.block_m, config.block_n])
+        operands = tuple(_descriptor(matrix, block) for matrix, block in zip((P, stored_q, C), blocks, strict=True))
+    tiles = triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n)
+    programs = min(tiles, target.sms)
+    launch.launch(
+        gemm_kernel,
+        (programs,),
+        (
+            *(*operands, bias, U, V, bits, M, N, K, *P.stride(), *Q.stride(), *V.stride()),
+            *(0 if bits is None else bits.shape[1], alpha),
+        ),
+        R=r,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_n,
+        BLOCK_K=config.block_k,
+        BLOCK_R=rank_block(r),
+        GROUP_M=config.group_m,
+        PROGRAMS=programs,
+        DTYPE=TRITON_DTYPES[P.dtype],
+        HAS_BIAS=bias is not None,
+        HAS_MASK=bits is not None,
+        DESCRIPTORS=descriptors,
+        Q_TRANSPOSED=transposed,
+        EVEN_K=K % config.block_k == 0,
+        WIDE=needs_int64(P, Q, C),
+        PRECISION=precision,
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return C

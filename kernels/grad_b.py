@@ -1,0 +1,92 @@
+"""dS = scaling · dy B and dB = scaling · dyᵀ S together: one pass over dy, reduced along both its axes."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastlora.kernels import launch
+from fastlora.kernels.config import rank_block, split_length, splits, stream_config
+from fastlora.kernels.dot import dot_wide, matmul_precision, round_to, sum_partials
+from fastlora.kernels.target import Target, needs_int64
+
+MAX_RANK = 32  # above it the partial dS, one per column block of dy, and the strip of dB held in registers outgrow the saving
+
+
+@triton.jit(do_not_specialize=["M", "N", "length"])
+def grad_b_kernel(
+    dy,
+    B,
+    S,
+    dS,
+    dB,
+    M,
+    N,
+    length,
+    stride_ym,
+    stride_yn,
+    stride_bn,
+    stride_br,
+    scale,
+    R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_N: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    SPLIT: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """Of the super-tile (rows split · length .. (split + 1) · length, one block of columns): its share of dS and of dB.
+
+    dS[column block] (M, R) and dB[split] (N, R) are float32 partial sums.
+    """
+    pid_n, split = tl.program_id(0), tl.program_id(1)
+    cols = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
+    ranks = tl.arange(0, BLOCK_R)
+    offs_n = cols.to(tl.int64) if WIDE else cols
+    nr_mask = (cols[:, None] < N) & (ranks[None, :] < R)
+    b_tile = tl.load(B + offs_n[:, None] * stride_bn + ranks[None, :] * stride_br, mask=nr_mask, other=0.0)
+    dS += pid_n.to(tl.int64) * M * R
+    acc = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
+    for start in range(split * length, tl.minimum(M, (split + 1) * length), BLOCK_M):
+        rows = start + tl.arange(0, BLOCK_M)
+        offs_m = rows.to(tl.int64) if WIDE else rows
+        y_mask = (rows[:, None] < M) & (cols[None, :] < N)
+        y_tile = tl.load(dy + offs_m[:, None] * stride_ym + offs_n[None, :] * stride_yn, mask=y_mask, other=0.0)
+        s_offs = offs_m[:, None] * R + ranks[None, :]
+        s_mask = (rows[:, None] < M) & (ranks[None, :] < R)
+        ds_tile = dot_wide(y_tile, b_tile, tl.zeros((BLOCK_M, BLOCK_R), tl.float32), PRECISION, True)
+        tl.store(dS + s_offs, ds_tile * scale, mask=s_mask)
+        s_tile = tl.load(S + s_offs, mask=s_mask, other=0.0)
+        acc = dot_wide(tl.trans(y_tile), s_tile, acc, PRECISION, SPLIT)
+    dB += split.to(tl.int64) * N * R
+    tl.store(dB + cols[:, None] * R + ranks[None, :], round_to(acc * scale, dB.dtype.element_ty), mask=nr_mask)
+
+
+def grad_s_and_b(
+    dy: Tensor, B: Tensor, S: Tensor, dtype: torch.dtype, target: Target, *, scaling: float
+) -> tuple[Tensor, Tensor]:
+    """(dS float32 (M, r), dB (N, r) in `dtype`) from dy (M, N), B (N, r), S float32 (M, r); r at most MAX_RANK."""
+    (M, N), r = dy.shape, B.shape[1]
+    block_r = rank_block(r)
+    config = stream_config(dy.dtype, block_r)
+    col_blocks = triton.cdiv(N, config.block_k)
+    length = split_length(M, config.block_m, splits(col_blocks, triton.cdiv(M, config.block_m), target))
+    parts = max(1, triton.cdiv(M, max(length, 1)))
+    dS = torch.empty((max(col_blocks, 1), M, r), dtype=torch.float32, device=dy.device)
+    dB = torch.empty((parts, N, r), dtype=dtype if parts == 1 else torch.float32, device=dy.device)
+    launch.launch(
+        grad_b_kernel,
+        (col_blocks, parts),
+        (dy, B, S, dS, dB, M, N, length, *dy.stride(), *B.stride(), scaling),
+        R=r,
+        BLOCK_M=config.block_m,
+        BLOCK_N=config.block_k,
+        BLOCK_R=block_r,
+        SPLIT=dtype == torch.float32,
+        WIDE=needs_int64(dy, B, S),
+        PRECISION=matmul_precision(dy.dtype),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return sum_partials(dS, torch.float32), sum_partials(dB, dtype)

@@ -1,0 +1,117 @@
+"""dA = dSᵀ drop(x), with the mask packed on the way, and dB = scaling · dyᵀ S: one pass over a tall matrix, reduced along its rows."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastlora.dropout import keep_scale, threshold
+from fastlora.kernels import launch
+from fastlora.kernels.config import rank_block, split_length, splits, stream_config
+from fastlora.kernels.dot import dot_wide, matmul_precision, round_to, sum_partials
+from fastlora.kernels.dropout import empty_bits, keep_tile, keep_words, store_bytes
+from fastlora.kernels.target import Target, needs_int64
+
+
+@triton.jit(do_not_specialize=["M", "K", "length", "threshold"])
+def outer_kernel(
+    x,
+    U,
+    out,
+    bits,
+    seed,
+    M,
+    K,
+    length,
+    row_bytes,
+    stride_xm,
+    stride_xk,
+    stride_or,
+    stride_ok,
+    scale,
+    threshold,
+    R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    PACK: tl.constexpr,
+    SPLIT: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """out[split] (R, K) = scale · Uᵀ mask(x) over rows split · length .. (split + 1) · length, and bits = the packed mask."""
+    cols = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    split = tl.program_id(1)
+    ranks = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
+    offs_k = cols.to(tl.int64) if WIDE else cols
+    if HAS_DROPOUT:
+        seed = tl.load(seed)
+    acc = tl.zeros((BLOCK_K, BLOCK_R), tl.float32)
+    for start in range(split * length, tl.minimum(M, (split + 1) * length), BLOCK_M):
+        rows = start + tl.arange(0, BLOCK_M)
+        offs_m = rows.to(tl.int64) if WIDE else rows
+        x_mask = (rows[:, None] < M) & (cols[None, :] < K)
+        x_tile = tl.load(x + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk, mask=x_mask, other=0.0)
+        u_mask = (rows[:, None] < M) & (ranks[None, :] < R)
+        u_tile = tl.load(U + offs_m[:, None] * R + ranks[None, :], mask=u_mask, other=0.0)
+        if HAS_DROPOUT:
+            first_col = tl.program_id(0) * BLOCK_K
+            w0, w1, w2, w3 = keep_words(seed, rows, first_col, BLOCK_K)
+            x_tile = tl.where(keep_tile(w0, w1, w2, w3, threshold, BLOCK_M, BLOCK_K), x_tile, 0.0)
+            if PACK:
+                if tl.program_id(2) == 0:
+                    store_bytes(bits, w0, w1, w2, w3, threshold, rows, first_col, M, row_bytes, BLOCK_K)
+        acc = dot_wide(tl.trans(x_tile), u_tile, acc, PRECISION, SPLIT)
+    out += split.to(tl.int64) * R * K
+    out_mask = (cols[:, None] < K) & (ranks[None, :] < R)
+    tl.store(out + cols[:, None] * stride_ok + ranks[None, :] * stride_or, round_to(acc * scale, out.dtype.element_ty), mask=out_mask)
+
+
+def outer(
+    x: Tensor,
+    U: Tensor,
+    dtype: torch.dtype,
+    target: Target,
+    *,
+    transposed: bool = False,
+    scaling: float = 1.0,
+    seed: Tensor | None = None,
+    dropout_p: float = 0.0,
+    pack: bool = False,
+) -> tuple[Tensor, Tensor | None]:
+    """(scaling · Uᵀ drop(x), packed mask): (r, K), or with `transposed` (K, r), in `dtype`; x (M, K), U (M, r) float32.
+
+    A float32 result keeps float32 quality: U is split in two; for a 16-bit one U is rounded to x's dtype.  The mask comes only
+    with `pack` and a seed.
+    """
+    (M, K), r = x.shape, U.shape[1]
+    block_r = rank_block(r)
+    config = stream_config(x.dtype, block_r)
+    col_blocks, rank_blocks = triton.cdiv(K, config.block_k), triton.cdiv(r, block_r)
+    length = split_length(M, config.block_m, splits(col_blocks * rank_blocks, triton.cdiv(M, config.block_m), target))
+    parts = max(1, triton.cdiv(M, max(length, 1)))
+    out_shape, out_strides = ((K, r), (1, r)) if transposed else ((r, K), (K, 1))
+    partials = torch.empty((parts, *out_shape), dtype=dtype if parts == 1 else torch.float32, device=x.device)
+    bits = empty_bits(M, K, x.device) if pack and seed is not None else None
+    row_bytes = 0 if bits is None else bits.shape[1]
+    launch.launch(
+        outer_kernel,
+        (col_blocks, parts, rank_blocks),
+        (
+            *(x, U, partials, bits, seed, M, K, length, row_bytes, *x.stride(), *out_strides),
+            *(scaling * keep_scale(dropout_p), threshold(dropout_p)),
+        ),
+        R=r,
+        BLOCK_M=config.block_m,
+        BLOCK_K=config.block_k,
+        BLOCK_R=block_r,
+        HAS_DROPOUT=seed is not None,
+        PACK=bits is not None,
+        SPLIT=dtype == torch.float32,
+        WIDE=needs_int64(x, U, partials),
+        PRECISION=matmul_precision(x.dtype),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return sum_partials(partials, dtype), bits

@@ -1,0 +1,94 @@
+"""S = drop(x) Aᵀ and dS = scaling · dy B: one pass over a tall matrix, reduced along its columns."""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastlora.dropout import keep_scale, threshold
+from fastlora.kernels import launch
+from fastlora.kernels.config import rank_block, split_length, splits, stream_config
+from fastlora.kernels.dot import dot_wide, matmul_precision, sum_partials
+from fastlora.kernels.dropout import keep_tile, keep_words
+from fastlora.kernels.target import Target, needs_int64
+
+
+@triton.jit(do_not_specialize=["M", "K", "length", "threshold"])
+def project_kernel(
+    x,
+    A,
+    out,
+    seed,
+    M,
+    K,
+    length,
+    stride_xm,
+    stride_xk,
+    stride_ar,
+    stride_ak,
+    scale,
+    threshold,
+    R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    WIDE: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """out[split] (M, R) = scale · mask(x) Aᵀ over columns split · length .. (split + 1) · length."""
+    rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
+    split = tl.program_id(1)
+    ranks = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
+    offs_m = rows.to(tl.int64) if WIDE else rows
+    if HAS_DROPOUT:
+        seed = tl.load(seed)
+    acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    for start in range(split * length, tl.minimum(K, (split + 1) * length), BLOCK_K):
+        cols = start + tl.arange(0, BLOCK_K)
+        offs_k = cols.to(tl.int64) if WIDE else cols
+        x_mask = (rows[:, None] < M) & (cols[None, :] < K)
+        x_tile = tl.load(x + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk, mask=x_mask, other=0.0)
+        a_mask = (cols[:, None] < K) & (ranks[None, :] < R)
+        a_tile = tl.load(A + ranks[None, :] * stride_ar + offs_k[:, None] * stride_ak, mask=a_mask, other=0.0)
+        if HAS_DROPOUT:
+            w0, w1, w2, w3 = keep_words(seed, rows, start, BLOCK_K)
+            x_tile = tl.where(keep_tile(w0, w1, w2, w3, threshold, BLOCK_M, BLOCK_K), x_tile, 0.0)
+        acc = dot_wide(x_tile, a_tile, acc, PRECISION, True)
+    out_rows = (split.to(tl.int64) * M + rows) * R
+    out_mask = (rows[:, None] < M) & (ranks[None, :] < R)
+    tl.store(out + out_rows[:, None] + ranks[None, :], acc * scale, mask=out_mask)
+
+
+def project(
+    x: Tensor,
+    A: Tensor,
+    target: Target,
+    *,
+    scaling: float = 1.0,
+    seed: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> Tensor:
+    """scaling · drop(x) Aᵀ, float32 (M, r), from x (M, K) and A (r, K) of any strides; without a seed there is no dropout."""
+    (M, K), r = x.shape, A.shape[0]
+    block_r = rank_block(r)
+    config = stream_config(x.dtype, block_r)
+    row_blocks, rank_blocks = triton.cdiv(M, config.block_m), triton.cdiv(r, block_r)
+    length = split_length(K, config.block_k, splits(row_blocks * rank_blocks, triton.cdiv(K, config.block_k), target))
+    parts = max(1, triton.cdiv(K, max(length, 1)))
+    partials = torch.empty((parts, M, r), dtype=torch.float32, device=x.device)
+    launch.launch(
+        project_kernel,
+        (row_blocks, parts, rank_blocks),
+        (x, A, partials, seed, M, K, length, *x.stride(), *A.stride(), scaling * keep_scale(dropout_p), threshold(dropout_p)),
+        R=r,
+        BLOCK_M=config.block_m,
+        BLOCK_K=config.block_k,
+        BLOCK_R=block_r,
+        HAS_DROPOUT=seed is not None,
+        WIDE=needs_int64(x, A),
+        PRECISION=matmul_precision(x.dtype),
+        num_warps=config.num_warps,
+        num_stages=config.num_stages,
+    )
+    return sum_partials(partials, torch.float32)

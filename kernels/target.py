@@ -1,0 +1,58 @@
+"""What the kernels need to know of a GPU: its capability and limits, as named predicates, never its name."""
+
+import functools
+from dataclasses import dataclass
+
+import torch
+from triton import knobs
+
+
+@dataclass(frozen=True)
+class Target:
+    """capability: 10 · major + minor.  sms: multiprocessors.  shared_memory: bytes one program may use."""
+
+    capability: int
+    sms: int
+    shared_memory: int
+
+    @property
+    def has_descriptors(self) -> bool:
+        """Tensor descriptors are hardware (TMA); below 9.0 they would be emulated."""
+        return self.capability >= 90
+
+    @property
+    def has_wide_mma(self) -> bool:
+        """One matrix instruction serves four warps (wgmma, tcgen05), which a 128 x 256 tile needs to stay in registers."""
+        return self.capability >= 90
+
+
+INTERPRETER = Target(capability=90, sms=4, shared_memory=232448)
+
+
+@functools.cache
+def _cuda_target(index: int) -> Target:
+    properties = torch.cuda.get_device_properties(index)
+    limit = properties.shared_memory_per_block_optin
+    return Target(10 * properties.major + properties.minor, properties.multi_processor_count, limit)
+
+
+def target_of(device: torch.device) -> Target:
+    """The target behind `device`; a CPU, which only the interpreter can serve, is taken for a small Hopper GPU."""
+    if device.type == "cuda":
+        return _cuda_target(torch.cuda.current_device() if device.index is None else device.index)
+    assert knobs.runtime.interpret, "the public boundary lets only interpreted kernels through to a CPU"
+    return INTERPRETER
+
+
+def needs_int64(*tensors: torch.Tensor) -> bool:
+    """Whether an element's offset in one of the tensors exceeds 2**31 - 1, so that 32-bit offsets would wrap."""
+    return any(
+        sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) >= 2**31 for t in tensors if t.numel()
+    )
+
+
+def fits_descriptor(tensor: torch.Tensor) -> bool:
+    """Whether a tensor descriptor can address a 2-D tensor: unit inner stride, 16-byte aligned base and rows, not empty."""
+    rows, cols = tensor.stride()
+    row_bytes = rows * tensor.element_size()
+    return cols == 1 and tensor.numel() > 0 and row_bytes > 0 and row_bytes % 16 == 0 and tensor.data_ptr() % 16 == 0
