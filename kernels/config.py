@@ -79,12 +79,12 @@ def stream_config(dtype: torch.dtype, block_r: int) -> StreamConfig:
     return StreamConfig(64, block_k, 8 if block_r > 64 else 4, 3)
 
 
-def splits(programs: int, steps: int, target: Target) -> int:
-    """Into how many parts a reduction of `steps` steps is cut so that `programs` of them fill the chip twice."""
+def split_steps(steps: int, programs: int, target: Target) -> tuple[int, int]:
+    """(parts, steps of each) of a reduction of `steps` steps, cut so that `programs` of them fill the chip twice.
+
+    A part keeps at least four steps, fewer would not amortise its partial sum; there is one part even of no steps.
+    """
     wanted = triton.cdiv(2 * target.sms, max(programs, 1))
-    return max(1, min(wanted, steps // 4))
-
-
-def split_length(total: int, block: int, parts: int) -> int:
-    """The length of one part of `total`, a multiple of `block`, so that no tile straddles two parts."""
-    return triton.cdiv(triton.cdiv(total, parts), block) * block
+    parts = max(1, min(wanted, steps // 4))
+    each = triton.cdiv(steps, parts)
+    return max(1, triton.cdiv(steps, max(each, 1))), each

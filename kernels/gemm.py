@@ -62,11 +62,13 @@ def rank_term(
 
 
 @triton.jit
-def keep_from_bits(bits, rows, cols, M, row_bytes):
+def keep_from_bits(bits, rows, first_n, M, row_bytes, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr):
     """Booleans of one tile of C from bits (M, row_bytes), bit j of byte (row, c) being column 8c + j."""
-    pointers = bits + rows[:, None].to(tl.int64) * row_bytes + (cols // 8)[None, :]
-    byte = tl.load(pointers, mask=(rows[:, None] < M) & (cols // 8 < row_bytes)[None, :], other=0)
-    return (byte.to(tl.int32) >> (cols % 8)[None, :]) & 1
+    columns = first_n // 8 + tl.arange(0, BLOCK_N // 8)
+    pointers = bits + rows[:, None].to(tl.int64) * row_bytes + columns[None, :]
+    byte = tl.load(pointers, mask=(rows[:, None] < M) & (columns[None, :] < row_bytes), other=0).to(tl.int32)
+    keep = (byte[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
+    return tl.reshape(keep != 0, (BLOCK_M, BLOCK_N))
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -116,7 +118,7 @@ def gemm_kernel(
         # Rows and columns beyond C read row or column 0 and are not stored: cheaper than a mask in the main loop.
         safe_m, safe_n = tl.where(rows < M, offs_m, 0), tl.where(cols < N, offs_n, 0)
         if HAS_MASK:
-            acc = tl.where(keep_from_bits(bits, rows, cols, M, row_bytes) != 0, acc, 0.0)
+            acc = tl.where(keep_from_bits(bits, rows, first_n, M, row_bytes, BLOCK_M, BLOCK_N), acc, 0.0)
         if HAS_BIAS:
             acc += tl.load(bias + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
         for k in range(0, K, BLOCK_K):

@@ -6,14 +6,14 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlora.kernels import launch
-from fastlora.kernels.config import rank_block, split_length, splits, stream_config
+from fastlora.kernels.config import rank_block, split_steps, stream_config
 from fastlora.kernels.dot import dot_wide, matmul_precision, round_to, sum_partials
 from fastlora.kernels.target import Target, needs_int64
 
 MAX_RANK = 32  # above it the partial dS, one per column block of dy, and the strip of dB held in registers outgrow the saving
 
 
-@triton.jit(do_not_specialize=["M", "N", "length"])
+@triton.jit(do_not_specialize=["M", "steps"])
 def grad_b_kernel(
     dy,
     B,
@@ -22,7 +22,7 @@ def grad_b_kernel(
     dB,
     M,
     N,
-    length,
+    steps,
     stride_ym,
     stride_yn,
     stride_bn,
@@ -36,7 +36,7 @@ def grad_b_kernel(
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Of the super-tile (rows split · length .. (split + 1) · length, one block of columns): its share of dS and of dB.
+    """Of the super-tile (row blocks split · steps .. (split + 1) · steps, one block of columns): its share of dS and of dB.
 
     dS[column block] (M, R) and dB[split] (N, R) are float32 partial sums.
     """
@@ -48,7 +48,7 @@ def grad_b_kernel(
     b_tile = tl.load(B + offs_n[:, None] * stride_bn + ranks[None, :] * stride_br, mask=nr_mask, other=0.0)
     dS += pid_n.to(tl.int64) * M * R
     acc = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
-    for start in range(split * length, tl.minimum(M, (split + 1) * length), BLOCK_M):
+    for start in range(split * steps * BLOCK_M, tl.minimum(M, (split + 1) * steps * BLOCK_M), BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
         offs_m = rows.to(tl.int64) if WIDE else rows
         y_mask = (rows[:, None] < M) & (cols[None, :] < N)
@@ -71,14 +71,13 @@ def grad_s_and_b(
     block_r = rank_block(r)
     config = stream_config(dy.dtype, block_r)
     col_blocks = triton.cdiv(N, config.block_k)
-    length = split_length(M, config.block_m, splits(col_blocks, triton.cdiv(M, config.block_m), target))
-    parts = max(1, triton.cdiv(M, max(length, 1)))
+    parts, steps = split_steps(triton.cdiv(M, config.block_m), col_blocks, target)
     dS = torch.empty((max(col_blocks, 1), M, r), dtype=torch.float32, device=dy.device)
     dB = torch.empty((parts, N, r), dtype=dtype if parts == 1 else torch.float32, device=dy.device)
     launch.launch(
         grad_b_kernel,
         (col_blocks, parts),
-        (dy, B, S, dS, dB, M, N, length, *dy.stride(), *B.stride(), scaling),
+        (dy, B, S, dS, dB, M, N, steps, *dy.stride(), *B.stride(), scaling),
         R=r,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_k,

@@ -7,13 +7,13 @@ from torch import Tensor
 
 from fastlora.dropout import keep_scale, threshold
 from fastlora.kernels import launch
-from fastlora.kernels.config import rank_block, split_length, splits, stream_config
+from fastlora.kernels.config import rank_block, split_steps, stream_config
 from fastlora.kernels.dot import dot_wide, matmul_precision, round_to, sum_partials
 from fastlora.kernels.dropout import empty_bits, keep_tile, keep_words, store_bytes
 from fastlora.kernels.target import Target, needs_int64
 
 
-@triton.jit(do_not_specialize=["M", "K", "length", "threshold"])
+@triton.jit(do_not_specialize=["M", "steps", "threshold"])
 def outer_kernel(
     x,
     U,
@@ -22,7 +22,7 @@ def outer_kernel(
     seed,
     M,
     K,
-    length,
+    steps,
     row_bytes,
     stride_xm,
     stride_xk,
@@ -40,7 +40,7 @@ def outer_kernel(
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """out[split] (R, K) = scale · Uᵀ mask(x) over rows split · length .. (split + 1) · length, and bits = the packed mask."""
+    """out[split] (R, K) = scale · Uᵀ mask(x) over row blocks split · steps .. (split + 1) · steps, and bits = the packed mask."""
     cols = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     split = tl.program_id(1)
     ranks = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -48,7 +48,7 @@ def outer_kernel(
     if HAS_DROPOUT:
         seed = tl.load(seed)
     acc = tl.zeros((BLOCK_K, BLOCK_R), tl.float32)
-    for start in range(split * length, tl.minimum(M, (split + 1) * length), BLOCK_M):
+    for start in range(split * steps * BLOCK_M, tl.minimum(M, (split + 1) * steps * BLOCK_M), BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
         offs_m = rows.to(tl.int64) if WIDE else rows
         x_mask = (rows[:, None] < M) & (cols[None, :] < K)
@@ -89,8 +89,7 @@ def outer(
     block_r = rank_block(r)
     config = stream_config(x.dtype, block_r)
     col_blocks, rank_blocks = triton.cdiv(K, config.block_k), triton.cdiv(r, block_r)
-    length = split_length(M, config.block_m, splits(col_blocks * rank_blocks, triton.cdiv(M, config.block_m), target))
-    parts = max(1, triton.cdiv(M, max(length, 1)))
+    parts, steps = split_steps(triton.cdiv(M, config.block_m), col_blocks * rank_blocks, target)
     out_shape, out_strides = ((K, r), (1, r)) if transposed else ((r, K), (K, 1))
     partials = torch.empty((parts, *out_shape), dtype=dtype if parts == 1 else torch.float32, device=x.device)
     bits = empty_bits(M, K, x.device) if pack and seed is not None else None
@@ -99,7 +98,7 @@ def outer(
         outer_kernel,
         (col_blocks, parts, rank_blocks),
         (
-            *(x, U, partials, bits, seed, M, K, length, row_bytes, *x.stride(), *out_strides),
+            *(x, U, partials, bits, seed, M, K, steps, row_bytes, *x.stride(), *out_strides),
             *(scaling * keep_scale(dropout_p), threshold(dropout_p)),
         ),
         R=r,

@@ -7,13 +7,13 @@ from torch import Tensor
 
 from fastlora.dropout import keep_scale, threshold
 from fastlora.kernels import launch
-from fastlora.kernels.config import rank_block, split_length, splits, stream_config
+from fastlora.kernels.config import rank_block, split_steps, stream_config
 from fastlora.kernels.dot import dot_wide, matmul_precision, sum_partials
 from fastlora.kernels.dropout import keep_tile, keep_words
 from fastlora.kernels.target import Target, needs_int64
 
 
-@triton.jit(do_not_specialize=["M", "K", "length", "threshold"])
+@triton.jit(do_not_specialize=["M", "steps", "threshold"])
 def project_kernel(
     x,
     A,
@@ -21,7 +21,7 @@ def project_kernel(
     seed,
     M,
     K,
-    length,
+    steps,
     stride_xm,
     stride_xk,
     stride_ar,
@@ -36,7 +36,7 @@ def project_kernel(
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """out[split] (M, R) = scale · mask(x) Aᵀ over columns split · length .. (split + 1) · length."""
+    """out[split] (M, R) = scale · mask(x) Aᵀ over column blocks split · steps .. (split + 1) · steps."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     split = tl.program_id(1)
     ranks = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -44,7 +44,7 @@ def project_kernel(
     if HAS_DROPOUT:
         seed = tl.load(seed)
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    for start in range(split * length, tl.minimum(K, (split + 1) * length), BLOCK_K):
+    for start in range(split * steps * BLOCK_K, tl.minimum(K, (split + 1) * steps * BLOCK_K), BLOCK_K):
         cols = start + tl.arange(0, BLOCK_K)
         offs_k = cols.to(tl.int64) if WIDE else cols
         x_mask = (rows[:, None] < M) & (cols[None, :] < K)
@@ -74,13 +74,12 @@ def project(
     block_r = rank_block(r)
     config = stream_config(x.dtype, block_r)
     row_blocks, rank_blocks = triton.cdiv(M, config.block_m), triton.cdiv(r, block_r)
-    length = split_length(K, config.block_k, splits(row_blocks * rank_blocks, triton.cdiv(K, config.block_k), target))
-    parts = max(1, triton.cdiv(K, max(length, 1)))
+    parts, steps = split_steps(triton.cdiv(K, config.block_k), row_blocks * rank_blocks, target)
     partials = torch.empty((parts, M, r), dtype=torch.float32, device=x.device)
     launch.launch(
         project_kernel,
         (row_blocks, parts, rank_blocks),
-        (x, A, partials, seed, M, K, length, *x.stride(), *A.stride(), scaling * keep_scale(dropout_p), threshold(dropout_p)),
+        (x, A, partials, seed, M, K, steps, *x.stride(), *A.stride(), scaling * keep_scale(dropout_p), threshold(dropout_p)),
         R=r,
         BLOCK_M=config.block_m,
         BLOCK_K=config.block_k,
