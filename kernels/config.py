@@ -16,46 +16,51 @@ def rank_block(r: int, limit: int = 128) -> int:
 
 @dataclass(frozen=True)
 class GemmConfig:
-    """The tile and pipeline of the GEMM kernel: C tile (block_m, block_n), reduction step block_k."""
+    """The tile and pipeline of the GEMM kernel: C tile (block_m, block_n), reduction step block_k, rank step block_r."""
 
     block_m: int
     block_n: int
     block_k: int
+    block_r: int
     num_warps: int
     num_stages: int
     group_m: int = 8
 
     def shared_memory(self, itemsize: int, descriptors: bool) -> int:
-        """Bytes of the operand pipeline and, with descriptors, of the tile that is staged for the store."""
-        pipeline = self.num_stages * (self.block_m + self.block_n) * self.block_k * itemsize
-        return pipeline + (self.block_m * self.block_n * itemsize if descriptors else 0) + 1024
+        """Bytes of the operand pipeline, of V's tile and, with descriptors, of the tile that is staged for the store."""
+        pipeline = self.num_stages * (self.block_m + self.block_n) * self.block_k
+        staged = self.block_m * self.block_n if descriptors else 0
+        return (pipeline + self.block_r * self.block_n + staged) * itemsize + 1024
 
     def is_valid(self, target: Target, dtype: torch.dtype, precision: str) -> bool:
         """The one statement of what may run: for the choice below and for a tuner."""
-        itemsize = dtype.itemsize
-        registers = self.block_m * self.block_n // (32 * self.num_warps)
+        accumulators = self.block_m * self.block_n // (32 * self.num_warps)
         if dtype == torch.float32 and precision == "ieee":
-            return registers <= 64 and self.shared_memory(itemsize, False) <= target.shared_memory
-        # Accumulators per thread: 128 leave room for wgmma's operands, which are in shared memory, but not for mma's, which
-        # are in registers (128 x 256 spills on sm_80 at 8 warps).
-        limit = 128 if target.has_wide_mma else 64
-        return registers <= limit and self.shared_memory(itemsize, target.has_descriptors) <= target.shared_memory
+            # Without tensor cores a thread holds its rows and columns of both operands: at 32 accumulators and steps of 16
+            # that is 228 registers on sm_90, at steps of 32 it spills.
+            fits = accumulators <= 32 and max(self.block_k, self.block_r) <= 16
+        else:
+            # 128 leave room for wgmma's operands, which are in shared memory, but not for mma's, which are in registers.
+            fits = accumulators <= (128 if target.has_wide_mma else 64)
+        return fits and self.shared_memory(dtype.itemsize, target.has_descriptors) <= target.shared_memory
 
 
-def gemm_candidates(dtype: torch.dtype) -> Iterator[GemmConfig]:
+def gemm_candidates(dtype: torch.dtype, precision: str) -> Iterator[GemmConfig]:
     """Tiles worth trying, the largest, which re-reads its operands least, first."""
-    depth = 64 * 2 // dtype.itemsize  # 128 bytes: one swizzle atom of a descriptor
-    for stages in (4, 3, 2):
-        yield GemmConfig(128, 256, depth, 8, stages)
-    for block_m, block_n, warps in ((128, 128, 8), (64, 128, 4), (64, 64, 4), (32, 64, 4)):
+    if dtype == torch.float32 and precision == "ieee":
+        for block_m, block_n, warps in ((128, 64, 8), (64, 64, 8), (32, 64, 4)):
+            yield GemmConfig(block_m, block_n, 16, 16, warps, 2)
+        return
+    depth = 128 // dtype.itemsize  # 128 bytes: one swizzle atom of a descriptor
+    for block_m, block_n, warps in ((128, 256, 8), (128, 128, 8), (64, 128, 4), (64, 64, 4), (32, 64, 4)):
         for block_k in (depth, depth // 2):
-            for stages in (4, 3, 2):
-                yield GemmConfig(block_m, block_n, block_k, warps, stages)
+            for stages in (4, 3):
+                yield GemmConfig(block_m, block_n, block_k, 32, warps, stages)
 
 
 def gemm_config(rows: int, cols: int, dtype: torch.dtype, precision: str, target: Target) -> GemmConfig:
     """The largest valid tile that still gives every multiprocessor one; else the smallest, which spreads the work furthest."""
-    valid = [config for config in gemm_candidates(dtype) if config.is_valid(target, dtype, precision)]
+    valid = [config for config in gemm_candidates(dtype, precision) if config.is_valid(target, dtype, precision)]
     for config in valid:
         if triton.cdiv(rows, config.block_m) * triton.cdiv(cols, config.block_n) >= target.sms:
             return config
@@ -76,7 +81,7 @@ class StreamConfig:
 def stream_config(dtype: torch.dtype, block_r: int) -> StreamConfig:
     """Tiles of 16 KiB and three in flight: with a program a multiprocessor, enough to cover the memory's latency."""
     block_k = 128 if dtype.itemsize == 2 else 64
-    return StreamConfig(64, block_k, 8 if block_r > 64 else 4, 3)
+    return StreamConfig(64, block_k, 8 if block_r >= 64 else 4, 3)
 
 
 def split_steps(steps: int, programs: int, target: Target) -> tuple[int, int]:

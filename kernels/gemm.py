@@ -50,7 +50,7 @@ def rank_term(
 ):
     """alpha · U V of one tile of C in float32: U (M, R) float32 and V (R, N), each rounded to OPERAND, the GEMM's dtype."""
     acc = tl.zeros((rows.shape[0], cols.shape[0]), tl.float32)
-    for start in tl.static_range(0, R, BLOCK_R):
+    for start in tl.range(0, R, BLOCK_R, num_stages=1):
         ranks = start + tl.arange(0, BLOCK_R)
         u_mask = (rows[:, None] < M) & (ranks[None, :] < R)
         u = tl.load(U + rows[:, None] * R + ranks[None, :], mask=u_mask, other=0.0)
@@ -190,7 +190,7 @@ def gemm(
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_n,
         BLOCK_K=config.block_k,
-        BLOCK_R=rank_block(r),
+        BLOCK_R=rank_block(r, config.block_r),
         GROUP_M=config.group_m,
         PROGRAMS=programs,
         DTYPE=TRITON_DTYPES[P.dtype],
