@@ -1,0 +1,1 @@
+"""Developers' tools: what the checkout needs and the installed package does not."""

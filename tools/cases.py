@@ -1,0 +1,114 @@
+"""What is compiled: the steps with their operands on the meta device, and the GPUs they are compiled for."""
+
+from collections.abc import Iterable, Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+from itertools import product
+
+import torch
+from torch import Tensor
+
+from fastlora import kernels
+from fastlora.kernels.dot import sum_partials
+from fastlora.kernels.dropout import pack_bits
+from fastlora.kernels.target import Target
+
+STEPS = ("forward", "backward", "mask", "sum")
+# The dtypes of x, W and of the adapters; "ieee" and "tf32" are the two positions of torch's switch for float32 products.
+DTYPES = {
+    "float16": (torch.float16, torch.float16),
+    "bfloat16": (torch.bfloat16, torch.bfloat16),
+    "float32-ieee": (torch.float32, torch.float32),
+    "float32-tf32": (torch.float32, torch.float32),
+    "bfloat16+float32": (torch.bfloat16, torch.float32),
+    "float16+float32": (torch.float16, torch.float32),
+}
+RANKS = (8, 16, 64, 128)
+# An A100, an H200 and a B200; shared memory is the most one block may have, in bytes.
+TARGETS = {
+    80: Target(capability=80, sms=108, shared_memory=163 * 1024),
+    90: Target(capability=90, sms=132, shared_memory=227 * 1024),
+    100: Target(capability=100, sms=148, shared_memory=227 * 1024),
+}
+# (M, in, out). "ragged" widths leave no tensor descriptor and no vector load; "wide" needs 64-bit offsets; "short" and "tiny"
+# get smaller tiles.
+SHAPES = {
+    "aligned": (8192, 4096, 4096),
+    "ragged": (8191, 4095, 4093),
+    "wide": (2**20, 4096, 4096),
+    "short": (512, 4096, 4096),
+    "tiny": (32, 512, 512),
+}
+DROPOUT = 0.1
+
+
+@dataclass(frozen=True, order=True)
+class Case:
+    """One step for operands of one dtype, rank and shape on one GPU: keys of the tables above, and any rank of at least 1."""
+
+    step: str
+    dtype: str
+    rank: int
+    capability: int
+    shape: str = "aligned"
+
+    def __str__(self) -> str:
+        return f"{self.step}-{self.dtype}-r{self.rank}-sm{self.capability}-{self.shape}"
+
+    @property
+    def target(self) -> Target:
+        return TARGETS[self.capability]
+
+    def run(self, dropout_p: float) -> None:
+        """Run the step on meta tensors: only its launches matter, and who watches `launch` sees them."""
+        M, K, N = SHAPES[self.shape]
+        base, adapter = DTYPES[self.dtype]
+        x, weight, bias, dy = _meta(M, K, dtype=base), _meta(N, K, dtype=base), _meta(N, dtype=base), _meta(M, N, dtype=base)
+        lora_A, lora_B = _meta(self.rank, K, dtype=adapter), _meta(N, self.rank, dtype=adapter)
+        S = _meta(M, self.rank, dtype=torch.float32)
+        seed = _meta(1, dtype=torch.int64) if dropout_p > 0 else None
+        with _float32_products("tf32" if self.dtype.endswith("tf32") else "ieee"):
+            if self.step == "forward":
+                kernels.forward(x, weight, lora_A, lora_B, bias, seed, 2.0, dropout_p, target=self.target)
+            elif self.step == "backward":
+                kernels.backward(dy, x, weight, lora_A, lora_B, S, seed, 2.0, dropout_p, adapter, target=self.target)
+            elif self.step == "sum":
+                sum_partials(_meta(4, self.rank, K, dtype=torch.float32), adapter)
+            elif seed is not None:
+                pack_bits(seed, M, K, dropout_p)
+
+
+def every_case(ranks: Iterable[int] = RANKS, shapes: Iterable[str] = ("aligned",)) -> list[Case]:
+    """Both directions in every dtype for every GPU; the mask alone and the sum of partial results once for every GPU."""
+    whole = [Case(*key) for key in product(("forward", "backward"), DTYPES, ranks, TARGETS, shapes)]
+    return whole + [Case(step, "bfloat16", 16, capability) for step in ("mask", "sum") for capability in TARGETS]
+
+
+def gated_cases() -> list[Case]:
+    """What the tests compile: each dtype, rank, GPU and shape at least once in both directions, not their product."""
+    keys = [("bfloat16", rank, 90, "aligned") for rank in RANKS]
+    keys += [(dtype, 16, 90, "aligned") for dtype in DTYPES if dtype != "bfloat16"]
+    keys += [("bfloat16", rank, capability, "aligned") for rank in (16, 128) for capability in (80, 100)]
+    keys += [
+        ("bfloat16+float32", 128, 90, "aligned"),
+        ("float32-ieee", 16, 80, "aligned"),
+        ("float32-tf32", 16, 100, "aligned"),
+    ]
+    keys += [("bfloat16", 16, 90, shape) for shape in SHAPES if shape != "aligned"]
+    whole = [Case(step, *key) for key in keys for step in ("forward", "backward")]
+    return whole + [Case(step, "bfloat16", 16, 90) for step in ("mask", "sum")]
+
+
+def _meta(*sizes: int, dtype: torch.dtype) -> Tensor:
+    return torch.empty(sizes, dtype=dtype, device="meta")
+
+
+@contextmanager
+def _float32_products(precision: str) -> Iterator[None]:
+    switch = torch.backends.cuda.matmul
+    before = switch.fp32_precision
+    switch.fp32_precision = precision
+    try:
+        yield
+    finally:
+        switch.fp32_precision = before

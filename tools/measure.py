@@ -1,0 +1,114 @@
+"""Measure one case: compile its step without dropout and with, read the machine code, and say what is wrong with it."""
+
+from dataclasses import dataclass
+from math import prod
+from typing import Any
+
+from tools.aot import Launch, offline
+from tools.cases import DROPOUT, Case
+from tools.sass import Sass, read_cubin
+
+# What the launches of a step produce, in order, by the kernels they run; sums of partial results are a step of their own.
+PRODUCTS = {
+    ("project", "gemm"): ("S", "y"),
+    ("grad_b", "outer", "gemm"): ("dS dB", "dA", "dx"),
+    ("project", "outer", "outer", "gemm"): ("dS", "dB", "dA", "dx"),
+    ("pack_bits",): ("bits",),
+    ("sum_partials",): ("sum",),
+    (): (),
+}
+# The block of elements that a program masks at a time.
+MASKED_TILE = {"S": ("BLOCK_M", "BLOCK_K"), "dA": ("BLOCK_M", "BLOCK_K"), "dx": ("BLOCK_M", "BLOCK_N")}
+THREADS_PER_WARP = 32
+TENSOR_MEMORY_COLUMNS = 512
+
+
+@dataclass(frozen=True)
+class Row:
+    """One compiled kernel of a case.
+
+    config: its tile and options. shared: bytes a program. tensor_memory: columns (capability 100). dots: whether it multiplies
+    matrices. conversions: `ttg.convert_layout` operations, each a trip through shared memory or a shuffle.
+
+    per_masked_element: the instructions of a thread that dropout adds, by the elements it masks:
+    (instructions with dropout - instructions without) / (elements of a masked tile / threads of a program). Static counts of
+    the whole kernel; None without dropout, and where the tile differs between the two.
+    """
+
+    case: Case
+    dropout: bool
+    product: str
+    kernel: str
+    config: dict[str, Any]
+    sass: Sass
+    shared: int
+    tensor_memory: int
+    dots: bool
+    conversions: int
+    per_masked_element: float | None
+
+    @property
+    def key(self) -> str:
+        return f"{self.case} {self.product}{' dropout' if self.dropout else ''}"
+
+
+def measure(case: Case) -> list[Row]:
+    """The kernels of a case without dropout, then those that differ with it. On a cold cache a kernel takes seconds."""
+    plain, masked = _compile(case, 0.0), _compile(case, DROPOUT)
+    rows = {product: _row(case, False, product, launch) for product, launch in plain.items()}
+    differing = [
+        name for name, launch in masked.items() if name not in plain or launch.compiled.hash != plain[name].compiled.hash
+    ]
+    return [*rows.values(), *(_row(case, True, name, masked[name], rows.get(name)) for name in differing)]
+
+
+def _compile(case: Case, dropout_p: float) -> dict[str, Launch]:
+    with offline(case.capability) as launches:
+        case.run(dropout_p)
+    if case.step != "sum":
+        launches = [launch for launch in launches if launch.kernel != "sum_partials_kernel"]
+    kernels = tuple(launch.kernel.removesuffix("_kernel") for launch in launches)
+    return dict(zip(PRODUCTS[kernels], launches, strict=True))
+
+
+def _row(case: Case, dropout: bool, product: str, launch: Launch, plain: Row | None = None) -> Row:
+    assembly, metadata = launch.compiled.asm, launch.compiled.metadata
+    config = {name: value for name, value in launch.constexprs.items() if name.startswith("BLOCK")}
+    config |= {name: launch.options[name] for name in ("num_warps", "num_stages")}
+    sass = read_cubin(assembly["cubin"])
+    per_masked_element = None
+    if dropout and plain is not None and plain.config == config:
+        elements = prod(config[name] for name in MASKED_TILE[product])
+        threads = THREADS_PER_WARP * config["num_warps"]
+        per_masked_element = (sass.instructions - plain.sass.instructions) * threads / elements
+    return Row(
+        case=case,
+        dropout=dropout,
+        product=product,
+        kernel=launch.kernel.removesuffix("_kernel"),
+        config=config,
+        sass=sass,
+        shared=metadata.shared,
+        tensor_memory=metadata.tmem_size or 0,
+        dots="tt.dot" in assembly["ttir"],
+        conversions=assembly["ttgir"].count("ttg.convert_layout"),
+        per_masked_element=per_masked_element,
+    )
+
+
+def faults(row: Row) -> list[str]:
+    """Why the kernel of a row must not ship, whatever its budget; empty when nothing is wrong."""
+    found = []
+    sass, target = row.sass, row.case.target
+    if sass.stack or sass.local:
+        found.append(f"spills: {sass.stack} bytes of stack a thread, {sass.local} loads and stores of local memory")
+    if row.shared > target.shared_memory:
+        found.append(f"shared memory: {row.shared} bytes, the device has {target.shared_memory}")
+    if row.tensor_memory > TENSOR_MEMORY_COLUMNS:
+        found.append(f"tensor memory: {row.tensor_memory} columns, the device has {TENSOR_MEMORY_COLUMNS}")
+    if row.dots and not row.case.dtype.endswith("ieee"):
+        if not sass.tensor_core:
+            found.append("no tensor-core instruction")
+        elif row.kernel == "gemm" and row.case.capability == 90 and not sass.hgmma:
+            found.append("no HGMMA")
+    return found

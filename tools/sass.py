@@ -1,0 +1,69 @@
+"""Facts read from a cubin: registers, stack, and the machine instructions (SASS) that matter to a tensor-core kernel.
+
+`cuobjdump` from the Triton wheel disassembles the cubin, so no CUDA toolkit and no GPU are needed. Triton's own `asm["sass"]`
+is not used: it stops at four-digit addresses, that is after 4096 instructions.
+"""
+
+import re
+import subprocess
+import tempfile
+from collections import Counter
+from dataclasses import dataclass
+
+from triton import knobs
+
+# "/*0a30*/   @!P0 LDGSTS.E.BYPASS.128 [R3], desc[UR4][R2.64] ;   /* 0x... */": address, predicate if any, opcode, operands.
+_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
+_USAGE = re.compile(r"REG:(\d+) STACK:(\d+)")
+_LOCAL = re.compile(r"(?:LDL|STL)\b")
+_TENSOR_CORE = re.compile(r"(?:HMMA|HGMMA|UTC\w*MMA)\b")
+_NARROW_LOAD = re.compile(r"(?:LDG|LDGSTS)\b(?!.*\.(?:64|128|256))")
+
+
+@dataclass(frozen=True)
+class Sass:
+    """Counts over one cubin; instruction counts are static and leave out the NOPs that pad the code.
+
+    registers: 32-bit registers per thread. stack: bytes per thread. local: loads and stores of local memory (LDL, STL).
+    tensor_core: matrix instructions of any generation (HMMA, HGMMA, UTC*MMA). hgmma: Hopper's among them.
+    narrow_loads: loads of global memory that bring a thread fewer than 8 bytes.
+    """
+
+    registers: int
+    stack: int
+    instructions: int
+    local: int
+    tensor_core: int
+    hgmma: int
+    narrow_loads: int
+
+
+def read_cubin(cubin: bytes) -> Sass:
+    """Disassemble a cubin that holds one kernel and count; raises ValueError when it holds none or more."""
+    with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
+        file.write(cubin)
+        file.flush()
+        usage = _USAGE.findall(_cuobjdump("-res-usage", file.name))
+        opcodes = Counter(_INSTRUCTION.findall(_cuobjdump("-sass", file.name)))
+    if len(usage) != 1 or not opcodes:
+        raise ValueError(f"expected one kernel in the cubin, found {len(usage)} and {opcodes.total()} instructions")
+    del opcodes["NOP"]
+    registers, stack = map(int, usage[0])
+    return Sass(
+        registers=registers,
+        stack=stack,
+        instructions=opcodes.total(),
+        local=_count(opcodes, _LOCAL),
+        tensor_core=_count(opcodes, _TENSOR_CORE),
+        hgmma=_count(opcodes, re.compile(r"HGMMA\b")),
+        narrow_loads=_count(opcodes, _NARROW_LOAD),
+    )
+
+
+def _count(opcodes: Counter[str], pattern: re.Pattern[str]) -> int:
+    return sum(n for opcode, n in opcodes.items() if pattern.match(opcode))
+
+
+def _cuobjdump(*arguments: str) -> str:
+    command = [knobs.nvidia.cuobjdump.path, *arguments]
+    return subprocess.run(command, check=True, capture_output=True, text=True).stdout
