@@ -28,7 +28,7 @@ class LoraLinearFunction(torch.autograd.Function):
     """
 
     @staticmethod
-    def forward(  # type: ignore[override]  # Function.forward is declared with *args
+    def forward(
         ctx: Any,
         x: Tensor,
         weight: Tensor,
@@ -57,7 +57,7 @@ class LoraLinearFunction(torch.autograd.Function):
         return y
 
     @staticmethod
-    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:  # type: ignore[override]  # declared with *grads
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
         # once_differentiable alone would let a second derivative that reaches x, A or B but not dy come out as a silent zero.
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(

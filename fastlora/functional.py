@@ -48,7 +48,8 @@ def lora_linear(
         TypeError, ValueError: an argument of the wrong type, dtype, layout, shape, device or range.
         RuntimeError: a backend that cannot run these tensors, a functorch transform, or a second derivative.
     """
-    autocast_dtype = _autocast_dtype(x)
+    validation.check_tensor(x, "x")
+    autocast_dtype = _autocast_dtype(x.device)
     validation.check_inputs(x, weight, lora_A, lora_B, bias, autocast_dtype)
     validation.check_number(scaling, "scaling")
     validation.check_dropout_p(dropout_p, "dropout_p")
@@ -57,10 +58,8 @@ def lora_linear(
     backend = _choose_backend(backend, x.device, dtype)
     _refuse_functorch()
     if autocast_dtype is not None:
-        x, weight, lora_A, lora_B, bias = (
-            None if t is None else t.to(validation.autocast_target(t, autocast_dtype))
-            for t in (x, weight, lora_A, lora_B, bias)
-        )
+        x, weight, lora_A, lora_B = (t.to(validation.autocast_target(t, autocast_dtype)) for t in (x, weight, lora_A, lora_B))
+        bias = None if bias is None else bias.to(dtype)
     if lora_A.shape[0] == 0:
         return F.linear(x, weight, bias)
     if not training or threshold(dropout_p) == 0:
@@ -108,10 +107,8 @@ def _choose_backend(backend: str | None, device: torch.device, dtype: torch.dtyp
     return backend
 
 
-def _autocast_dtype(x: Tensor) -> torch.dtype | None:
-    if not isinstance(x, Tensor) or not torch.is_autocast_enabled(x.device.type):
-        return None
-    return torch.get_autocast_dtype(x.device.type)
+def _autocast_dtype(device: torch.device) -> torch.dtype | None:
+    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
 
 
 def _refuse_functorch() -> None:

@@ -55,12 +55,11 @@ class FusedLoraLinear(nn.Module):
     ) -> None:
         validation.check_size(in_features, "in_features")
         validation.check_size(out_features, "out_features")
-        base = nn.Linear(in_features, out_features, bias, device="meta")
         shape = (in_features, out_features) if fan_in_fan_out else (out_features, in_features)
         weight = torch.empty(shape, device=device, dtype=dtype)
         self._setup(
             weight,
-            torch.empty(out_features, device=device, dtype=dtype) if base.bias is not None else None,
+            torch.empty(out_features, device=device, dtype=dtype) if bias else None,
             r,
             lora_alpha,
             lora_dropout,
@@ -132,9 +131,10 @@ class FusedLoraLinear(nn.Module):
         self.weight = nn.Parameter(weight, requires_grad=False)
         self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
         self.register_buffer("_base_weight", None, persistent=False)
-        adapter = {"device": weight.device, "dtype": adapter_dtype}
-        self.lora_A = nn.Parameter(torch.empty((r, in_features), **adapter)) if r else None
-        self.lora_B = nn.Parameter(torch.empty((out_features, r), **adapter)) if r else None
+        lora_A = torch.empty((r, in_features), device=weight.device, dtype=adapter_dtype)
+        lora_B = torch.empty((out_features, r), device=weight.device, dtype=adapter_dtype)
+        self.register_parameter("lora_A", nn.Parameter(lora_A) if r else None)
+        self.register_parameter("lora_B", nn.Parameter(lora_B) if r else None)
         self.reset_lora_parameters()
 
     def _reset_base(self) -> None:

@@ -109,7 +109,7 @@ def _accumulator(tensor: Tensor) -> torch.dtype:
 
 
 def _chunks(tensor: Tensor) -> list[range]:
-    return row_chunks(*tensor.shape, elements=_CPU_CHUNK if tensor.device.type == "cpu" else _DEVICE_CHUNK)
+    return row_chunks(tensor.shape[0], tensor.shape[1], _CPU_CHUNK if tensor.device.type == "cpu" else _DEVICE_CHUNK)
 
 
 def _rows(tensor: Tensor, rows: range) -> Tensor:

@@ -67,7 +67,8 @@ def check_rank(r: int, in_features: int, out_features: int) -> None:
         )
 
 
-def _check_tensor(tensor: Tensor, name: str, dim: int | None) -> None:
+def check_tensor(tensor: Tensor, name: str, dim: int | None = None) -> None:
+    """`tensor` is a dense tensor of a dtype that can be computed with, of `dim` dimensions where that is given."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if tensor.layout != torch.strided:
@@ -124,7 +125,7 @@ def check_inputs(
         tensors["bias"] = bias
     dims = {"x": None, "weight": 2, "lora_A": 2, "lora_B": 2, "bias": 1}
     for name, tensor in tensors.items():
-        _check_tensor(tensor, name, dims[name])
+        check_tensor(tensor, name, dims[name])
     _check_shapes(x, weight, lora_A, lora_B, bias)
     for name, tensor in tensors.items():
         if tensor.device != x.device:
@@ -140,10 +141,10 @@ def check_inputs(
 
 def check_frozen(weight: Tensor, bias: Tensor | None, adapter_dtype: torch.dtype) -> None:
     """A base layer's weight and bias, and the dtype of the adapters to be put beside them."""
-    _check_tensor(weight, "weight", 2)
+    check_tensor(weight, "weight", 2)
     dtypes = {"x": weight.dtype, "lora_A": adapter_dtype, "lora_B": adapter_dtype}
     if bias is not None:
-        _check_tensor(bias, "bias", 1)
+        check_tensor(bias, "bias", 1)
         dtypes["bias"] = bias.dtype
     _check_dtypes(dtypes)
 

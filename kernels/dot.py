@@ -21,7 +21,7 @@ def dot(a, b, acc, PRECISION: tl.constexpr):
 
 @triton.jit
 def round_to(t, DTYPE: tl.constexpr):
-    """t in DTYPE, rounded to nearest even.  The interpreter truncates float32 to bfloat16, so there the bits are rounded first."""
+    """t in DTYPE, to nearest even.  The interpreter truncates float32 to bfloat16, so there the bits are rounded first."""
     if INTERPRETED and DTYPE == tl.bfloat16 and t.dtype == tl.float32:
         bits = t.to(tl.uint32, bitcast=True)
         bits += ((bits >> 16) & 1) + 0x7FFF

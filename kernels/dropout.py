@@ -9,6 +9,13 @@ from fastlora.dropout import threshold
 from fastlora.kernels import launch
 
 
+def lane_limit(dropout_p: float) -> int:
+    """t · 2¹⁶ − 1 as an int32's bits: lane >= t is tested as (lane · 2¹⁶ + anything below) > limit, unsigned, so that an
+    upper lane is compared where it lies in its word.  t >= 1, since t = 0 takes no mask."""
+    limit = (threshold(dropout_p) << 16) - 1
+    return limit - (1 << 32) if limit >= 1 << 31 else limit
+
+
 @triton.jit
 def keep_words(seed, rows, first_col, BLOCK_K: tl.constexpr):
     """The four Philox words, (len(rows), BLOCK_K / 8) each, behind columns first_col .. first_col + BLOCK_K of `rows`."""
@@ -17,42 +24,42 @@ def keep_words(seed, rows, first_col, BLOCK_K: tl.constexpr):
 
 
 @triton.jit
-def keep_tile(w0, w1, w2, w3, threshold, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+def keep_tile(w0, w1, w2, w3, limit, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
     """Booleans (BLOCK_M, BLOCK_K), True = kept: 8 neighbouring columns come from one thread's words, as x's loads do."""
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [..., i, j] = word 2i + j
-    lanes = tl.join(words & 0xFFFF, words >> 16)  # [..., i, j, h] = lane 4i + 2j + h
-    return tl.reshape(lanes, (BLOCK_M, BLOCK_K)).to(tl.int32) >= threshold
+    lanes = tl.join(words << 16, words)  # [..., i, j, h] = lane 4i + 2j + h in the upper half
+    return tl.reshape(lanes, (BLOCK_M, BLOCK_K)) > limit.to(tl.uint32, bitcast=True)
 
 
 @triton.jit
-def _keep_pair(word, threshold):
-    low = ((word & 0xFFFF).to(tl.int32) >= threshold).to(tl.int32)
-    return low | (((word >> 16).to(tl.int32) >= threshold).to(tl.int32) << 1)
+def _keep_pair(word, limit):
+    limit = limit.to(tl.uint32, bitcast=True)
+    return ((word << 16) > limit).to(tl.int32) | ((word > limit).to(tl.int32) << 1)
 
 
 @triton.jit
-def keep_bytes(w0, w1, w2, w3, threshold):
+def keep_bytes(w0, w1, w2, w3, limit):
     """The same booleans packed: bit j of byte (row, c) is column 8c + j.  Straight from the words, without a shuffle."""
-    low = _keep_pair(w0, threshold) | (_keep_pair(w1, threshold) << 2)
-    high = _keep_pair(w2, threshold) | (_keep_pair(w3, threshold) << 2)
+    low = _keep_pair(w0, limit) | (_keep_pair(w1, limit) << 2)
+    high = _keep_pair(w2, limit) | (_keep_pair(w3, limit) << 2)
     return (low | (high << 4)).to(tl.uint8)
 
 
 @triton.jit
-def store_bytes(bits, w0, w1, w2, w3, threshold, rows, first_col, M, row_bytes, BLOCK_K: tl.constexpr):
+def store_bytes(bits, w0, w1, w2, w3, limit, rows, first_col, M, row_bytes, BLOCK_K: tl.constexpr):
     """Write the packed mask of a tile to bits (M, row_bytes)."""
     columns = first_col // 8 + tl.arange(0, BLOCK_K // 8)
     pointers = bits + rows[:, None].to(tl.int64) * row_bytes + columns[None, :]
-    tl.store(pointers, keep_bytes(w0, w1, w2, w3, threshold), mask=(rows[:, None] < M) & (columns[None, :] < row_bytes))
+    tl.store(pointers, keep_bytes(w0, w1, w2, w3, limit), mask=(rows[:, None] < M) & (columns[None, :] < row_bytes))
 
 
-@triton.jit(do_not_specialize=["M", "threshold"])
-def pack_bits_kernel(bits, seed, M, row_bytes, threshold, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
+@triton.jit(do_not_specialize=["M", "limit"])
+def pack_bits_kernel(bits, seed, M, row_bytes, limit, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
     """bits (M, row_bytes) uint8: the packed mask."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     first_col = tl.program_id(1) * BLOCK_K
     w0, w1, w2, w3 = keep_words(tl.load(seed), rows, first_col, BLOCK_K)
-    store_bytes(bits, w0, w1, w2, w3, threshold, rows, first_col, M, row_bytes, BLOCK_K)
+    store_bytes(bits, w0, w1, w2, w3, limit, rows, first_col, M, row_bytes, BLOCK_K)
 
 
 def empty_bits(rows: int, cols: int, device: torch.device) -> Tensor:
@@ -67,7 +74,7 @@ def pack_bits(seed: Tensor, rows: int, cols: int, dropout_p: float) -> Tensor:
     launch.launch(
         pack_bits_kernel,
         (triton.cdiv(rows, block_m), triton.cdiv(cols, block_k)),
-        (bits, seed, rows, bits.shape[1], threshold(dropout_p)),
+        (bits, seed, rows, bits.shape[1], lane_limit(dropout_p)),
         BLOCK_M=block_m,
         BLOCK_K=block_k,
         num_warps=4,

@@ -1,4 +1,4 @@
-"""The two GEMMs, each with its rank-r term in the same accumulator: y = x Wᵀ + bias + S (scaling·B)ᵀ and dx = dy W + mask(dS A).
+"""The two GEMMs, each with its rank-r term in one accumulator: y = x Wᵀ + bias + scaling · S Bᵀ and dx = dy W + mask(dS A).
 
 Both are C (M, N) = P (M, K) Q (K, N) + bias + mask(alpha · U (M, R) V (R, N)); forward P = x, Q = Wᵀ, U = S, V = Bᵀ; backward
 P = dy, Q = W, U = dS, V = A.  The rank-r product comes first, so that the main loop accumulates onto it and no second
@@ -17,7 +17,6 @@ from fastlora.kernels import launch
 from fastlora.kernels.config import GemmConfig, gemm_config, rank_block
 from fastlora.kernels.dot import dot, into_range, matmul_precision, round_to
 from fastlora.kernels.target import Target, fits_descriptor, needs_int64
-
 
 TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 
@@ -133,8 +132,12 @@ def gemm_kernel(
                 offs_k = ks.to(tl.int64) if WIDE else ks
                 p_mask = None if EVEN_K else ks[None, :] < K
                 q_mask = None if EVEN_K else ks[:, None] < K
-                p = tl.load(P + safe_m[:, None] * stride_pm + offs_k[None, :] * stride_pk, mask=p_mask, other=None if EVEN_K else 0.0)
-                q = tl.load(Q + offs_k[:, None] * stride_qk + safe_n[None, :] * stride_qn, mask=q_mask, other=None if EVEN_K else 0.0)
+                p = tl.load(
+                    P + safe_m[:, None] * stride_pm + offs_k[None, :] * stride_pk, mask=p_mask, other=None if EVEN_K else 0.0
+                )
+                q = tl.load(
+                    Q + offs_k[:, None] * stride_qk + safe_n[None, :] * stride_qn, mask=q_mask, other=None if EVEN_K else 0.0
+                )
             acc = dot(p, q, acc, PRECISION)
         if DESCRIPTORS:
             C.store([first_m, first_n], round_to(acc, DTYPE))
@@ -159,7 +162,7 @@ def gemm(
     bits: Tensor | None = None,
     config: GemmConfig | None = None,
 ) -> Tensor:
-    """C = P Q + bias + mask(alpha · U V) in P's dtype, (M, N); P (M, K) and Q (K, N) of any strides, U (M, r) float32, V (r, N).
+    """P Q + bias + mask(alpha · U V), (M, N) in P's dtype; P (M, K) and Q (K, N) of any strides, U (M, r) float32, V (r, N).
 
     P, Q and C go through tensor descriptors where all three can, otherwise through pointers.  `config` is chosen from the
     shape when not given.

@@ -1,19 +1,19 @@
-"""dA = dSᵀ drop(x), with the mask packed on the way, and dB = scaling · dyᵀ S: one pass over a tall matrix, reduced along its rows."""
+"""dA = dSᵀ drop(x), packing the mask on the way, and dB = scaling · dyᵀ S: one pass over a tall matrix, reduced along rows."""
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlora.dropout import keep_scale, threshold
+from fastlora.dropout import keep_scale
 from fastlora.kernels import launch
 from fastlora.kernels.config import rank_block, split_steps, stream_config
 from fastlora.kernels.dot import dot_wide, matmul_precision, round_to, sum_partials
-from fastlora.kernels.dropout import empty_bits, keep_tile, keep_words, store_bytes
+from fastlora.kernels.dropout import empty_bits, keep_tile, keep_words, lane_limit, store_bytes
 from fastlora.kernels.target import Target, needs_int64
 
 
-@triton.jit(do_not_specialize=["M", "steps", "threshold"])
+@triton.jit(do_not_specialize=["M", "steps", "row_bytes", "limit"])
 def outer_kernel(
     x,
     U,
@@ -29,7 +29,7 @@ def outer_kernel(
     stride_or,
     stride_ok,
     scale,
-    threshold,
+    limit,
     R: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -40,7 +40,11 @@ def outer_kernel(
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """out[split] (R, K) = scale · Uᵀ mask(x) over row blocks split · steps .. (split + 1) · steps, and bits = the packed mask."""
+    """out[split] (R, K) = scale · Uᵀ mask(x) over row blocks split · steps .. (split + 1) · steps; bits = the packed mask.
+
+    row_bytes stays unspecialised: known to be a multiple of 16, it would make Triton give the bytes' store a layout of its own
+    and compute Philox a second time for it (20.8 instructions per element on sm_90 instead of 14.3).
+    """
     cols = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     split = tl.program_id(1)
     ranks = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -58,14 +62,16 @@ def outer_kernel(
         if HAS_DROPOUT:
             first_col = tl.program_id(0) * BLOCK_K
             w0, w1, w2, w3 = keep_words(seed, rows, first_col, BLOCK_K)
-            x_tile = tl.where(keep_tile(w0, w1, w2, w3, threshold, BLOCK_M, BLOCK_K), x_tile, 0.0)
+            x_tile = tl.where(keep_tile(w0, w1, w2, w3, limit, BLOCK_M, BLOCK_K), x_tile, 0.0)
             if PACK:
                 if tl.program_id(2) == 0:
-                    store_bytes(bits, w0, w1, w2, w3, threshold, rows, first_col, M, row_bytes, BLOCK_K)
+                    store_bytes(bits, w0, w1, w2, w3, limit, rows, first_col, M, row_bytes, BLOCK_K)
         acc = dot_wide(tl.trans(x_tile), u_tile, acc, PRECISION, SPLIT)
     out += split.to(tl.int64) * R * K
     out_mask = (cols[:, None] < K) & (ranks[None, :] < R)
-    tl.store(out + cols[:, None] * stride_ok + ranks[None, :] * stride_or, round_to(acc * scale, out.dtype.element_ty), mask=out_mask)
+    tl.store(
+        out + cols[:, None] * stride_ok + ranks[None, :] * stride_or, round_to(acc * scale, out.dtype.element_ty), mask=out_mask
+    )
 
 
 def outer(
@@ -99,7 +105,7 @@ def outer(
         (col_blocks, parts, rank_blocks),
         (
             *(x, U, partials, bits, seed, M, K, steps, row_bytes, *x.stride(), *out_strides),
-            *(scaling * keep_scale(dropout_p), threshold(dropout_p)),
+            *(scaling * keep_scale(dropout_p), lane_limit(dropout_p) if seed is not None else 0),
         ),
         R=r,
         BLOCK_M=config.block_m,

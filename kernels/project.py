@@ -5,15 +5,15 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlora.dropout import keep_scale, threshold
+from fastlora.dropout import keep_scale
 from fastlora.kernels import launch
 from fastlora.kernels.config import rank_block, split_steps, stream_config
 from fastlora.kernels.dot import dot_wide, matmul_precision, sum_partials
-from fastlora.kernels.dropout import keep_tile, keep_words
+from fastlora.kernels.dropout import keep_tile, keep_words, lane_limit
 from fastlora.kernels.target import Target, needs_int64
 
 
-@triton.jit(do_not_specialize=["M", "steps", "threshold"])
+@triton.jit(do_not_specialize=["M", "steps", "limit"])
 def project_kernel(
     x,
     A,
@@ -27,7 +27,7 @@ def project_kernel(
     stride_ar,
     stride_ak,
     scale,
-    threshold,
+    limit,
     R: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
@@ -53,7 +53,7 @@ def project_kernel(
         a_tile = tl.load(A + ranks[None, :] * stride_ar + offs_k[:, None] * stride_ak, mask=a_mask, other=0.0)
         if HAS_DROPOUT:
             w0, w1, w2, w3 = keep_words(seed, rows, start, BLOCK_K)
-            x_tile = tl.where(keep_tile(w0, w1, w2, w3, threshold, BLOCK_M, BLOCK_K), x_tile, 0.0)
+            x_tile = tl.where(keep_tile(w0, w1, w2, w3, limit, BLOCK_M, BLOCK_K), x_tile, 0.0)
         acc = dot_wide(x_tile, a_tile, acc, PRECISION, True)
     out_rows = (split.to(tl.int64) * M + rows) * R
     out_mask = (rows[:, None] < M) & (ranks[None, :] < R)
@@ -79,7 +79,19 @@ def project(
     launch.launch(
         project_kernel,
         (row_blocks, parts, rank_blocks),
-        (x, A, partials, seed, M, K, steps, *x.stride(), *A.stride(), scaling * keep_scale(dropout_p), threshold(dropout_p)),
+        (
+            x,
+            A,
+            partials,
+            seed,
+            M,
+            K,
+            steps,
+            *x.stride(),
+            *A.stride(),
+            scaling * keep_scale(dropout_p),
+            lane_limit(dropout_p) if seed is not None else 0,
+        ),
         R=r,
         BLOCK_M=config.block_m,
         BLOCK_K=config.block_k,

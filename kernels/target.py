@@ -5,6 +5,7 @@ from dataclasses import dataclass
 
 import torch
 from triton import knobs
+from triton.runtime import driver
 
 
 @dataclass(frozen=True)
@@ -32,7 +33,7 @@ INTERPRETER = Target(capability=90, sms=4, shared_memory=232448)
 @functools.cache
 def _cuda_target(index: int) -> Target:
     properties = torch.cuda.get_device_properties(index)
-    limit = properties.shared_memory_per_block_optin
+    limit = driver.active.utils.get_device_properties(index)["max_shared_mem"]  # what Triton checks a launch against
     return Target(10 * properties.major + properties.minor, properties.multi_processor_count, limit)
 
 
@@ -47,7 +48,9 @@ def target_of(device: torch.device) -> Target:
 def needs_int64(*tensors: torch.Tensor) -> bool:
     """Whether an element's offset in one of the tensors exceeds 2**31 - 1, so that 32-bit offsets would wrap."""
     return any(
-        sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) >= 2**31 for t in tensors if t.numel()
+        sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) >= 2**31
+        for t in tensors
+        if t.numel()
     )
 
 
