@@ -106,7 +106,8 @@ def _case(args: argparse.Namespace) -> oracle.Case:
 def _measure(rivals: Sequence[benchmark.Contender], case: oracle.Case, args: argparse.Namespace) -> list[benchmark.Measurement]:
     from rich.progress import Progress
 
-    with Progress(console=common.consoles()[1], transient=True) as progress:
+    _, stderr = common.consoles()
+    with Progress(console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
         task = progress.add_task("checking against float64", total=len(rivals) + benchmark.WARMUP + args.repeats)
         return benchmark.measure(
             rivals,

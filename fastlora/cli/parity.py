@@ -94,7 +94,7 @@ def _check(cases: Sequence[oracle.Case], backends: Sequence[str], device: torch.
 
     _, stderr = common.consoles()
     results = []
-    with warnings.catch_warnings(), Progress(console=stderr, transient=True) as progress:
+    with warnings.catch_warnings(), Progress(console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
         warnings.filterwarnings("ignore", message="r=.* is above min")  # such ranks are among those to check
         task = progress.add_task("checking", total=len(cases) * len(backends))
         for case in cases:
@@ -118,15 +118,16 @@ def _print(results: Sequence[tuple[str, oracle.Row]], backends: Sequence[str], d
     for heading in ("fastlora", "eager", "bound"):
         table.add_column(heading, justify="right")
     table.add_column("verdict")
-    before: tuple[str, oracle.Case] | None = None
+    previous_case, previous_backend = None, ""
     for backend, row in results:
-        first = (backend, row.case) != before
-        if first and before is not None and before[1] != row.case:
+        new_case = row.case != previous_case
+        new_backend = new_case or backend != previous_backend
+        if new_case and previous_case is not None:
             table.add_section()
-        before = backend, row.case
+        previous_case, previous_backend = row.case, backend
         figures = [f"{value:.1e}" for value in (row.error, row.eager, row.bound)]
         verdict = "[green]ok" if row.passed else f"[bold red]OVER[/] {row.note}"
-        table.add_row(str(row.case) if first else "", backend if first else "", row.output, *figures, verdict)
+        table.add_row(str(row.case) if new_case else "", backend if new_backend else "", row.output, *figures, verdict)
     stdout, _ = common.consoles()
     stdout.print(table)
     stdout.print(_summary(results, backends))
