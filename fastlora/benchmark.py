@@ -222,13 +222,14 @@ def _cuda_clock(device: torch.device) -> Callable[[Steps], dict[tuple[str, str],
 
     def clock(steps: Steps) -> dict[tuple[str, str], float]:
         events = {}
-        for key, step in steps.items():
-            start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
-            flush.zero_()
-            start.record()
-            step()
-            end.record()
-            events[key] = start, end
+        with torch.cuda.device(device):  # events are recorded on the current device's stream
+            for key, step in steps.items():
+                start, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+                flush.zero_()
+                start.record()
+                step()
+                end.record()
+                events[key] = start, end
         torch.cuda.synchronize(device)
         return {key: start.elapsed_time(end) / 1e3 for key, (start, end) in events.items()}
 

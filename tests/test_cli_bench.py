@@ -154,6 +154,16 @@ def test_the_table_and_the_files(tmp_path: Path, capsys: pytest.CaptureFixture[s
     assert (tmp_path / "new" / "folder" / "bench.png").read_bytes().startswith(b"\x89PNG")
 
 
+@pytest.mark.parametrize(("slowest", "scattered"), [(1.2, False), (2.0, True)])
+def test_a_disturbed_run_says_so(
+    slowest: float, scattered: bool, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    times = iter([1.0] * benchmark.WARMUP + [1.0, 1.0, slowest, slowest])
+    monkeypatch.setattr(benchmark, "_cpu_clock", lambda steps: dict.fromkeys(steps, next(times)))
+    assert cli.main(["bench", *SMALL, "--repeats", "4", "--output", str(tmp_path)]) == 0
+    assert ("The times scatter widely" in capsys.readouterr().out) == scattered
+
+
 def test_json_is_all_of_stdout(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     options = ["--dtype", "bfloat16", "--adapter-dtype", "float32", "--bias", "-p", "0.5", "--seed", "7"]
     assert cli.main(["bench", *SMALL, *options, "--json", "--output", str(tmp_path)]) == 0

@@ -22,6 +22,8 @@ Writes bench.csv and bench.png."""
 #: device type -> (M, K, N, dtype)
 DEFAULTS = {"cpu": (2048, 1024, 1024, "float32"), "cuda": (8192, 4096, 4096, "bfloat16")}
 
+WIDE_SPREAD = 1.5  # p80 / p20; an undisturbed run stays below 1.1
+
 
 def register(subparsers: Any) -> None:
     """Add the subcommand to `fastlora`."""
@@ -168,7 +170,7 @@ def _print(rows: Sequence[dict[str, Any]], case: oracle.Case, facts: dict[str, A
     from rich.table import Table
 
     x_bytes = case.shape[0] * case.shape[1] * case.dtype.itemsize
-    caption = f"{_conditions(facts)}; saved for backward: all that autograd keeps but parameters; x is {_mebibytes(x_bytes)}"
+    caption = f"{_conditions(facts)}\nsaved for backward: all that autograd keeps but parameters; x is {_mebibytes(x_bytes)}"
     table = Table(title=_title(case, facts), caption=caption)
     table.add_column("pass")
     table.add_column("contender")
@@ -190,6 +192,8 @@ def _print(rows: Sequence[dict[str, Any]], case: oracle.Case, facts: dict[str, A
         )
     stdout, _ = common.consoles()
     stdout.print(table)
+    if any(row["p80_ms"] > WIDE_SPREAD * row["p20_ms"] for row in rows):
+        stdout.print("[yellow]The times scatter widely: something else ran on this machine, and the ratios mean little.")
     stdout.print(f"Every contender was within its float64 bound before it was timed. Written: {folder}/bench.csv, bench.png")
 
 
