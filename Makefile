@@ -11,7 +11,7 @@ VENV := .venv
 OLDEST_VENV := .venv-triton-$(OLDEST_TRITON)
 REPORT_VENV := $(if $(TRITON),.venv-triton-$(TRITON),$(VENV))
 PIP_INSTALL = $(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-PYTEST_OPTIONS := --numprocesses $(JOBS) --dist worksteal -m "$(MARKS)"
+PYTEST_OPTIONS := --numprocesses $(JOBS) --dist worksteal --durations 10 -m "$(MARKS)"
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-interpreter test-compile check bench compile-report clean
