@@ -138,7 +138,8 @@ def test_the_table_and_the_files(tmp_path: Path, capsys: pytest.CaptureFixture[s
         "eager LoRA",
         "fastlora",
         "median",
-        "p20 to p80",
+        "p20",
+        "p80",
         "MiB",
         f"M={M} K={K}",
     ):

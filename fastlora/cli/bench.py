@@ -162,33 +162,40 @@ def _title(case: oracle.Case, facts: dict[str, Any]) -> str:
 
 
 def _conditions(facts: dict[str, Any]) -> str:
-    threads = f", {facts['threads']} threads" if "threads" in facts else ""
+    threads = f", threads: {facts['threads']}" if "threads" in facts else ""
     return f"{facts['device']}{threads}, torch {facts['torch']}, median of {facts['repeats']} rounds"
 
 
 def _print(rows: Sequence[dict[str, Any]], case: oracle.Case, facts: dict[str, Any], folder: Path) -> None:
+    from rich import box
     from rich.table import Table
 
-    x_bytes = case.shape[0] * case.shape[1] * case.dtype.itemsize
-    caption = f"{_conditions(facts)}\nsaved for backward: all that autograd keeps but parameters; x is {_mebibytes(x_bytes)}"
-    table = Table(title=_title(case, facts), caption=caption)
+    x_size = _three_digits(case.shape[0] * case.shape[1] * case.dtype.itemsize / 2**20)
+    caption = f"{_conditions(facts)}\nsaved for backward: all that autograd keeps but parameters; x is {x_size} MiB"
+    table = Table(title=_title(case, facts), caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("pass")
     table.add_column("contender")
-    for heading in ("median", "p20 to p80", "× frozen", "× eager", "saved for\nbackward", "peak\nmemory"):
+    for heading in (
+        "median\nms",
+        "p20\nms",
+        "p80\nms",
+        "×\nfrozen",
+        "×\neager",
+        "saved for\nbackward\nMiB",
+        "peak\nmemory\nMiB",
+    ):
         table.add_column(heading, justify="right")
     for index, row in enumerate(rows):
         first = index == 0 or rows[index - 1]["pass"] != row["pass"]
         if first and index:
-            table.add_section()
+            table.add_row()
         table.add_row(
             row["pass"] if first else "",
             row["contender"],
-            f"{_three_digits(row['median_ms'])} ms",
-            f"{_three_digits(row['p20_ms'])} to {_three_digits(row['p80_ms'])}",
+            *(_three_digits(row[key]) for key in ("median_ms", "p20_ms", "p80_ms")),
             f"{row['over_frozen']:.2f}",
             f"{row['over_eager']:.2f}",
-            _mebibytes(row["saved_bytes"]),
-            _mebibytes(row["peak_bytes"]),
+            *("" if row[key] is None else _three_digits(row[key] / 2**20) for key in ("saved_bytes", "peak_bytes")),
         )
     stdout, _ = common.consoles()
     stdout.print(table)
@@ -198,11 +205,7 @@ def _print(rows: Sequence[dict[str, Any]], case: oracle.Case, facts: dict[str, A
 
 
 def _three_digits(value: float) -> str:
-    return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}"
-
-
-def _mebibytes(count: int | None) -> str:
-    return "" if count is None else f"{count / 2**20:.1f} MiB"
+    return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}" if value else "0"
 
 
 def _write_csv(rows: Sequence[dict[str, Any]], path: Path) -> None:

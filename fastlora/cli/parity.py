@@ -22,7 +22,7 @@ DTYPES = {
     "bfloat16+float32": (torch.bfloat16, torch.float32),
 }
 #: (M, K, N): tiny, one row, odd, one over a tile, exact tiles, wide, larger.
-SHAPES = ((2, 3, 5), (1, 64, 48), (7, 33, 65), (65, 129, 31), (64, 128, 64), (40, 24, 200), (300, 320, 256))
+SHAPES = ((3, 6, 9), (1, 64, 48), (7, 33, 65), (65, 129, 31), (64, 128, 64), (40, 24, 200), (300, 320, 256))
 RANKS = (1, 3, 8, 16, 33, 64, 130)
 DROPOUTS = (0.0, 0.1, 0.5, 1.0)
 BIAS = (True, False)
@@ -110,10 +110,12 @@ def _check(cases: Sequence[oracle.Case], backends: Sequence[str], device: torch.
 
 
 def _print(results: Sequence[tuple[str, oracle.Row]], backends: Sequence[str], device: torch.device, missing: bool) -> None:
+    from rich import box
     from rich.table import Table
 
-    table = Table(title=f"relative error against float64 on {device}")
-    for heading in ("case", "backend", "output"):
+    table = Table(title=f"relative error against float64 on {device}", box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
+    several = len(backends) > 1
+    for heading in ("case", *(["backend"] if several else []), "output"):
         table.add_column(heading)
     for heading in ("fastlora", "eager", "bound"):
         table.add_column(heading, justify="right")
@@ -123,11 +125,11 @@ def _print(results: Sequence[tuple[str, oracle.Row]], backends: Sequence[str], d
         new_case = row.case != previous_case
         new_backend = new_case or backend != previous_backend
         if new_case and previous_case is not None:
-            table.add_section()
+            table.add_row()
         previous_case, previous_backend = row.case, backend
+        label = [str(row.case) if new_case else "", *([backend if new_backend else ""] if several else [])]
         figures = [f"{value:.1e}" for value in (row.error, row.eager, row.bound)]
-        verdict = "[green]ok" if row.passed else f"[bold red]OVER[/] {row.note}"
-        table.add_row(str(row.case) if new_case else "", backend if new_backend else "", row.output, *figures, verdict)
+        table.add_row(*label, row.output, *figures, "[green]ok" if row.passed else f"[bold red]OVER[/] {row.note}")
     stdout, _ = common.consoles()
     stdout.print(table)
     stdout.print(_summary(results, backends))
