@@ -2,6 +2,7 @@
 
 import csv
 import json
+import sys
 from pathlib import Path
 from typing import Any
 
@@ -229,3 +230,9 @@ def test_what_does_not_go_together(tmp_path: Path, capsys: pytest.CaptureFixture
     ):
         assert cli.main(["bench", *SMALL, *arguments]) == 2
         assert message in capsys.readouterr().err
+
+
+def test_without_rich_it_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "rich", None)
+    with pytest.raises(SystemExit, match=r'rich is not installed: pip install "fastlora\[cli\]"'):
+        cli.main(["bench"])

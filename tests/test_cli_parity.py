@@ -1,6 +1,7 @@
 """`fastlora parity` as a person and a script run it: the table, the JSON, the exit codes, the refusals."""
 
 import json
+import sys
 from collections import Counter
 from typing import Any
 
@@ -132,3 +133,9 @@ def test_wrong_usage(arguments: list[str], message: str, capsys: pytest.CaptureF
         cli.main(["parity", *arguments])
     assert exit_.value.code == 2
     assert message in capsys.readouterr().err
+
+
+def test_without_rich_it_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "rich", None)
+    with pytest.raises(SystemExit, match=r'rich is not installed: pip install "fastlora\[cli\]"'):
+        cli.main(["parity"])

@@ -67,6 +67,8 @@ def register(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Measure, print the table and write the files; the exit code."""
+    for module in ("rich", "matplotlib"):
+        common.require(module)
     device: torch.device = args.device
     if args.backend == "triton" and device.type == "cpu":
         return common.refuse("bench", "the triton backend runs on a CPU only in Triton's interpreter, whose time means nothing")
@@ -75,7 +77,6 @@ def run(args: argparse.Namespace) -> int:
         args.output.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
         return common.refuse("bench", str(error))
-    common.require("matplotlib")
     backend = args.backend or ("torch" if device.type == "cpu" else None)
     try:
         measurements = _measure(benchmark.contenders(case, backend), case, args)

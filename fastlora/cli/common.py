@@ -49,12 +49,7 @@ def default_device() -> torch.device:
 
 
 def consoles() -> "tuple[Console, Console]":
-    """(stdout, stderr): results go to the first, progress and remarks to the second.
-
-    Raises:
-        SystemExit: rich is not installed.
-    """
-    require("rich")
+    """(stdout, stderr): results go to the first, progress and remarks to the second."""
     from rich.console import Console
 
     # A pipe has no width: there a table is as wide as its contents.

@@ -57,6 +57,7 @@ def register(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Check the cases and print the verdicts; the exit code."""
+    common.require("rich")
     available = functional.available_backends(args.device)
     if args.backend and args.backend not in available:
         hint = f" {INTERPRETER_HINT} --backend triton" if args.device.type == "cpu" else ""
