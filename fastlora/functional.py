@@ -108,7 +108,9 @@ def _choose_backend(backend: str | None, device: torch.device, dtype: torch.dtyp
 
 
 def _autocast_dtype(device: torch.device) -> torch.dtype | None:
-    return torch.get_autocast_dtype(device.type) if torch.is_autocast_enabled(device.type) else None
+    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
 
 
 def _refuse_functorch() -> None:

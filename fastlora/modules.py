@@ -55,11 +55,10 @@ class FusedLoraLinear(nn.Module):
     ) -> None:
         validation.check_size(in_features, "in_features")
         validation.check_size(out_features, "out_features")
-        shape = (in_features, out_features) if fan_in_fan_out else (out_features, in_features)
-        weight = torch.empty(shape, device=device, dtype=dtype)
+        base = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
         self._setup(
-            weight,
-            torch.empty(out_features, device=device, dtype=dtype) if bias else None,
+            base.weight.detach().t().contiguous() if fan_in_fan_out else base.weight.detach(),
+            base.bias.detach() if bias else None,
             r,
             lora_alpha,
             lora_dropout,
@@ -68,7 +67,6 @@ class FusedLoraLinear(nn.Module):
             merge_weights=merge_weights,
             adapter_dtype=adapter_dtype,
         )
-        self._reset_base()
 
     @classmethod
     def from_linear(
@@ -136,13 +134,6 @@ class FusedLoraLinear(nn.Module):
         self.register_parameter("lora_A", nn.Parameter(lora_A) if r else None)
         self.register_parameter("lora_B", nn.Parameter(lora_B) if r else None)
         self.reset_lora_parameters()
-
-    def _reset_base(self) -> None:
-        """nn.Linear's initialisation of weight and bias."""
-        bound = 1 / math.sqrt(self.in_features) if self.in_features else 0.0
-        for tensor in (self.weight, self.bias):
-            if tensor is not None:
-                nn.init.uniform_(tensor, -bound, bound)
 
     def reset_lora_parameters(self) -> None:
         """A from kaiming_uniform(a=√5), that is uniform(±1/√in), and B zero."""

@@ -24,7 +24,7 @@ def round_to(t, DTYPE: tl.constexpr):
     """t in DTYPE, to nearest even.  The interpreter truncates float32 to bfloat16, so there the bits are rounded first."""
     if INTERPRETED and DTYPE == tl.bfloat16 and t.dtype == tl.float32:
         bits = t.to(tl.uint32, bitcast=True)
-        bits += ((bits >> 16) & 1) + 0x7FFF
+        bits = (bits + ((bits >> 16) & 1) + 0x7FFF) & 0xFFFF0000
         t = tl.where(t == t, bits.to(tl.float32, bitcast=True), t)
     return t.to(DTYPE)
 

@@ -1,0 +1,118 @@
+"""Offsets beyond 2**31 elements, descriptor eligibility and tile choice: pure functions, and one real far-apart tensor."""
+
+import pytest
+import torch
+
+from fastlora import oracle
+from fastlora.kernels.config import GemmConfig, gemm_candidates, gemm_config, rank_block, split_steps
+from fastlora.kernels.gemm import gemm
+from fastlora.kernels.outer import outer
+from fastlora.kernels.project import project
+from fastlora.kernels.target import INTERPRETER, Target, fits_descriptor, needs_int64
+
+TARGETS = {
+    "sm_80": Target(80, 108, 166912),
+    "sm_86": Target(86, 84, 101376),
+    "sm_90": Target(90, 132, 232448),
+    "sm_100": Target(100, 148, 232448),
+    "small and unknown": Target(121, 20, 101376),
+}
+DTYPES = [(torch.bfloat16, "ieee"), (torch.float16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee")]
+
+
+@pytest.mark.parametrize(
+    ("shape", "stride", "expected"),
+    [
+        ((1 << 16, 1 << 15), (1 << 15, 1), False),
+        ((1 << 16, (1 << 15) + 1), ((1 << 15) + 1, 1), True),
+        ((2, 8), ((1 << 31) - 7, 1), True),
+        ((2, 8), ((1 << 31) - 8, 1), False),
+        ((0, 8), (1 << 40, 1), False),
+        ((1 << 20, 1 << 20), (0, 0), False),
+    ],
+)
+def test_needs_int64_looks_at_the_extent(shape, stride, expected):
+    assert needs_int64(torch.empty_strided(shape, stride, device="meta")) == expected
+
+
+@pytest.mark.parametrize(
+    ("tensor", "expected"),
+    [
+        (torch.empty(4, 64, dtype=torch.bfloat16), True),
+        (torch.empty(4, 60, dtype=torch.bfloat16), False),
+        (torch.empty(4, 60), True),
+        (torch.empty(64, 4).t(), False),
+        (torch.empty(4, 128, dtype=torch.bfloat16)[:, ::2], False),
+        (torch.empty(4, 128, dtype=torch.bfloat16)[:, 8:72], True),
+        (torch.empty(4, 128, dtype=torch.bfloat16)[:, 1:65], False),
+        (torch.empty(8, 64)[::2], True),
+        (torch.empty(1, 64).expand(4, 64), False),
+        (torch.empty(0, 64), False),
+    ],
+)
+def test_fits_descriptor(tensor, expected):
+    assert fits_descriptor(tensor) == expected
+
+
+def far_apart(rows: int, cols: int, stride: int) -> torch.Tensor:
+    """A random (rows, cols) whose rows lie `stride` elements apart; memory between them is reserved and never touched."""
+    storage = torch.empty((rows - 1) * stride + cols, dtype=torch.float16)
+    tensor = storage.as_strided((rows, cols), (stride, 1))
+    return tensor.copy_(torch.randn(rows, cols))
+
+
+def test_offsets_beyond_32_bits():
+    """Three rows spread over more than 2**31 elements: a wrapped offset would read another place, or none."""
+    x = far_apart(3, 32, (1 << 30) + 8)
+    assert needs_int64(x)
+    A, W = torch.randn(4, 32).half(), torch.randn(24, 32).half()
+    U, B = torch.randn(3, 4), torch.randn(24, 4).half()
+    exact = x.double()
+    S = project(x, A, INTERPRETER)
+    assert oracle.relative_error(S, exact @ A.double().t()) <= oracle.FLOOR[torch.float32, torch.float32]
+    dA, _ = outer(x, U, torch.float32, INTERPRETER)
+    assert oracle.relative_error(dA, U.double().t() @ exact) <= oracle.FLOOR[torch.float16, torch.float32]
+    for target in (INTERPRETER, TARGETS["sm_80"]):
+        y = gemm(x, W.t(), U, B.t(), target, alpha=0.5)
+        expected = exact @ W.double().t() + 0.5 * U.double() @ B.double().t()
+        assert oracle.relative_error(y, expected) <= 2 * oracle.FLOOR[torch.float16, torch.float16]
+
+
+@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize(("dtype", "precision"), DTYPES)
+@pytest.mark.parametrize(("rows", "cols"), [(1, 1), (1, 4096), (64, 4096), (512, 1024), (8192, 4096), (16384, 28672)])
+def test_every_shape_has_a_valid_tile(name, dtype, precision, rows, cols):
+    target = TARGETS[name]
+    config = gemm_config(rows, cols, dtype, precision, target)
+    assert config.is_valid(target, dtype, precision)
+    assert config in set(gemm_candidates(dtype, precision))
+
+
+def test_large_shapes_get_large_tiles():
+    config = gemm_config(8192, 4096, torch.bfloat16, "ieee", TARGETS["sm_90"])
+    assert (config.block_m, config.block_n, config.num_warps, config.num_stages) == (128, 256, 8, 3)
+    config = gemm_config(8192, 4096, torch.bfloat16, "ieee", TARGETS["sm_80"])
+    assert (config.block_m, config.block_n) == (128, 128)
+    few = gemm_config(32, 4096, torch.bfloat16, "ieee", TARGETS["sm_90"])
+    assert few.block_m * few.block_n < 128 * 128
+
+
+def test_oversized_tiles_are_invalid():
+    spilling = GemmConfig(128, 256, 64, 32, 4, 3)
+    too_deep = GemmConfig(128, 256, 64, 32, 8, 4)
+    for config in (spilling, too_deep):
+        assert not config.is_valid(TARGETS["sm_90"], torch.bfloat16, "ieee")
+
+
+@pytest.mark.parametrize(("rank", "block"), [(1, 16), (16, 16), (17, 32), (64, 64), (100, 128), (512, 128)])
+def test_rank_block(rank, block):
+    assert rank_block(rank) == block
+
+
+@pytest.mark.parametrize("steps", [0, 1, 3, 4, 7, 64, 1000])
+@pytest.mark.parametrize("programs", [0, 1, 5, 128, 10000])
+def test_splits_cover_every_step_once(steps, programs):
+    parts, each = split_steps(steps, programs, TARGETS["sm_90"])
+    assert parts >= 1
+    assert (parts - 1) * each < max(steps, 1) <= max(parts * each, 1)
+    assert parts == 1 or each >= 4

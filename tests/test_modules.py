@@ -1,0 +1,250 @@
+"""FusedLoraLinear: PEFT's semantics, merging bit for bit, and the habits of nn.Module."""
+
+import copy
+import io
+import math
+import pickle
+
+import pytest
+import torch
+from torch import nn
+
+from fastlora import FusedLoraLinear, dropout_mask, oracle, reference
+from fastlora.dropout import draw_seed
+
+
+def trained(**keywords) -> FusedLoraLinear:
+    """A module whose B is not zero."""
+    torch.manual_seed(0)
+    module = FusedLoraLinear(24, 40, r=4, lora_alpha=6, **keywords)
+    nn.init.normal_(module.lora_B)
+    return module
+
+
+def bits(tensor: torch.Tensor) -> torch.Tensor:
+    return tensor.detach().clone().view(torch.uint8)
+
+
+def test_new_module_computes_its_frozen_linear():
+    linear = nn.Linear(24, 40)
+    module = FusedLoraLinear.from_linear(linear, r=4)
+    x = torch.randn(5, 24)
+    assert oracle.relative_error(module(x).detach(), linear(x).detach()) <= oracle.FLOOR[torch.float32, torch.float32]
+    assert not module.lora_B.any()
+    assert module.lora_A.abs().max() <= 1 / math.sqrt(24)
+    assert module.lora_A.abs().max() > 0.9 / math.sqrt(24)
+
+
+def test_initialisation_of_the_base_is_that_of_linear():
+    torch.manual_seed(0)
+    linear = nn.Linear(24, 40)
+    torch.manual_seed(0)
+    module = FusedLoraLinear(24, 40)
+    assert torch.equal(module.weight, linear.weight)
+    assert torch.equal(module.bias, linear.bias)
+
+
+@pytest.mark.parametrize("bias", [True, False])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_from_linear_shares_storage_and_keeps_everything(bias, dtype):
+    linear = nn.Linear(24, 40, bias=bias, dtype=dtype).eval()
+    module = FusedLoraLinear.from_linear(linear, r=4, lora_alpha=8, adapter_dtype=torch.float32)
+    assert module.weight.data_ptr() == linear.weight.data_ptr()
+    assert (module.bias is None) == (not bias)
+    assert not bias or module.bias.data_ptr() == linear.bias.data_ptr()
+    assert (module.weight.dtype, module.lora_A.dtype, module.training) == (dtype, torch.float32, False)
+    assert linear.weight.requires_grad  # the wrapped linear itself is left as it was
+    trainable = {name for name, parameter in module.named_parameters() if parameter.requires_grad}
+    assert trainable == {"lora_A", "lora_B"}
+
+
+@pytest.mark.parametrize(("rslora", "expected"), [(False, 6 / 4), (True, 6 / 2)])
+def test_scaling(rslora, expected):
+    module = trained(use_rslora=rslora)
+    assert module.scaling == expected
+    x = torch.randn(7, 24)
+    exact = reference.lora_linear(
+        *(t.detach().double() for t in (x, module.weight, module.lora_A, module.lora_B, module.bias)), scaling=expected
+    )
+    assert oracle.relative_error(module(x).detach(), exact) <= oracle.FLOOR[torch.float32, torch.float32]
+
+
+def test_dropout_in_training_only():
+    module = trained(lora_dropout=0.5)
+    x = torch.randn(64, 24)
+    torch.manual_seed(3)
+    y = module(x)
+    torch.manual_seed(3)
+    mask = dropout_mask(draw_seed("cpu"), 64, 24, 0.5)
+    tensors = [t.detach().double() for t in (x, module.weight, module.lora_A, module.lora_B, module.bias)]
+    exact = reference.lora_linear(*tensors, scaling=1.5, dropout_p=0.5, keep_mask=mask)
+    assert oracle.relative_error(y.detach(), exact) <= oracle.FLOOR[torch.float32, torch.float32]
+    module.eval()
+    plain = reference.lora_linear(*tensors, scaling=1.5)
+    assert oracle.relative_error(module(x).detach(), plain) <= oracle.FLOOR[torch.float32, torch.float32]
+    assert torch.equal(module(x), module(x))
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
+@pytest.mark.parametrize("fan_in_fan_out", [False, True])
+def test_merge_and_unmerge(dtype, fan_in_fan_out):
+    module = trained(dtype=dtype, adapter_dtype=torch.float32, fan_in_fan_out=fan_in_fan_out)
+    before = bits(module.weight)
+    weight = module.weight.detach().double()
+    delta = 1.5 * module.lora_B.detach().double() @ module.lora_A.detach().double()
+    exact = weight + (delta.t() if fan_in_fan_out else delta)
+    module.merge()
+    assert module.merged
+    assert oracle.relative_error(module.weight.detach(), exact) <= oracle.FLOOR[dtype, dtype]
+    x = torch.randn(5, 24, dtype=dtype)
+    weight = module.weight.t() if fan_in_fan_out else module.weight
+    assert torch.equal(module(x), nn.functional.linear(x, weight, module.bias))
+    module.unmerge()
+    assert not module.merged
+    assert torch.equal(bits(module.weight), before)
+
+
+def test_merge_leaves_modules_that_share_the_weight_alone():
+    linear = nn.Linear(24, 40)
+    module = FusedLoraLinear.from_linear(linear)
+    nn.init.normal_(module.lora_B)
+    before = bits(linear.weight)
+    module.merge()
+    assert torch.equal(bits(linear.weight), before)
+    assert not torch.equal(bits(module.weight), before)
+    module.unmerge()
+    assert module.weight.data_ptr() == linear.weight.data_ptr()
+
+
+def test_merge_without_the_base_frees_it_and_unmerge_refuses():
+    module = trained()
+    module.merge(keep_base=False)
+    assert module._base_weight is None
+    with pytest.raises(RuntimeError, match="keep_base=False"):
+        module.unmerge()
+    assert module.merged
+
+
+def test_merge_twice_and_unmerge_of_unmerged_refuse():
+    module = trained()
+    with pytest.raises(RuntimeError, match="not merged"):
+        module.unmerge()
+    module.merge()
+    with pytest.raises(RuntimeError, match="merged already"):
+        module.merge()
+
+
+def test_merge_weights_merges_on_eval_and_unmerges_on_train():
+    module = trained(merge_weights=True)
+    before = bits(module.weight)
+    model = nn.Sequential(module).eval()
+    assert module.merged
+    assert not torch.equal(bits(module.weight), before)
+    model.eval()
+    model.train()
+    assert not module.merged
+    assert torch.equal(bits(module.weight), before)
+
+
+@pytest.mark.parametrize("keep_base", [None, True, False])
+def test_state_dict_describes_the_same_function_merged_or_not(keep_base):
+    module = trained()
+    x = torch.randn(5, 24)
+    expected = module(x).detach().double()
+    if keep_base is not None:
+        module.merge(keep_base)
+    state = module.state_dict()
+    assert list(state) == ["weight", "bias", "lora_A", "lora_B"]
+    other = FusedLoraLinear(24, 40, r=4, lora_alpha=6)
+    other.load_state_dict(state)
+    assert oracle.relative_error(other(x).detach(), expected) <= oracle.FLOOR[torch.float32, torch.float32]
+    merged = FusedLoraLinear(24, 40, r=4, lora_alpha=6)
+    merged.merge()
+    merged.load_state_dict(state)
+    assert merged.merged
+    assert oracle.relative_error(merged(x).detach(), expected) <= oracle.FLOOR[torch.float32, torch.float32]
+
+
+@pytest.mark.parametrize("merged", [False, True])
+def test_copies_are_equal_and_apart(merged):
+    module = trained(lora_dropout=0.1).eval()
+    if merged:
+        module.merge()
+    x = torch.randn(5, 24)
+    buffer = io.BytesIO()
+    torch.save(module, buffer)
+    buffer.seek(0)
+    copies = [copy.deepcopy(module), pickle.loads(pickle.dumps(module)), torch.load(buffer, weights_only=False)]
+    for twin in copies:
+        assert torch.equal(twin(x), module(x))
+        assert twin.weight.data_ptr() != module.weight.data_ptr()
+        assert twin.merged == merged
+        if merged:
+            twin.unmerge()
+            assert torch.equal(twin.weight, module._base_weight)
+
+
+def test_half_and_to():
+    module = trained().half()
+    assert {parameter.dtype for parameter in module.parameters()} == {torch.float16}
+    assert module(torch.randn(3, 24, dtype=torch.float16)).dtype == torch.float16
+    module.merge()
+    module.to(torch.bfloat16)
+    module.unmerge()
+    assert {parameter.dtype for parameter in module.parameters()} == {torch.bfloat16}
+    assert trained().to("meta")(torch.empty(3, 24, device="meta")).shape == (3, 40)
+
+
+def test_rank_zero_is_the_frozen_linear():
+    linear = nn.Linear(24, 40)
+    module = FusedLoraLinear.from_linear(linear, r=0, lora_dropout=0.5)
+    x = torch.randn(3, 24)
+    assert torch.equal(module(x), linear(x))
+    assert list(module.state_dict()) == ["weight", "bias"]
+    module.merge()
+    assert torch.equal(module(x), linear(x))
+    module.unmerge()
+
+
+def test_trainable_bias_gets_its_gradient():
+    module = trained()
+    module.bias.requires_grad_()
+    module(torch.randn(6, 24)).sum().backward()
+    assert torch.equal(module.bias.grad, torch.full((40,), 6.0))
+
+
+def test_fan_in_fan_out_takes_a_transposed_weight():
+    class Conv1D(nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.weight, self.bias = nn.Parameter(torch.randn(24, 40)), nn.Parameter(torch.randn(40))
+
+    base = Conv1D()
+    module = FusedLoraLinear.from_linear(base, fan_in_fan_out=True)
+    assert (module.in_features, module.out_features) == (24, 40)
+    x = torch.randn(3, 24)
+    exact = x.double() @ base.weight.double() + base.bias.double()
+    assert oracle.relative_error(module(x).detach(), exact) <= oracle.FLOOR[torch.float32, torch.float32]
+
+
+def test_repr_names_what_was_asked_for():
+    assert repr(trained(lora_dropout=0.1, use_rslora=True)) == (
+        "FusedLoraLinear(in_features=24, out_features=40, bias=True, r=4, lora_alpha=6, lora_dropout=0.1, use_rslora=True)"
+    )
+
+
+def test_training_learns():
+    torch.manual_seed(0)
+    target = nn.Linear(24, 40)
+    module = FusedLoraLinear(24, 40, r=24, lora_alpha=24, lora_dropout=0.05)
+    module.bias.requires_grad_()
+    optimizer = torch.optim.Adam([p for p in module.parameters() if p.requires_grad], lr=0.02)
+    x = torch.randn(256, 24)
+    losses = []
+    for _ in range(100):
+        loss = (module(x) - target(x).detach()).square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    assert losses[-1] < losses[0] / 4
