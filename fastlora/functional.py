@@ -1,5 +1,7 @@
 """`lora_linear`: checks its inputs, follows autocast, chooses the backend, draws the seed, and applies the Function."""
 
+import os
+
 import torch
 import torch.nn.functional as F
 from torch import Tensor
@@ -7,6 +9,10 @@ from torch import Tensor
 from fastlora import validation
 from fastlora.autograd import LoraLinearFunction
 from fastlora.dropout import draw_seed, threshold
+
+#: Whether Triton's interpreter, which runs kernels on CPU tensors, is on.  Read here as Triton reads it, because asking Triton
+#: would import it, and neither `import fastlora` nor a graph that torch.compile traces needs that.
+INTERPRETING = os.environ.get("TRITON_INTERPRET", "").lower() in {"1", "true", "yes", "on", "y"}
 
 
 def lora_linear(
@@ -71,22 +77,14 @@ def lora_linear(
     return LoraLinearFunction.apply(x, weight, lora_A, lora_B, bias, seed, float(scaling), float(dropout_p), backend)
 
 
-@torch.compiler.assume_constant_result  # a property of the machine: Dynamo need not trace into Triton and the driver
 def available_backends(device: torch.device | str) -> tuple[str, ...]:
     """The backends that can run tensors on `device`, the default one first."""
     device = torch.device(device)
     if device.type == "cuda" and torch.version.cuda and torch.cuda.get_device_capability(device) >= (8, 0):
         return "triton", "torch"
-    if device.type == "cpu" and interpreting():
+    if device.type == "cpu" and INTERPRETING:
         return "torch", "triton"
     return ("torch",)
-
-
-def interpreting() -> bool:
-    """Whether Triton's interpreter, which runs kernels on CPU tensors, is on (TRITON_INTERPRET=1)."""
-    from triton import knobs
-
-    return bool(knobs.runtime.interpret)
 
 
 def _choose_backend(backend: str | None, device: torch.device, dtype: torch.dtype) -> str:

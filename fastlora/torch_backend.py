@@ -32,7 +32,12 @@ def forward(
     """(y, S) of 2-D x (M, in); S is (M, r) in the accumulation dtype, with the dropout scale but not `scaling` in it."""
     S = _project(x, lora_A, seed, dropout_p)
     y = x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
-    y.addmm_((S * scaling).to(y.dtype), lora_B.t().to(y.dtype))
+    if lora_B.dtype == y.dtype:
+        y.addmm_((S * scaling).to(y.dtype), lora_B.t())
+    else:
+        B_t = lora_B.t() * scaling
+        for rows in _chunks(y):
+            _rows(y, rows).add_(_rows(S, rows) @ B_t)
     return y, S
 
 
@@ -89,9 +94,10 @@ def _grad_a_and_add_to_dx(
     """dA = dSᵀ mask(x) where x is given, and dx += mask(dS A) in place where dx is; dS already holds the dropout scale."""
     source = x if x is not None else dx
     assert source is not None  # dS is only computed for one of them
-    if seed is None and dx is not None and lora_A is not None:
-        dx.addmm_(dS.to(dx.dtype), lora_A.to(dx.dtype))
-    if seed is None and x is None:
+    if seed is None and dx is not None and lora_A is not None and lora_A.dtype == dx.dtype:
+        dx.addmm_(dS.to(dx.dtype), lora_A)
+        dx = None
+    if x is None and dx is None:
         return None
     A = None if lora_A is None else lora_A.to(dS.dtype)
     dA = None if x is None else dS.new_zeros((dS.shape[1], x.shape[1]))
@@ -99,7 +105,7 @@ def _grad_a_and_add_to_dx(
         keep = _keep(seed, rows, source.shape[1], dropout_p)
         if x is not None and dA is not None:
             dA.addmm_(_rows(dS, rows).t(), _masked(_rows(x, rows).to(dS.dtype), keep))
-        if keep is not None and dx is not None and A is not None:
+        if dx is not None and A is not None:
             _rows(dx, rows).add_(_masked(_rows(dS, rows) @ A, keep))
     return dA
 

@@ -30,7 +30,7 @@ def check_number(value: float, name: str) -> None:
     """`value` is a finite number: an infinite or NaN scaling would only show as NaN in the loss."""
     if isinstance(value, bool) or not isinstance(value, (int, float)):
         raise TypeError(f"{name} must be a float, got {type(value).__name__} {value!r}")
-    if not math.isfinite(value):
+    if not abs(value) < math.inf:  # not math.isfinite, which torch.compile cannot trace on a symbolic float
         raise ValueError(f"{name} must be finite, got {value}")
 
 

@@ -70,18 +70,34 @@ def gemm_config(rows: int, cols: int, dtype: torch.dtype, precision: str, target
 
 @dataclass(frozen=True)
 class StreamConfig:
-    """The tile of a kernel that streams x or dY once: block_m rows of block_k columns a step."""
+    """The tile of a kernel that streams x or dY once: block_m rows of block_k columns a step, against block_r ranks."""
 
     block_m: int
     block_k: int
+    block_r: int
     num_warps: int
     num_stages: int
 
+    def shared_memory(self, itemsize: int, small_itemsize: int) -> int:
+        """At most the bytes of the pipeline of both operands and of the masked tile that goes back for the dot."""
+        tile = self.block_m * self.block_k * itemsize
+        small = max(self.block_m, self.block_k) * self.block_r * small_itemsize
+        return self.num_stages * (tile + small) + tile + 1024
 
-def stream_config(dtype: torch.dtype, block_r: int) -> StreamConfig:
-    """Tiles of 16 KiB and three in flight: with a program a multiprocessor, enough to cover the memory's latency."""
-    block_k = 128 if dtype.itemsize == 2 else 64
-    return StreamConfig(64, block_k, 8 if block_r >= 64 else 4, 3)
+
+def stream_config(r: int, dtype: torch.dtype, small_dtype: torch.dtype, target: Target) -> StreamConfig:
+    """Tiles of 16 KiB of x or dY in `dtype`, three in flight where they fit: with a program a multiprocessor, enough to cover
+    the memory's latency.  The operand of rank r, in `small_dtype`, is A, B, S or dS."""
+    block_r = rank_block(r)
+    warps = 8 if block_r >= 64 else 4
+    # A float32 operand of 64 ranks or more beside a 16-bit tile is split into two more: at 128 columns they spill on sm_80.
+    wide = dtype.itemsize == 4 or (small_dtype.itemsize == 4 and block_r >= 64)
+    candidates = [StreamConfig(64, 128, block_r, warps, stages) for stages in (3, 2) if not wide]
+    candidates += [StreamConfig(64, 64, block_r, warps, stages) for stages in (3, 2)]
+    for config in candidates:
+        if config.shared_memory(dtype.itemsize, small_dtype.itemsize) <= target.shared_memory:
+            return config
+    return StreamConfig(64, 64, block_r, warps, 1)
 
 
 def split_steps(steps: int, programs: int, target: Target) -> tuple[int, int]:

@@ -31,9 +31,9 @@ def round_to(t, DTYPE: tl.constexpr):
 
 @triton.jit
 def into_range(t, OPERAND: tl.constexpr):
-    """(t / s, 1 / s, s) for a float32 tile t about to be rounded to OPERAND: s = 1, but for float16, whose exponents do not
-    cover a gradient's range, the power of two of max |t|."""
-    if OPERAND == tl.float16:
+    """(t / s, 1 / s, s) for a tile t about to be rounded to OPERAND: s = 1, but where float32 becomes float16, whose exponents
+    do not cover a gradient's range, the power of two of max |t|."""
+    if OPERAND == tl.float16 and t.dtype == tl.float32:
         exponent = tl.max(tl.max(tl.abs(t), axis=1), axis=0).to(tl.int32, bitcast=True) & 0x7F800000
         # Within 2**-60 .. 2**126 the inverse is a normal number, and accumulators times it stay finite.
         exponent = tl.minimum(tl.maximum(exponent, 0x21800000), 0x7E800000)

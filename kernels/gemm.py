@@ -56,7 +56,8 @@ def rank_term(
         v_mask = (ranks[:, None] < R) & (cols[None, :] < N)
         v = tl.load(V + ranks[:, None] * stride_vr + cols[None, :] * stride_vn, mask=v_mask, other=0.0)
         u, inverse, scale = into_range(u * alpha, OPERAND)
-        acc = dot(round_to(u, OPERAND), round_to(v, OPERAND), acc * inverse, PRECISION) * scale
+        v, inverse_v, scale_v = into_range(v, OPERAND)
+        acc = dot(round_to(u, OPERAND), round_to(v, OPERAND), acc * (inverse * inverse_v), PRECISION) * (scale * scale_v)
     return acc
 
 

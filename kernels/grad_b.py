@@ -6,7 +6,7 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlora.kernels import launch
-from fastlora.kernels.config import rank_block, split_steps, stream_config
+from fastlora.kernels.config import split_steps, stream_config
 from fastlora.kernels.dot import dot_wide, matmul_precision, round_to, sum_partials
 from fastlora.kernels.target import Target, needs_int64
 
@@ -68,11 +68,10 @@ def grad_s_and_b(
 ) -> tuple[Tensor, Tensor]:
     """(dS float32 (M, r), dB (N, r) in `dtype`) from dy (M, N), B (N, r), S float32 (M, r); r at most MAX_RANK."""
     (M, N), r = dy.shape, B.shape[1]
-    block_r = rank_block(r)
-    config = stream_config(dy.dtype, block_r)
-    col_blocks = triton.cdiv(N, config.block_k)
+    config = stream_config(r, dy.dtype, torch.float32, target)
+    col_blocks = max(1, triton.cdiv(N, config.block_k))  # of no columns, one program still writes dS = 0
     parts, steps = split_steps(triton.cdiv(M, config.block_m), col_blocks, target)
-    dS = torch.empty((max(col_blocks, 1), M, r), dtype=torch.float32, device=dy.device)
+    dS = torch.empty((col_blocks, M, r), dtype=torch.float32, device=dy.device)
     dB = torch.empty((parts, N, r), dtype=dtype if parts == 1 else torch.float32, device=dy.device)
     launch.launch(
         grad_b_kernel,
@@ -81,7 +80,7 @@ def grad_s_and_b(
         R=r,
         BLOCK_M=config.block_m,
         BLOCK_N=config.block_k,
-        BLOCK_R=block_r,
+        BLOCK_R=config.block_r,
         SPLIT=dtype == torch.float32,
         WIDE=needs_int64(dy, B, S),
         PRECISION=matmul_precision(dy.dtype),

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastlora.dropout import keep_scale
 from fastlora.kernels import launch
-from fastlora.kernels.config import rank_block, split_steps, stream_config
+from fastlora.kernels.config import split_steps, stream_config
 from fastlora.kernels.dot import dot_wide, matmul_precision, round_to, sum_partials
 from fastlora.kernels.dropout import empty_bits, keep_tile, keep_words, lane_limit, store_bytes
 from fastlora.kernels.target import Target, needs_int64
@@ -92,9 +92,8 @@ def outer(
     with `pack` and a seed.
     """
     (M, K), r = x.shape, U.shape[1]
-    block_r = rank_block(r)
-    config = stream_config(x.dtype, block_r)
-    col_blocks, rank_blocks = triton.cdiv(K, config.block_k), triton.cdiv(r, block_r)
+    config = stream_config(r, x.dtype, U.dtype, target)
+    col_blocks, rank_blocks = triton.cdiv(K, config.block_k), triton.cdiv(r, config.block_r)
     parts, steps = split_steps(triton.cdiv(M, config.block_m), col_blocks * rank_blocks, target)
     out_shape, out_strides = ((K, r), (1, r)) if transposed else ((r, K), (K, 1))
     partials = torch.empty((parts, *out_shape), dtype=dtype if parts == 1 else torch.float32, device=x.device)
@@ -110,7 +109,7 @@ def outer(
         R=r,
         BLOCK_M=config.block_m,
         BLOCK_K=config.block_k,
-        BLOCK_R=block_r,
+        BLOCK_R=config.block_r,
         HAS_DROPOUT=seed is not None,
         PACK=bits is not None,
         SPLIT=dtype == torch.float32,

@@ -7,7 +7,7 @@ from torch import Tensor
 
 from fastlora.dropout import keep_scale
 from fastlora.kernels import launch
-from fastlora.kernels.config import rank_block, split_steps, stream_config
+from fastlora.kernels.config import split_steps, stream_config
 from fastlora.kernels.dot import dot_wide, matmul_precision, sum_partials
 from fastlora.kernels.dropout import keep_tile, keep_words, lane_limit
 from fastlora.kernels.target import Target, needs_int64
@@ -71,9 +71,8 @@ def project(
 ) -> Tensor:
     """scaling · drop(x) Aᵀ, float32 (M, r), from x (M, K) and A (r, K) of any strides; without a seed there is no dropout."""
     (M, K), r = x.shape, A.shape[0]
-    block_r = rank_block(r)
-    config = stream_config(x.dtype, block_r)
-    row_blocks, rank_blocks = triton.cdiv(M, config.block_m), triton.cdiv(r, block_r)
+    config = stream_config(r, x.dtype, A.dtype, target)
+    row_blocks, rank_blocks = triton.cdiv(M, config.block_m), triton.cdiv(r, config.block_r)
     parts, steps = split_steps(triton.cdiv(K, config.block_k), row_blocks * rank_blocks, target)
     partials = torch.empty((parts, M, r), dtype=torch.float32, device=x.device)
     launch.launch(
@@ -95,7 +94,7 @@ def project(
         R=r,
         BLOCK_M=config.block_m,
         BLOCK_K=config.block_k,
-        BLOCK_R=block_r,
+        BLOCK_R=config.block_r,
         HAS_DROPOUT=seed is not None,
         WIDE=needs_int64(x, A),
         PRECISION=matmul_precision(x.dtype),

@@ -47,7 +47,11 @@ def quantised():
 
 
 REFUSED = {
-    "x of another width": ({"x": torch.randn(M, K + 1)}, ValueError, r"x has shape \(6, 9\).*expects its last dimension to be 8"),
+    "x of another width": (
+        {"x": torch.randn(M, K + 1)},
+        ValueError,
+        r"x has shape \(6, 9\).*expects its last dimension to be 8",
+    ),
     "x a scalar": ({"x": torch.tensor(1.0)}, ValueError, "x must have at least one dimension"),
     "x an integer": ({"x": torch.ones(M, K, dtype=torch.int64)}, TypeError, "x must be float32.*got torch.int64"),
     "x complex": ({"x": torch.ones(M, K, dtype=torch.complex64)}, TypeError, "x must be float32.*got torch.complex64"),
@@ -55,18 +59,38 @@ REFUSED = {
     "x on another device": ({"x": torch.empty(M, K, device="meta")}, ValueError, "weight is on cpu, but x is on meta"),
     "x of another dtype": ({"x": torch.randn(M, K).half()}, TypeError, "weight is torch.float32 but x is torch.float16"),
     "weight 1-D": ({"weight": torch.randn(K)}, ValueError, r"weight must have 2 dimension\(s\), got shape \(8,\)"),
-    "weight sparse": ({"weight": sparse()}, TypeError, r"weight must be a dense \(strided\) tensor, got layout torch.sparse_coo"),
+    "weight sparse": (
+        {"weight": sparse()},
+        TypeError,
+        r"weight must be a dense \(strided\) tensor, got layout torch.sparse_coo",
+    ),
     "weight quantised": ({"weight": quantised()}, TypeError, "weight must be float32.*got torch.qint8; dequantise it first"),
-    "weight packed": ({"weight": torch.ones(N, K, dtype=torch.uint8)}, TypeError, "weight.*got torch.uint8; dequantise it first"),
-    "weight complex": ({"weight": torch.ones(N, K, dtype=torch.complex64)}, TypeError, "weight must be float32.*got torch.complex64"),
+    "weight packed": (
+        {"weight": torch.ones(N, K, dtype=torch.uint8)},
+        TypeError,
+        "weight.*got torch.uint8; dequantise it first",
+    ),
+    "weight complex": (
+        {"weight": torch.ones(N, K, dtype=torch.complex64)},
+        TypeError,
+        "weight must be float32.*got torch.complex64",
+    ),
     "weight requires grad": (
         {"weight": torch.randn(N, K, requires_grad=True)},
         ValueError,
         r"weight requires grad.*call weight.requires_grad_\(False\), or pass weight.detach\(\)",
     ),
     "A of another width": ({"lora_A": torch.randn(R, K + 1)}, ValueError, r"lora_A must be \(r, in\) with in=8, got \(3, 9\)"),
-    "A and B of different rank": ({"lora_B": torch.randn(N, R + 1)}, ValueError, r"lora_B must be \(out, r\) = \(10, 3\), got \(10, 4\)"),
-    "A and B of different dtypes": ({"lora_A": torch.randn(R, K).half()}, TypeError, "lora_A is torch.float16 but lora_B is torch.float32"),
+    "A and B of different rank": (
+        {"lora_B": torch.randn(N, R + 1)},
+        ValueError,
+        r"lora_B must be \(out, r\) = \(10, 3\), got \(10, 4\)",
+    ),
+    "A and B of different dtypes": (
+        {"lora_A": torch.randn(R, K).half()},
+        TypeError,
+        "lora_A is torch.float16 but lora_B is torch.float32",
+    ),
     "half adapters on a float32 base": (
         {"lora_A": torch.randn(R, K).half(), "lora_B": torch.randn(N, R).half()},
         TypeError,
@@ -86,14 +110,18 @@ REFUSED = {
     "seed a float": ({"seed": 1.0}, TypeError, "seed must be None, an int or an int64 tensor.*got float 1.0"),
     "seed a bool": ({"seed": True}, TypeError, "seed must be None.*got bool True"),
     "seed of 65 bits": ({"seed": 1 << 63}, ValueError, "seed must fit in 64 signed bits, got 9223372036854775808"),
-    "seed of another dtype": ({"seed": torch.tensor([1], dtype=torch.int32)}, TypeError, "seed must be an int64 tensor, got.*int32"),
+    "seed of another dtype": (
+        {"seed": torch.tensor([1], dtype=torch.int32)},
+        TypeError,
+        "seed must be an int64 tensor, got.*int32",
+    ),
     "seed of two elements": ({"seed": torch.tensor([1, 2])}, ValueError, r"seed must have one element, got shape \(2,\)"),
     "seed on another device": (
         {"seed": torch.empty(1, dtype=torch.int64, device="meta")},
         ValueError,
         "seed is on meta, expected x's device cpu",
     ),
-    "unknown backend": ({"backend": "cuda"}, ValueError, "backend must be None, \"triton\" or \"torch\", got 'cuda'"),
+    "unknown backend": ({"backend": "cuda"}, ValueError, 'backend must be None, "triton" or "torch", got \'cuda\''),
 }
 
 
@@ -111,8 +139,10 @@ def test_triton_refuses_float64():
 
 
 def test_triton_without_a_driver(monkeypatch):
-    monkeypatch.setattr(functional, "interpreting", lambda: False)
-    with pytest.raises(RuntimeError, match='backend="triton" cannot run tensors on cpu: it needs a CUDA GPU.*TRITON_INTERPRET=1'):
+    monkeypatch.setattr(functional, "INTERPRETING", False)
+    with pytest.raises(
+        RuntimeError, match='backend="triton" cannot run tensors on cpu: it needs a CUDA GPU.*TRITON_INTERPRET=1'
+    ):
         lora_linear(**arguments(), backend="triton")
 
 
