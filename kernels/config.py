@@ -89,15 +89,16 @@ def stream_config(r: int, dtype: torch.dtype, small_dtype: torch.dtype, target: 
     """Tiles of 16 KiB of x or dY in `dtype`, three in flight where they fit: with a program a multiprocessor, enough to cover
     the memory's latency.  The operand of rank r, in `small_dtype`, is A, B, S or dS."""
     block_r = rank_block(r)
-    warps = 8 if block_r >= 64 else 4
-    # A float32 operand of 64 ranks or more beside a 16-bit tile is split into two more: at 128 columns they spill on sm_80.
-    wide = dtype.itemsize == 4 or (small_dtype.itemsize == 4 and block_r >= 64)
-    candidates = [StreamConfig(64, 128, block_r, warps, stages) for stages in (3, 2) if not wide]
-    candidates += [StreamConfig(64, 64, block_r, warps, stages) for stages in (3, 2)]
+    # A float32 operand beside a 16-bit tile is split into two more; of 64 ranks or more they need a narrower tile not to spill,
+    # and where mma keeps its operands in registers a shorter one as well.
+    split = small_dtype.itemsize > dtype.itemsize and block_r >= 64
+    block_m, warps = (32, 4) if split and not target.has_wide_mma else (64, 8 if block_r >= 64 else 4)
+    widths = (64,) if split or dtype.itemsize == 4 else (128, 64)
+    candidates = [StreamConfig(block_m, width, block_r, warps, stages) for width in widths for stages in (3, 2)]
     for config in candidates:
         if config.shared_memory(dtype.itemsize, small_dtype.itemsize) <= target.shared_memory:
             return config
-    return StreamConfig(64, 64, block_r, warps, 1)
+    return StreamConfig(block_m, 64, block_r, warps, 1)
 
 
 def split_steps(steps: int, programs: int, target: Target) -> tuple[int, int]:
