@@ -56,9 +56,7 @@ def _parser() -> argparse.ArgumentParser:
     )
     parser.add_argument("--kernel", nargs="+", choices=KERNELS, help="print only these kernels")
     parser.add_argument("--step", nargs="+", choices=STEPS, default=STEPS)
-    parser.add_argument(
-        "--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="of x and W, and after '+' of the adapters"
-    )
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="of x and W; after '+' of A and B")
     parser.add_argument("--rank", nargs="+", type=int, default=RANKS, help="any (default: 8 16 64 128)")
     parser.add_argument("--capability", nargs="+", type=int, choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["aligned"], help="of the operands (default: aligned)")
@@ -127,17 +125,10 @@ def _cells(row: Row) -> list[str]:
     sass, config = row.sass, row.config
     tile = " ".join(f"{name.removeprefix('BLOCK_')}{size}" for name, size in config.items() if name.startswith("BLOCK"))
     cost = "" if row.per_masked_element is None else f"{row.per_masked_element:.1f}"
-    numbers = (
-        row.case.rank,
-        config["num_warps"],
-        config["num_stages"],
-        sass.registers,
-        f"{sass.stack}/{sass.local}",
-        row.shared,
-    )
+    drop, spills = "yes" if row.dropout else "", f"{sass.stack}/{sass.local}"
+    size = (row.case.rank, config["num_warps"], config["num_stages"], sass.registers, spills, row.shared)
     counts = (sass.tensor_core, sass.hgmma, row.conversions, cost, sass.narrow_loads)
-    drop = "yes" if row.dropout else ""
-    return [row.case.dtype, f"{row.product} = {row.kernel}", tile, drop, *map(str, numbers + counts)]
+    return [row.case.dtype, f"{row.product} = {row.kernel}", tile, drop, *map(str, size + counts)]
 
 
 if __name__ == "__main__":

@@ -1,4 +1,4 @@
-"""The kernels, compiled for GPUs that need not be there: no spill, no more memory than there is, tensor cores, and the budget."""
+"""The kernels, compiled for GPUs that need not be there: no spill, memory that exists, tensor cores, costs within budget."""
 
 import pytest
 import triton
