@@ -2,9 +2,21 @@
 
 from fastlora import reference
 from fastlora._version import __version__
+from fastlora.adapters import load_adapter, save_adapter
 from fastlora.autograd import LoraLinearFunction
 from fastlora.dropout import dropout_mask
 from fastlora.functional import lora_linear
+from fastlora.inject import inject
 from fastlora.modules import FusedLoraLinear
 
-__all__ = ["FusedLoraLinear", "LoraLinearFunction", "__version__", "dropout_mask", "lora_linear", "reference"]
+__all__ = [
+    "FusedLoraLinear",
+    "LoraLinearFunction",
+    "__version__",
+    "dropout_mask",
+    "inject",
+    "load_adapter",
+    "lora_linear",
+    "reference",
+    "save_adapter",
+]

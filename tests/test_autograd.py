@@ -60,7 +60,11 @@ def test_opcheck(backend, dropout, bias):
 def test_opcheck_of_partial_backward(backend):
     """dB alone, and dx alone: what is not asked for is an empty tensor, in the fake as in the kernel."""
     _, (dy, x, weight, A, B, S, seed, *rest) = operator_calls(backend, dropout=True, bias=True)
-    for tensors in ((dy, None, None, None, None, S, None), (dy, None, weight, A, B, None, seed), (dy, x, None, None, B, None, seed)):
+    for tensors in (
+        (dy, None, None, None, None, S, None),
+        (dy, None, weight, A, B, None, seed),
+        (dy, x, None, None, B, None, seed),
+    ):
         results = torch.library.opcheck(torch.ops.fastlora.lora_linear_backward, (*tensors, *rest))
         assert set(results.values()) == {"SUCCESS"}
 

@@ -141,14 +141,14 @@ def test_triton_refuses_float64():
 def test_triton_without_a_driver(monkeypatch):
     monkeypatch.setattr(functional, "INTERPRETING", False)
     with pytest.raises(
-        RuntimeError, match='backend="triton" cannot run tensors on cpu: it needs a CUDA GPU.*TRITON_INTERPRET=1'
+        RuntimeError, match=r'backend="triton" cannot run tensors on cpu: it needs a CUDA GPU.*TRITON_INTERPRET=1'
     ):
         lora_linear(**arguments(), backend="triton")
 
 
 def test_mixed_dtypes_are_judged_after_autocast():
     """Under autocast a float32 weight and a bfloat16 x are cast alike; float64 is not, so it stays a mismatch."""
-    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(TypeError, match="x is torch.float64"):
+    with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(TypeError, match=r"x is torch.float64"):
         lora_linear(**arguments(x=torch.randn(M, K, dtype=torch.float64)))
 
 
@@ -206,13 +206,13 @@ def test_module_refuses(name):
 
 
 def test_from_linear_refuses_what_is_no_linear():
-    with pytest.raises(TypeError, match="linear must be an nn.Linear or have a 2-D weight tensor, got ReLU"):
+    with pytest.raises(TypeError, match=r"linear must be an nn.Linear or have a 2-D weight tensor, got ReLU"):
         FusedLoraLinear.from_linear(nn.ReLU())
     with pytest.raises(ValueError, match=re.escape("weight must have 2 dimension(s), got shape (8, 3, 3, 3)")):
         FusedLoraLinear.from_linear(nn.Conv2d(3, 8, 3))
     quantized = nn.Linear(K, N)
     quantized.weight = nn.Parameter(torch.ones(N, K, dtype=torch.uint8), requires_grad=False)
-    with pytest.raises(TypeError, match="weight must be float32.*got torch.uint8; dequantise it first"):
+    with pytest.raises(TypeError, match=r"weight must be float32.*got torch.uint8; dequantise it first"):
         FusedLoraLinear.from_linear(quantized)
 
 
