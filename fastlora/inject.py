@@ -1,7 +1,7 @@
 """`inject`: swap the linears of a model for LoRA linears, by PEFT's rule for which."""
 
 import re
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from difflib import get_close_matches
 
 import torch
@@ -75,20 +75,25 @@ def match_targets(model: nn.Module, target_modules: str | Iterable[str]) -> dict
         head = _output_head(model)
         found = {name: m for name, m in modules.items() if isinstance(m, nn.Linear) and m is not head}
     else:
-        found = {name: module for name, module in modules.items() if _matches(name, targets)}
+        matches = _matcher(targets)
+        found = {name: module for name, module in modules.items() if matches(name)}
     if not found:
         linears = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
         raise ValueError(f"target_modules={target_modules!r} matches no module of the model; {_near(targets, linears)}")
     for name, module in found.items():
         if type(module) is not nn.Linear:
             raise TypeError(f"target_modules={target_modules!r}: {name!r} is a {type(module).__name__}, expected nn.Linear")
-    return found  # type: ignore[return-value]  # every module in it is an nn.Linear by now
+    return found
 
 
-def _matches(name: str, targets: str | tuple[str, ...]) -> bool:
-    if isinstance(targets, str):
-        return re.fullmatch(targets, name) is not None
-    return any(name == target or name.endswith(f".{target}") for target in targets)
+def _matcher(targets: str | tuple[str, ...]) -> Callable[[str], bool]:
+    if not isinstance(targets, str):
+        return lambda name: any(name == target or name.endswith(f".{target}") for target in targets)
+    try:
+        pattern = re.compile(targets)
+    except re.error as error:
+        raise ValueError(f"target_modules={targets!r} is not a regular expression: {error}") from error
+    return lambda name: pattern.fullmatch(name) is not None
 
 
 def _output_head(model: nn.Module) -> nn.Module | None:

@@ -10,7 +10,9 @@ COMMANDS = ("finetune", "parity", "bench")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
-    """Run one subcommand; returns the exit code: 0 fine, 1 the command's own verdict is negative, 2 wrong arguments.
+    """Run one subcommand.
+
+    Returns the exit code: 0 fine, 1 the command's own verdict is negative, 2 wrong arguments, 130 interrupted.
 
     Each module in COMMANDS has `register(subparsers)`, which sets the default `func(args) -> int`.
     """
@@ -22,4 +24,7 @@ def main(argv: Sequence[str] | None = None) -> int:
     for command in COMMANDS:
         importlib.import_module(f"{__name__}.{command}").register(subparsers)
     args = parser.parse_args(argv)
-    return args.func(args)
+    try:
+        return args.func(args)
+    except KeyboardInterrupt:
+        return 130

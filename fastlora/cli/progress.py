@@ -3,6 +3,10 @@
 import sys
 import time
 from types import TracebackType
+from typing import TYPE_CHECKING
+
+if TYPE_CHECKING:
+    from rich.progress import TaskID
 
 LINES_PER_PHASE = 5
 
@@ -47,7 +51,7 @@ class Bars(Silent):
             TextColumn("{task.fields[figures]}"),
         )
         self.progress = Progress(*columns, console=Console(stderr=True))
-        self.tasks: dict[str, object] = {}
+        self.tasks: dict[str, TaskID] = {}
 
     def __enter__(self) -> "Bars":
         self.progress.start()

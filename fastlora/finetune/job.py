@@ -83,7 +83,7 @@ def _base(job: Job, progress: Progress) -> nn.Module:
         hears = _hears(progress, "pretrain", settings)
         pretrain(base, job.tokens.pretrain, settings, lambda step, loss: hears(step, {"loss": loss}))
         base = base.to(settings.base_dtype)
-        base.save_pretrained(settings.output / "base")
+        base.save_pretrained(settings.output / "base")  # type: ignore[operator]  # transformers' method, unknown to nn.Module
     return base
 
 

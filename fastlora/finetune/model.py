@@ -104,6 +104,8 @@ def fused_layer(backend: str | None) -> type[FusedLoraLinear]:
 
     class BackendLoraLinear(FusedLoraLinear):
         def forward(self, x: Tensor) -> Tensor:
+            assert self.lora_A is not None  # inject makes no layer of rank 0
+            assert self.lora_B is not None
             return lora_linear(
                 x, self.weight, self.lora_A, self.lora_B, self.bias,
                 scaling=self.scaling, dropout_p=self.lora_dropout, training=self.training, backend=backend,

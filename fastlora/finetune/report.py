@@ -1,6 +1,7 @@
 """What a run found: figures, verdicts, JSON."""
 
 import json
+import math
 import os
 import platform
 import statistics
@@ -88,8 +89,14 @@ class Report:
     seconds: float
 
     @property
+    def largest_difference(self) -> float:
+        """Between the fused and the eager loss at one step; NaN when a loss is."""
+        fused, eager = self.outcomes["fused"].losses, self.outcomes["eager"].losses
+        return max(abs(a - b) for a, b in zip(fused, eager, strict=True))
+
+    @property
     def curve_distance(self) -> float:
-        """The largest difference between the fused and the eager loss at one step."""
+        """Between the fused and the eager loss curve, root mean square over steps."""
         return distance(self.outcomes["fused"].losses, self.outcomes["eager"].losses)
 
     @property
@@ -101,7 +108,7 @@ class Report:
             ", ".join(f"{name} {o.gain:+.4f} ± {o.gain_error:.4f}" for name, o in self.outcomes.items()),
         )
         layers, curves = "every layer as exact as eager, by float64", "curves no further apart than rounding takes them"
-        apart = f"{self.curve_distance:.2e} apart"
+        apart = f"{self.curve_distance:.1e} apart (root mean square)"
         if self.control is None:
             return [learned, Verdict(layers, None, "not checked"), Verdict(curves, None, f"{apart}, not checked")]
         worst = self.control.worst
@@ -113,7 +120,7 @@ class Report:
                 f"{len(self.control.layers)} results, nearest to its bound: {worst.output} of {worst.layer}, "
                 f"{worst.error:.1e} of {worst.bound:.1e}",
             ),
-            Verdict(curves, self.curve_distance <= self.control.curve_bound, f"{apart}, bound {self.control.curve_bound:.2e}"),
+            Verdict(curves, self.curve_distance <= self.control.curve_bound, f"{apart}, bound {self.control.curve_bound:.1e}"),
         ]
 
     @property
@@ -126,6 +133,7 @@ class Report:
         return {
             "passed": self.passed,
             "verdicts": [asdict(verdict) for verdict in self.verdicts],
+            "largest_difference": self.largest_difference,
             "curve_distance": self.curve_distance,
             "trainable_share": self.trainable / self.parameters,
             **asdict(self),
@@ -154,5 +162,13 @@ def _version(name: str) -> str | None:
 
 
 def to_json(report: Report) -> str:
-    """The report as indented JSON."""
-    return json.dumps(report.as_dict(), indent=2, default=str)
+    """The report as indented JSON; NaN and infinity, which JSON lacks, become null."""
+    return json.dumps(_finite(report.as_dict()), indent=2, default=str, allow_nan=False)
+
+
+def _finite(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _finite(item) for key, item in value.items()}
+    if isinstance(value, (list, tuple)):
+        return [_finite(item) for item in value]
+    return None if isinstance(value, float) and not math.isfinite(value) else value

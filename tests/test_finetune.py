@@ -1,0 +1,372 @@
+"""fastlora finetune: it learns, it reports what happened, and its verdicts catch what is wrong."""
+
+import json
+import sys
+from collections.abc import Callable, Iterator
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from fastlora import reference
+from fastlora.cli import main, progress
+from fastlora.cli.eager import EagerLoraLinear
+from fastlora.dropout import draw_seed, dropout_mask, keep_scale
+from fastlora.finetune import check, data, job
+from fastlora.finetune.settings import Settings
+from fastlora.finetune.train import saved_bytes
+from fastlora.modules import FusedLoraLinear
+
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+pytest.importorskip("matplotlib")
+
+SMALL = ["--hidden-size", "32", "--layers", "1", "--seq-len", "32", "--batch-size", "4", "--r", "4"]
+
+
+@pytest.fixture(scope="module")
+def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A few thousand characters of Python's own prose: enough to adapt to, quick to evaluate on."""
+    from pydoc_data.topics import topics
+
+    path = tmp_path_factory.mktemp("text") / "debugger.txt"
+    path.write_text(topics["debugger"][:12000], encoding="utf-8")
+    return path
+
+
+@pytest.fixture(scope="module")
+def finished(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Path:
+    """The output of one whole small run."""
+    output = tmp_path_factory.mktemp("run") / "output"
+    training = ["--pretrain-steps", "200", "--pretrain-lr", "4e-3", "--steps", "40"]
+    assert main(["finetune", *SMALL, *training, "--text", str(text), "--output", str(output)]) == 0
+    return output
+
+
+def again(finished: Path, text: Path, output: Path, *options: str) -> tuple[int, dict[str, Any]]:
+    """Another run on the base model of `finished`: exit code and report."""
+    arguments = ["finetune", "--model", str(finished / "base"), "--text", str(text), *SMALL, "--output", str(output)]
+    code = main([*arguments, "--threads", "1", "--steps", "40", *options])
+    return code, json.loads((output / "report.json").read_text())
+
+
+def test_whole_run(finished: Path) -> None:
+    assert {path.name for path in finished.iterdir()} == {"adapter", "base", "loss.png", "report.json"}
+    assert (finished / "loss.png").read_bytes().startswith(b"\x89PNG")
+    report = json.loads((finished / "report.json").read_text())
+    assert report["passed"]
+    assert [verdict["passed"] for verdict in report["verdicts"]] == [True] * 3
+    for outcome in report["outcomes"].values():
+        assert outcome["after"] < outcome["before"]
+        assert outcome["gain"] == pytest.approx(outcome["before"] - outcome["after"])
+        assert outcome["gain"] > 2 * outcome["gain_error"] > 0
+        assert len(outcome["losses"]) == 40
+        assert outcome["step_seconds"] > 0
+    fused, eager = report["outcomes"]["fused"], report["outcomes"]["eager"]
+    assert fused["saved_bytes"] < eager["saved_bytes"]
+    differences = [abs(a - b) for a, b in zip(fused["losses"], eager["losses"], strict=True)]
+    assert report["largest_difference"] == max(differences)
+    assert 0 < report["curve_distance"] <= max(differences)
+    assert {error["output"] for error in report["control"]["layers"]} == {"y", "dx", "dA", "dB"}
+    assert len(report["control"]["layers"]) == 7 * 4
+
+
+def test_peft_reproduces_the_reported_loss(finished: Path, text: Path) -> None:
+    """Base and adapter, as written, are the model that was measured."""
+    report = json.loads((finished / "report.json").read_text())
+    base = transformers.AutoModelForCausalLM.from_pretrained(finished / "base")
+    assert sum(p.numel() for p in base.parameters()) == report["parameters"] - report["trainable"]
+    held_out = data.tokenize_corpus(data.load_corpus([text]), lambda text: list(text.encode()), 32).held_out
+
+    def loss(model: nn.Module) -> float:
+        with torch.no_grad():
+            return float(model(input_ids=held_out, labels=held_out).loss)
+
+    before = loss(base)
+    after = loss(peft.PeftModel.from_pretrained(base, finished / "adapter"))
+    fused = report["outcomes"]["fused"]
+    assert before == pytest.approx(fused["before"], rel=1e-5)  # two orders below the gain of the run
+    assert after == pytest.approx(fused["after"], rel=1e-5)
+    assert before - after > 1e-3 * before
+
+
+def test_equal_settings_give_equal_runs(finished: Path, text: Path, tmp_path: Path) -> None:
+    (_, first), (_, second) = (again(finished, text, tmp_path / name, "--no-check") for name in "ab")
+    assert [o["losses"] for o in first["outcomes"].values()] == [o["losses"] for o in second["outcomes"].values()]
+    _, other = again(finished, text, tmp_path / "c", "--no-check", "--seed", "1")
+    assert other["outcomes"]["fused"]["losses"] != first["outcomes"]["fused"]["losses"]
+
+
+def test_bfloat16_with_float32_adapters(finished: Path, text: Path, tmp_path: Path) -> None:
+    code, report = again(finished, text, tmp_path, "--dtype", "bfloat16", "--target-modules", "q_proj", "v_proj")
+    assert code == 0
+    assert report["trainable"] == 2 * 2 * 32 * 4
+    bounds = {error["output"]: error["bound"] for error in report["control"]["layers"]}
+    assert bounds["dA"] < 1e-3 < bounds["y"]  # float32 quality where the adapters are float32
+
+
+def test_kernels_under_the_interpreter(finished: Path, text: Path, tmp_path: Path) -> None:
+    code, report = again(
+        finished, text, tmp_path, "--backend", "triton", "--steps", "2", "--target-modules", "v_proj", "--no-check"
+    )
+    assert report["environment"]["backend"] == "triton"
+    assert code in (0, 1)  # two steps need not be enough to learn
+    assert report["curve_distance"] <= 2e-6 * max(report["outcomes"]["eager"]["losses"])
+
+
+def wrong_layer(change: Callable[..., dict[str, Any]]) -> type[FusedLoraLinear]:
+    """A layer that, in training, computes the reference with the arguments that `change` makes of the right ones."""
+
+    class WrongLayer(FusedLoraLinear):
+        def forward(self, x: Tensor) -> Tensor:
+            if not self.training:
+                return super().forward(x)
+            mask = dropout_mask(draw_seed(x.device), x.numel() // x.shape[-1], x.shape[-1], self.lora_dropout)
+            right = {
+                "x": x, "weight": self.weight, "lora_A": self.lora_A, "lora_B": self.lora_B, "bias": self.bias,
+                "scaling": self.scaling, "dropout_p": self.lora_dropout, "keep_mask": mask,
+            }  # fmt: skip
+            return reference.lora_linear(**right | change(**right))
+
+    return WrongLayer
+
+
+def scaled_gradient(tensor: Tensor, factor: float) -> Tensor:
+    return tensor * factor + (tensor * (1 - factor)).detach()
+
+
+@pytest.mark.parametrize(
+    ("change", "curves"),
+    [
+        pytest.param(lambda scaling, **_: {"scaling": scaling * 1.001}, True, id="scaling off by 0.1 %"),
+        pytest.param(lambda keep_mask, **_: {"keep_mask": keep_mask.roll(1, 0)}, True, id="mask shifted by a row"),
+        pytest.param(lambda lora_B, **_: {"lora_B": lora_B.detach() + 0 * lora_B}, True, id="zero gradient of B"),
+        # Adam divides a wrong scale of a gradient out again: only the layers can show it.
+        pytest.param(
+            lambda lora_A, dropout_p, **_: {"lora_A": scaled_gradient(lora_A, 1 / keep_scale(dropout_p))},
+            False,
+            id="dropout scale missing in dA",
+        ),
+    ],
+)
+def test_a_wrong_layer_fails(
+    finished: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, change: Any, curves: bool
+) -> None:
+    monkeypatch.setattr(job, "fused_layer", lambda backend: wrong_layer(change))
+    code, report = again(finished, text, tmp_path)
+    _, layers_verdict, curves_verdict = report["verdicts"]
+    assert code == 1
+    assert not layers_verdict["passed"]
+    assert not (curves and curves_verdict["passed"])
+
+
+def test_the_right_layer_in_the_same_dress_passes(
+    finished: Path, text: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr(job, "fused_layer", lambda backend: wrong_layer(lambda **_: {}))
+    code, report = again(finished, text, tmp_path)
+    assert code == 0
+    assert report["largest_difference"] == 0.0
+
+
+def test_not_learning_fails(finished: Path, text: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    code, report = again(finished, text, tmp_path, "--lr", "1e-12", "--no-check", "--steps", "3")
+    assert code == 1
+    assert [verdict["passed"] for verdict in report["verdicts"]] == [False, None, None]
+    assert "FAILED" in capsys.readouterr().out
+
+
+def test_diverging_fails_and_is_still_reported(finished: Path, text: Path, tmp_path: Path) -> None:
+    code, report = again(finished, text, tmp_path, "--lr", "1e30", "--steps", "5")
+    assert code == 1
+    assert report["outcomes"]["fused"]["after"] is None  # NaN, which JSON cannot hold
+    assert not report["passed"]
+
+
+def test_json_is_all_there_is(finished: Path, text: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]) -> None:
+    code, report = again(finished, text, tmp_path, "--json", "--no-check", "--steps", "2")
+    out, err = capfd.readouterr()
+    assert json.loads(out) == report
+    assert err == ""
+    assert code in (0, 1)
+
+
+@pytest.mark.parametrize(
+    ("options", "message"),
+    [
+        (["--steps", "0"], "--steps: got '0', expected an integer of at least 1"),
+        (["--r", "0"], "--r: got '0'"),
+        (["--batch-size", "-1"], "--batch-size: got '-1'"),
+        (["--seq-len", "1"], "--seq-len: got '1', expected an integer of at least 2"),
+        (["--seq-len", "100000"], "are too few for seq_len=100000"),
+        (["--dropout", "1"], r"--dropout: got '1.0', expected a rate in [0, 1)"),
+        (["--dropout", "nan"], "--dropout: got 'nan'"),
+        (["--lr", "inf"], "--lr: got 'inf', expected a finite number above 0"),
+        (["--alpha", "0"], "--alpha: got '0.0'"),
+        (["--seed", "-1"], "--seed: got '-1'"),
+        (["--threads", "0"], "--threads: got '0'"),
+        (["--hidden-size", "33"], "--hidden-size: got '33', expected a multiple of 32"),
+        (["--adapter-dtype", "bfloat16"], "--adapter-dtype: got 'bfloat16', expected float32"),
+        (["--dtype", "float8"], "invalid choice: 'float8'"),
+        (["--device", "cuda:99"], "is not there"),
+        (["--device", "nonsense"], "must be cpu, cuda or cuda:N"),
+        (["--target-modules", "q_prj"], "near names: q_proj"),
+        (["--target-modules", "(q"], "is not a regular expression"),
+        (["--model", "nowhere"], "'nowhere' is not a Hugging Face model folder"),
+        (["--text", "nowhere.txt"], "'nowhere.txt' is neither a file nor a folder"),
+        (["--steps", "many"], "invalid int value: 'many'"),
+    ],
+)
+def test_wrong_arguments(
+    options: list[str], message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(job, "run", lambda *_: pytest.fail("training was started"))
+    try:
+        code = main(["finetune", *options])
+    except SystemExit as leaving:  # argparse's own checks
+        code = leaving.code
+    assert code == 2
+    assert message in capsys.readouterr().err
+    assert not list(tmp_path.iterdir())
+
+
+def test_text_and_output_that_do_not_fit(finished: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "empty").mkdir()
+    (tmp_path / "binary.txt").write_bytes(b"\xff\xfe\x00")
+    (tmp_path / "short.txt").write_text("too short")
+    (tmp_path / "file").write_text("")
+    for options, message in (
+        (["--text", str(tmp_path / "empty")], "holds no .md, .rst, .txt file"),
+        (["--text", str(tmp_path / "binary.txt")], "is not UTF-8 text"),
+        (["--text", str(tmp_path / "short.txt")], "too few"),
+        (["--output", str(tmp_path / "file")], "is a file"),
+        (["--model", str(finished / "base"), "--seq-len", "4096"], "expected at most the 2048 positions"),
+    ):
+        assert main(["finetune", *options]) == 2
+        assert message in capsys.readouterr().err
+
+
+def test_targets_from_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
+    seen: list[Settings] = []
+
+    def stop(settings: Settings) -> None:
+        seen.append(settings)
+        raise ValueError("enough")
+
+    monkeypatch.setattr(job, "prepare", stop)
+    for values in (["all-linear"], ["q_proj"], ["q_proj", "k_proj"], [r".*\.(q|k)_proj"]):
+        main(["finetune", "--target-modules", *values])
+    assert [settings.target_modules for settings in seen] == [
+        "all-linear", ("q_proj",), ("q_proj", "k_proj"), r".*\.(q|k)_proj",
+    ]  # fmt: skip
+
+
+def paragraphs(text: str) -> set[str]:
+    return {" ".join(paragraph.split()) for paragraph in text.split("\n\n")}
+
+
+def test_nothing_held_out_is_trained_on(tmp_path: Path) -> None:
+    corpora = [data.load_corpus()]
+    (tmp_path / "notes").mkdir()
+    (tmp_path / "notes" / "a.md").write_text("\n\n".join(f"Paragraph {i % 90} of a text, {i % 7}." for i in range(900)))
+    (tmp_path / "notes" / "b.txt").write_text("\n\n".join(f"Paragraph {i % 80} of a text, {i % 7}." for i in range(900)))
+    (tmp_path / "notes" / "c.bin").write_bytes(b"\xff")
+    corpora.append(data.load_corpus([tmp_path / "notes"]))
+    for corpus in corpora:
+        assert not paragraphs(corpus.held_out) & (paragraphs(corpus.adapt) | paragraphs(corpus.pretrain))
+        share = len(corpus.held_out) / len(corpus.adapt + corpus.held_out)
+        assert 0.1 < share < 0.2
+    assert len(corpora[0].pretrain) > 100_000
+
+
+def test_batches_are_windows_of_the_stream_and_repeat() -> None:
+    stream = torch.arange(100)
+    first, second = (list(islice(data.batches(stream, 3, 10, seed=5), 4)) for _ in range(2))
+    for batch, same in zip(first, second, strict=True):
+        assert torch.equal(batch, same)
+        assert torch.equal(batch - batch[:, :1], torch.arange(10).expand(3, 10))
+    assert len({int(batch[0, 0]) for batch in first}) > 1
+
+
+class OneLayer(nn.Module):
+    """The least causal language model: embedding, one LoRA linear to the logits."""
+
+    def __init__(self, layer: type[FusedLoraLinear]) -> None:
+        super().__init__()
+        self.embedding = nn.Embedding(11, 16)
+        self.head = layer(16, 11, r=2, lora_dropout=0.5)
+
+    def forward(self, input_ids: Tensor) -> Any:
+        return transformers.modeling_outputs.CausalLMOutput(logits=self.head(self.embedding(input_ids)))
+
+
+def test_saved_bytes_counts_what_the_layers_keep() -> None:
+    ids = torch.randint(11, (3, 7), generator=torch.Generator().manual_seed(0))
+    eager, fused = (saved_bytes(OneLayer(layer), ids) for layer in (EagerLoraLinear, FusedLoraLinear))
+    rows, width = 21, 16
+    # Both keep S. Eager keeps the dropped copy (float32) and the mask (bool), fused x (float32) and the seed (int64).
+    assert eager - fused == rows * width * (4 + 1) - (rows * width * 4 + 8)
+
+
+def test_control_noise_has_the_size_asked_for() -> None:
+    layers = nn.ModuleDict({"layer": EagerLoraLinear(64, 48, r=4)})
+    layer = layers["layer"]
+    generator = torch.Generator().manual_seed(0)
+    with torch.no_grad():
+        layer.lora_B.copy_(torch.randn(layer.lora_B.shape, generator=generator))
+    x = torch.randn(128, 64, generator=generator, requires_grad=True)
+
+    def results() -> list[Tensor]:
+        y = layer(x)
+        return [y.detach(), *torch.autograd.grad(y, (x, layer.lora_A, layer.lora_B), torch.ones_like(y))]
+
+    plain = results()
+    sizes = dict(zip(check.OUTPUTS, (1e-1, 1e-2, 1e-3, 1e-4), strict=True))
+    check.disturb(layers, [check.LayerError("layer", output, 0.0, 0.0, size) for output, size in sizes.items()], seed=0)
+    for result, expected, size in zip(results(), plain, sizes.values(), strict=True):
+        assert float((result - expected).norm() / expected.norm()) == pytest.approx(size, rel=0.2)
+
+
+@pytest.mark.parametrize("kind", [progress.Bars, progress.Lines, progress.Silent])
+def test_progress(kind: type[progress.Silent], capsys: pytest.CaptureFixture[str]) -> None:
+    with kind() as hears:
+        for phase, steps in (("pretrain", 50), ("adapt", 3)):
+            for step in range(1, steps + 1):
+                hears(phase, step, steps, {"eager": 2.5, "fused": 2.25}, 1000)
+    out, err = capsys.readouterr()
+    assert out == ""
+    if kind is progress.Silent:
+        assert err == ""
+    else:
+        assert "50/50" in err
+        assert "eager 2.500  fused 2.250" in err
+        assert "tokens/s" in err
+    if kind is progress.Lines:
+        assert len(err.splitlines()) == progress.LINES_PER_PHASE + 3
+
+
+def test_missing_libraries_are_named(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    monkeypatch.setitem(sys.modules, "matplotlib", None)
+    with pytest.raises((SystemExit, ModuleNotFoundError)) as leaving:
+        main(["finetune"])
+    assert "matplotlib" in str(leaving.value)
+
+
+def test_help_names_every_command(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as leaving:
+        main(["--help"])
+    assert leaving.value.code == 0
+    out = capsys.readouterr().out
+    assert all(command in out for command in ("finetune", "parity", "bench"))
+
+
+@pytest.fixture(autouse=True)
+def keep_threads() -> Iterator[None]:
+    """The command sets torch's threads for its process; the tests share one."""
+    threads = torch.get_num_threads()
+    yield
+    torch.set_num_threads(threads)
