@@ -49,12 +49,10 @@ def inject(
     if present := [name for name, module in model.named_modules() if isinstance(module, FusedLoraLinear)]:
         raise ValueError(f"model holds {len(present)} LoRA linears already, the first one at {present[0]!r}")
     targets = match_targets(model, target_modules)
-    layers: dict[nn.Module, FusedLoraLinear] = {}
-    for linear in targets.values():
-        if linear not in layers:
-            layers[linear] = layer.from_linear(
-                linear, r, lora_alpha, lora_dropout, use_rslora=use_rslora, adapter_dtype=adapter_dtype
-            )
+    layers = {
+        linear: layer.from_linear(linear, r, lora_alpha, lora_dropout, use_rslora=use_rslora, adapter_dtype=adapter_dtype)
+        for linear in dict.fromkeys(targets.values())
+    }
     model.requires_grad_(False)
     for name, linear in targets.items():
         parent, _, child = name.rpartition(".")

@@ -123,9 +123,11 @@ def test_an_interrupted_save_leaves_the_old_files_whole(tmp_path: Path, monkeypa
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before
 
 
-def edit_config(folder: Path, **changes: Any) -> None:
+def edit_config(folder: Path, *, without: str = "", **changes: Any) -> None:
     path = folder / "adapter_config.json"
-    path.write_text(json.dumps(json.loads(path.read_text()) | changes))
+    config = json.loads(path.read_text()) | changes
+    config.pop(without, None)
+    path.write_text(json.dumps(config))
 
 
 def edit_tensors(folder: Path, change: Any) -> None:
@@ -154,6 +156,7 @@ TAMPERINGS: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "half a config": (lambda f: os.truncate(f / "adapter_config.json", 40), ValueError, "not a JSON file"),
     "a list": (lambda f: (f / "adapter_config.json").write_text("[]"), ValueError, "must hold a JSON object, got list"),
     "rank": (lambda f: edit_config(f, r=8), ValueError, "r=8, but the layer .* has r=4"),
+    "default rank": (lambda f: edit_config(f, without="r"), ValueError, "r=8, but the layer .* has r=4"),
     "scaling": (lambda f: edit_config(f, lora_alpha=13), ValueError, "lora_alpha=13, but"),
     "rslora": (lambda f: edit_config(f, use_rslora=True), ValueError, "use_rslora=True, but"),
     "dora": (lambda f: edit_config(f, use_dora=True), ValueError, "use_dora=True is not supported"),

@@ -265,6 +265,27 @@ def test_targets_from_the_command_line(monkeypatch: pytest.MonkeyPatch) -> None:
     ]  # fmt: skip
 
 
+def test_the_models_own_tokenizer_is_used(finished: Path, text: Path, tmp_path: Path) -> None:
+    from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+
+    tokenizer = Tokenizer(models.BPE())
+    tokenizer.pre_tokenizer = pre_tokenizers.ByteLevel()
+    alphabet = pre_tokenizers.ByteLevel.alphabet()
+    tokenizer.train_from_iterator([text.read_text()], trainers.BpeTrainer(vocab_size=300, initial_alphabet=alphabet))
+    config = transformers.LlamaConfig(
+        vocab_size=300, hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2
+    )
+    torch.manual_seed(0)
+    transformers.LlamaForCausalLM(config).save_pretrained(tmp_path / "model")
+    transformers.PreTrainedTokenizerFast(tokenizer_object=tokenizer).save_pretrained(tmp_path / "model")
+    _, report = again(
+        finished, text, tmp_path / "o", "--model", str(tmp_path / "model"), "--no-check", "--steps", "2", "--lr", "1e-3"
+    )
+    _, by_bytes = again(finished, text, tmp_path / "b", "--no-check", "--steps", "2")
+    assert report["tokens"]["adapt"] < by_bytes["tokens"]["adapt"]  # merged pairs of bytes
+    assert not (tmp_path / "o" / "base").exists()
+
+
 def paragraphs(text: str) -> set[str]:
     return {" ".join(paragraph.split()) for paragraph in text.split("\n\n")}
 
