@@ -13,9 +13,9 @@ from torch import Tensor
 
 from fastlora.dropout import keep_rows, keep_scale, row_chunks
 
-# Elements of x per chunk.  A CPU wants the chunk in cache (fastest of 2**15 .. 2**22 at M = 2048, K = 1024 on two cores);
-# an accelerator wants few launches and bounded memory.
-_CPU_CHUNK = 1 << 18
+# Elements of x per chunk.  On a CPU 2**18 to 2**20 take the same time, 2**16 takes 9 % more (M = 2048, K = N = 1024, r = 16,
+# forward and backward on one core); an accelerator wants few launches and bounded memory.
+_CPU_CHUNK = 1 << 19
 _DEVICE_CHUNK = 1 << 26
 
 
@@ -69,7 +69,8 @@ def _project(x: Tensor, lora_A: Tensor, seed: Tensor | None, dropout_p: float) -
         return x @ A_t
     S = x.new_empty((x.shape[0], lora_A.shape[0]), dtype=A_t.dtype)
     for rows in _chunks(x):
-        torch.mm(_masked(_rows(x, rows).to(A_t.dtype), _keep(seed, rows, x.shape[1], dropout_p)), A_t, out=_rows(S, rows))
+        keep = _keep(seed, rows, x.shape[1], dropout_p, A_t.dtype)
+        torch.mm(_masked(_rows(x, rows).to(A_t.dtype), keep, out=keep), A_t, out=_rows(S, rows))
     return S.mul_(keep_scale(dropout_p))
 
 
@@ -102,11 +103,12 @@ def _grad_a_and_add_to_dx(
     A = None if lora_A is None else lora_A.to(dS.dtype)
     dA = None if x is None else dS.new_zeros((dS.shape[1], x.shape[1]))
     for rows in _chunks(source) if seed is not None or source.dtype != dS.dtype else [range(source.shape[0])]:
-        keep = _keep(seed, rows, source.shape[1], dropout_p)
-        if x is not None and dA is not None:
-            dA.addmm_(_rows(dS, rows).t(), _masked(_rows(x, rows).to(dS.dtype), keep))
+        keep = _keep(seed, rows, source.shape[1], dropout_p, dS.dtype)
         if dx is not None and A is not None:
-            _rows(dx, rows).add_(_masked(_rows(dS, rows) @ A, keep))
+            term = _rows(dS, rows) @ A
+            _rows(dx, rows).add_(_masked(term, keep, out=term))
+        if x is not None and dA is not None:
+            dA.addmm_(_rows(dS, rows).t(), _masked(_rows(x, rows).to(dS.dtype), keep, out=keep))
     return dA
 
 
@@ -122,10 +124,17 @@ def _rows(tensor: Tensor, rows: range) -> Tensor:
     return tensor[rows.start : rows.stop]
 
 
-def _keep(seed: Tensor | None, rows: range, cols: int, dropout_p: float) -> Tensor | None:
-    return None if seed is None else keep_rows(seed.view(1, 1), rows, cols, dropout_p)
+def _keep(seed: Tensor | None, rows: range, cols: int, dropout_p: float, dtype: torch.dtype) -> Tensor | None:
+    """The keep mask of `rows` as integers of `dtype`'s size, all ones where kept and zero where dropped."""
+    if seed is None:
+        return None
+    integer = torch.int64 if dtype == torch.float64 else torch.int32
+    return keep_rows(seed.view(1, 1), rows, cols, dropout_p).to(integer).neg_()
 
 
-def _masked(tensor: Tensor, keep: Tensor | None) -> Tensor:
-    """`tensor` with 0 where dropped; a selection, not a product, so that an infinity that is dropped leaves no NaN."""
-    return tensor if keep is None else torch.where(keep, tensor, 0.0)
+def _masked(tensor: Tensor, keep: Tensor | None, out: Tensor | None) -> Tensor:
+    """`tensor` with 0 where dropped, written over `out`, by its bits: a selection, not a product, so that a dropped infinity
+    leaves no NaN, in a fifth of the time of torch.where (2048 x 1024 float32 on one core)."""
+    if keep is None or out is None:
+        return tensor
+    return torch.bitwise_and(tensor.view(keep.dtype), keep, out=out.view(keep.dtype)).view(tensor.dtype)
