@@ -6,6 +6,7 @@ the dtype they train in. PEFT's `PeftModel.from_pretrained` reads what `save_ada
 
 import json
 import os
+import re
 from collections.abc import Mapping
 from pathlib import Path
 from typing import Any
@@ -22,9 +23,11 @@ _PREFIX = "base_model.model."
 # What fixes the function of a layer, with PEFT's defaults for a config that leaves it out.
 _DEFAULTS: dict[str, Any] = {"r": 8, "lora_alpha": 8, "use_rslora": False, "fan_in_fan_out": False}
 
-# What a LoRA config may ask for beyond what these layers compute, with the values that ask for nothing.
+# What a LoRA config may ask for beyond what these layers compute, with the values that ask for nothing. An initialisation asks
+# for nothing when it leaves the base weight as it is: PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA train on another one.
 _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "peft_type": ("LORA",),
+    "init_lora_weights": (True, False, "gaussian", "eva", "orthogonal", "mica"),
     "bias": ("none",),
     "modules_to_save": (None, []),
     "rank_pattern": ({}, None),
@@ -38,6 +41,11 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "alora_invocation_tokens": (None, []),
 }
 
+# PEFT names its variants use_* or *_config; one not known here asks for something when it has any value.
+_VARIANT = re.compile("use_.*|.*_config")
+_KNOWN = {*_DEFAULTS, *_NEUTRAL, "eva_config"}  # eva_config tells the initialisation of EVA where its data is
+_NOTHING: tuple[Any, ...] = (None, False, {})
+
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Write the adapters of `model`'s LoRA linears to `folder`, which is created when missing.
@@ -47,10 +55,12 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
     Raises:
         ValueError: `model` holds no LoRA linear, or its layers differ in rank, alpha, dropout or scaling rule.
+        RuntimeError: a layer was merged with keep_base=False: on its weight the adapter would count twice.
         ImportError: safetensors is not installed.
     """
     safetensors = _safetensors()
     layers = _lora_layers(model)
+    _check_base(layers)
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in _parameters(layers).items()}
     config = _config(model, layers)
     folder = Path(folder)
@@ -69,11 +79,15 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         FileNotFoundError: a file is missing.
         ValueError: a file that cannot be read, `model` without LoRA linears, keys missing or unexpected, another shape, dtype,
             rank or scaling, or a feature that these layers do not compute. The model is then unchanged.
+        RuntimeError: a layer is merged, so that its weight holds another adapter. The model is then unchanged.
         ImportError: safetensors is not installed.
     """
     safetensors = _safetensors()
     folder = Path(folder)
     layers = _lora_layers(model)
+    _check_base(layers)
+    if merged := [path for path, layer in layers.items() if layer.merged]:
+        raise RuntimeError(f"{merged[0]!r} is merged, a new adapter would have no effect on it: unmerge() it first")
     config = _read_config(folder / CONFIG_NAME)
     _check_config(config, layers)
     path = folder / WEIGHTS_NAME
@@ -93,6 +107,16 @@ def _lora_layers(model: nn.Module) -> dict[str, FusedLoraLinear]:
     if not layers:
         raise ValueError("model holds no LoRA linear: call fastlora.inject(model, target_modules=...) first")
     return layers
+
+
+def _check_base(layers: Mapping[str, FusedLoraLinear]) -> None:
+    """An adapter belongs to a base weight, which every layer must still have, merged or not."""
+    for path, layer in layers.items():
+        if layer.merged and layer._base_weight is None:
+            raise RuntimeError(
+                f"{path!r} is merged, and merge(keep_base=False) dropped the base weight that an adapter belongs to: "
+                "save before such a merge, load into a new layer on the base weight"
+            )
 
 
 def _parameters(layers: Mapping[str, FusedLoraLinear]) -> dict[str, Tensor]:
@@ -133,9 +157,16 @@ def _read_config(path: Path) -> dict[str, Any]:
 
 
 def _check_config(config: Mapping[str, Any], layers: Mapping[str, FusedLoraLinear]) -> None:
-    for option, neutral in _NEUTRAL.items():
-        if option in config and config[option] not in neutral:
-            raise ValueError(f"{CONFIG_NAME}: {option}={config[option]!r} is not supported, expected {neutral[0]!r}")
+    for option, value in config.items():
+        if option in _NEUTRAL:
+            neutral = _NEUTRAL[option]
+        elif option not in _KNOWN and _VARIANT.fullmatch(option):
+            neutral = _NOTHING
+        else:
+            continue
+        if value not in neutral:
+            expected = " or ".join(map(repr, neutral))
+            raise ValueError(f"{CONFIG_NAME}: {option}={value!r} is not supported, expected {expected}")
     for path, layer in layers.items():
         for option, default in _DEFAULTS.items():
             expected, got = getattr(layer, option), config.get(option, default)

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastlora import adapters, oracle
 from fastlora.adapters import load_adapter, save_adapter
-from fastlora.cli.eager import EagerLoraLinear
+from fastlora.finetune.eager import EagerLoraLinear
 from fastlora.inject import inject
 from fastlora.modules import FusedLoraLinear
 
@@ -88,6 +88,24 @@ def test_we_load_what_peft_saves(tmp_path: Path, use_rslora: bool) -> None:
     assert_same_function(logits(fused), logits(wrapped), tmp_path)
 
 
+@pytest.mark.parametrize("init", [False, "gaussian", "eva", "orthogonal", "mica"])
+def test_we_load_what_peft_initialised_on_the_same_base(tmp_path: Path, init: bool | str) -> None:
+    wrapped = peft.get_peft_model(llama(), peft.LoraConfig(target_modules=TARGETS, r=4, lora_alpha=12, init_lora_weights=init))
+    randomise(wrapped)
+    wrapped.save_pretrained(tmp_path)
+    model = inject(llama(), layer=EagerLoraLinear, target_modules=TARGETS, r=4, lora_alpha=12)
+    load_adapter(model, tmp_path)
+    assert torch.equal(logits(model), logits(wrapped))
+
+
+@pytest.mark.parametrize("init", ["pissa", "pissa_niter_2", "olora"])
+def test_refuses_what_peft_trained_on_a_changed_base(tmp_path: Path, init: str) -> None:
+    wrapped = peft.get_peft_model(llama(), peft.LoraConfig(target_modules=TARGETS, r=4, lora_alpha=12, init_lora_weights=init))
+    wrapped.save_pretrained(tmp_path)
+    with pytest.raises(ValueError, match=f"init_lora_weights='{init}' is not supported"):
+        load_adapter(inject(llama(), target_modules=TARGETS, r=4, lora_alpha=12), tmp_path)
+
+
 def test_file_holds_pefts_keys_in_the_training_dtype(tmp_path: Path) -> None:
     save_adapter(injected(dtype=torch.bfloat16, adapter_dtype=torch.float32), tmp_path)
     tensors = safetensors_torch.load_file(tmp_path / "adapter_model.safetensors")
@@ -160,6 +178,11 @@ TAMPERINGS: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "scaling": (lambda f: edit_config(f, lora_alpha=13), ValueError, "lora_alpha=13, but"),
     "rslora": (lambda f: edit_config(f, use_rslora=True), ValueError, "use_rslora=True, but"),
     "dora": (lambda f: edit_config(f, use_dora=True), ValueError, "use_dora=True is not supported"),
+    "corda": (lambda f: edit_config(f, init_lora_weights="corda"), ValueError, "init_lora_weights='corda' is not supported"),
+    "bdlora": (lambda f: edit_config(f, use_bdlora={"nblocks": 2}), ValueError, "use_bdlora={'nblocks': 2} is not supported"),
+    "kasa": (lambda f: edit_config(f, kasa_config={"beta": 0.1}), ValueError, "kasa_config={'beta': 0.1} is not supported"),
+    "monteclora": (lambda f: edit_config(f, monteclora_config={"a": 1}), ValueError, "monteclora_config=.* is not supported"),
+    "unknown variant": (lambda f: edit_config(f, use_next_years_lora=True), ValueError, "use_next_years_lora=True is not"),
     "bias": (lambda f: edit_config(f, bias="all"), ValueError, "bias='all' is not supported"),
     "patterns": (lambda f: edit_config(f, rank_pattern={"q_proj": 2}), ValueError, "rank_pattern"),
     "another method": (lambda f: edit_config(f, peft_type="IA3"), ValueError, "peft_type='IA3' is not supported"),
@@ -176,6 +199,38 @@ def test_a_file_that_does_not_fit_changes_nothing(tmp_path: Path, tampering: str
     with pytest.raises(error, match=message):
         load_adapter(model, tmp_path)
     assert all(torch.equal(tensor, before[name]) for name, tensor in adapter_tensors(model).items())
+
+
+LAST = "model.layers.1.mlp.down_proj"
+
+
+@pytest.mark.parametrize(("keep_base", "remedy"), [(True, r"unmerge\(\) it first"), (False, "dropped the base weight")])
+def test_loading_into_a_merged_layer_is_refused(tmp_path: Path, keep_base: bool, remedy: str) -> None:
+    save_adapter(injected(), tmp_path)
+    model = inject(llama(), target_modules=TARGETS, r=4, lora_alpha=12)
+    model.get_submodule(LAST).merge(keep_base)
+    before = adapter_tensors(model)
+    with pytest.raises(RuntimeError, match=f"'{LAST}' is merged.*{remedy}"):
+        load_adapter(model, tmp_path)
+    assert all(torch.equal(tensor, before[name]) for name, tensor in adapter_tensors(model).items())
+    if keep_base:
+        model.get_submodule(LAST).unmerge()
+        load_adapter(model, tmp_path)
+        assert torch.equal(logits(model), logits(injected()))
+
+
+def test_saving_a_merged_layer_needs_its_base_weight(tmp_path: Path) -> None:
+    model = injected()
+    save_adapter(model, tmp_path / "unmerged")
+    model.get_submodule(LAST).merge()
+    save_adapter(model, tmp_path / "merged")
+    for name in os.listdir(tmp_path / "unmerged"):
+        assert (tmp_path / "merged" / name).read_bytes() == (tmp_path / "unmerged" / name).read_bytes()
+    model.get_submodule(LAST).unmerge()
+    model.get_submodule(LAST).merge(keep_base=False)
+    with pytest.raises(RuntimeError, match=f"'{LAST}' is merged.*dropped the base weight"):
+        save_adapter(model, tmp_path / "dropped")
+    assert not (tmp_path / "dropped").exists()
 
 
 def test_model_without_adapters_or_with_unequal_ones(tmp_path: Path) -> None:

@@ -9,9 +9,11 @@ import torch
 from torch import Tensor, nn
 
 from fastlora.cli import progress
-from fastlora.cli.eager import EagerLoraLinear
 from fastlora.finetune import check, data
-from fastlora.finetune.train import saved_bytes
+from fastlora.finetune.eager import EagerLoraLinear
+from fastlora.finetune.model import with_adapters
+from fastlora.finetune.settings import Settings
+from fastlora.finetune.train import kept_for_backward
 from fastlora.modules import FusedLoraLinear
 
 transformers = pytest.importorskip("transformers")
@@ -57,9 +59,9 @@ class OneLayer(nn.Module):
         return transformers.modeling_outputs.CausalLMOutput(logits=self.head(self.embedding(input_ids)))
 
 
-def test_saved_bytes_counts_what_the_layers_keep() -> None:
+def test_kept_for_backward_is_what_the_layers_keep() -> None:
     ids = torch.randint(11, (3, 7), generator=torch.Generator().manual_seed(0))
-    eager, fused = (saved_bytes(OneLayer(layer), ids) for layer in (EagerLoraLinear, FusedLoraLinear))
+    eager, fused = (kept_for_backward(OneLayer(layer), ids) for layer in (EagerLoraLinear, FusedLoraLinear))
     rows, width = 21, 16
     # Both keep S. Eager keeps the dropped copy (float32) and the mask (bool), fused x (float32) and the seed (int64).
     assert eager - fused == rows * width * (4 + 1) - (rows * width * 4 + 8)
@@ -82,6 +84,41 @@ def test_control_noise_has_the_size_asked_for() -> None:
     check.disturb(layers, [check.LayerError("layer", output, 0.0, 0.0, size) for output, size in sizes.items()], seed=0)
     for result, expected, size in zip(results(), plain, sizes.values(), strict=True):
         assert float((result - expected).norm() / expected.norm()) == pytest.approx(size, rel=0.2)
+
+
+class TwoBranches(nn.Module):
+    """Embedding and head, the head called twice with different rows; two LoRA linears that no loss reaches."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.one = OneLayer(EagerLoraLinear)
+        self.uncalled = EagerLoraLinear(4, 4, r=2)
+        self.unread = EagerLoraLinear(16, 4, r=2)
+
+    def forward(self, input_ids: Tensor) -> Any:
+        self.unread(self.one.embedding(input_ids))
+        logits = torch.cat([self.one(part).logits for part in (input_ids[:1], input_ids[1:])])
+        return transformers.modeling_outputs.CausalLMOutput(logits=logits)
+
+
+def test_layers_that_no_loss_reaches_are_neither_judged_nor_disturbed() -> None:
+    model = TwoBranches()
+    ids = torch.randint(11, (3, 7), generator=torch.Generator().manual_seed(0))
+    errors, unreached = check.check_layers(model, ids, seed=0)
+    assert unreached == ["uncalled", "unread"]
+    assert [(error.layer, error.output) for error in errors] == [("one.head", output) for output in check.OUTPUTS]
+    assert all(error.passed for error in errors)
+    check.disturb(model, errors, seed=0)
+    x = torch.randn(3, 4, generator=torch.Generator().manual_seed(1))
+    assert torch.equal(model.uncalled(x), model.uncalled.eval()(x))
+
+
+def test_the_backend_asked_for_reaches_every_layer() -> None:
+    settings = Settings(target_modules=("first", "second"), r=2, backend="triton")
+    base = nn.ModuleDict({"first": nn.Linear(4, 4), "second": nn.Linear(4, 4)})
+    layers = with_adapters(base, settings, FusedLoraLinear).values()
+    assert [layer.backend for layer in layers] == ["triton", "triton"]
+    assert with_adapters(base, Settings(target_modules=("first",), r=2), FusedLoraLinear)["first"].backend is None
 
 
 @pytest.mark.parametrize("kind", [progress.Bars, progress.Lines, progress.Silent])

@@ -115,6 +115,50 @@ def test_a_shared_linear_stays_shared() -> None:
     assert type(model["c"]) is nn.Linear
 
 
+class WithAttention(nn.Module):
+    def __init__(self) -> None:
+        super().__init__()
+        self.attention = nn.MultiheadAttention(4, 2)
+        self.linear = nn.Linear(4, 4)
+
+    def forward(self, x: torch.Tensor) -> torch.Tensor:
+        return self.linear(self.attention(x, x, x)[0])
+
+
+def test_all_linear_leaves_the_projection_that_attention_reads_without_calling_it() -> None:
+    model = WithAttention()
+    with pytest.warns(UserWarning, match=r"leaves out 'attention\.out_proj'.*reads its weight without calling it"):
+        inject(model, target_modules="all-linear", r=2)
+    assert replaced(model) == {"linear"}
+    model(torch.randn(3, 4, generator=torch.Generator().manual_seed(0))).sum().backward()
+    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
+    with pytest.raises(TypeError, match=r"'attention\.out_proj' is a NonDynamicallyQuantizableLinear"):
+        inject(WithAttention(), target_modules=["out_proj"])
+    with pytest.raises(ValueError, match="matches no module"), pytest.warns(UserWarning, match="leaves out"):
+        inject(nn.ModuleList([nn.MultiheadAttention(4, 2)]), target_modules="all-linear")
+
+
+def test_an_encoder_layer_with_its_fast_path_is_refused() -> None:
+    """In evaluation the fast path reads the weights of the layer's linears and would leave their adapters out."""
+    enabled = torch.backends.mha.get_fastpath_enabled()
+    x = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
+    model = nn.Sequential(nn.TransformerEncoderLayer(4, 2, 8, batch_first=True))
+    try:
+        torch.backends.mha.set_fastpath_enabled(True)
+        with pytest.raises(
+            ValueError, match=r"'0\.linear1' sits in an nn\.TransformerEncoderLayer.*set_fastpath_enabled\(False\)"
+        ):
+            inject(model, target_modules=["linear1"], r=2)
+        torch.backends.mha.set_fastpath_enabled(False)
+        inject(model, target_modules=["linear1"], r=2).eval()
+        with torch.no_grad():
+            before = model(x)
+            nn.init.ones_(model.get_submodule("0.linear1").lora_B)
+            assert not torch.equal(model(x), before)
+    finally:
+        torch.backends.mha.set_fastpath_enabled(enabled)
+
+
 class Subclass(nn.Linear):
     pass
 
@@ -129,6 +173,7 @@ class Subclass(nn.Linear):
         ({"target_modules": "(q"}, ValueError, "not a regular expression"),
         ({"target_modules": ["mlp"]}, TypeError, "'model.layers.0.mlp' is a LlamaMLP, expected nn.Linear"),
         ({"target_modules": ["sub"]}, TypeError, "'sub' is a Subclass"),
+        ({"target_modules": "all-linear"}, TypeError, "'sub' is a Subclass"),
         ({"target_modules": "all-linear", "r": 0}, ValueError, "r must be >= 1, got 0"),
         ({"target_modules": ["q_proj"], "r": 2.0}, TypeError, "r must be an int"),
         ({"target_modules": ["q_proj"], "lora_dropout": 1.5}, ValueError, "lora_dropout must be in"),

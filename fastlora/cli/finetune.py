@@ -61,7 +61,7 @@ def run(args: argparse.Namespace) -> int:
     if args.json:
         print(report.to_json(result))
     else:
-        show.print_table(result)
+        show.print_table(result, common.consoles()[0])
     return 0 if result.passed else 1
 
 

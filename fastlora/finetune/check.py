@@ -47,10 +47,15 @@ class LayerError:
         return self.error <= self.bound
 
 
-def check_layers(model: nn.Module, ids: Tensor, seed: int) -> list[LayerError]:
-    """Judge every LoRA layer of `model` on what it meets in one training step on `ids`."""
+def check_layers(model: nn.Module, ids: Tensor, seed: int) -> tuple[list[LayerError], list[str]]:
+    """Judge every LoRA layer of `model` on what it meets in one training step on `ids`.
+
+    Returns the verdicts, and the names of the layers that have none because the loss does not depend on them.
+    """
     met = _activations(model, ids, seed)
-    return [error for name, layer in _lora_layers(model) for error in _check_layer(name, layer, *met[name], seed)]
+    layers = dict(_lora_layers(model))
+    errors = [error for name, layer in layers.items() if name in met for error in _check_layer(name, layer, *met[name], seed)]
+    return errors, [name for name in layers if name not in met]
 
 
 def disturb(model: nn.Module, errors: list[LayerError], seed: int) -> None:
@@ -58,6 +63,8 @@ def disturb(model: nn.Module, errors: list[LayerError], seed: int) -> None:
     bounds = {(error.layer, error.output): error.bound for error in errors}
     generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
     for name, layer in _lora_layers(model):
+        if (name, "y") not in bounds:  # a layer that was not reached has none
+            continue
         y, dx, dA, dB = (_noise(bounds[name, output], generator) for output in OUTPUTS)
         lora_A, lora_B = _adapters(layer)
         lora_A.register_hook(dA)
@@ -89,14 +96,17 @@ def _adapters(layer: FusedLoraLinear) -> tuple[nn.Parameter, nn.Parameter]:
 
 
 def _activations(model: nn.Module, ids: Tensor, seed: int) -> dict[str, tuple[Tensor, Tensor]]:
-    """The (x, dy) of every LoRA layer in one training step on `ids`, without an update."""
-    x: dict[str, Tensor] = {}
-    dy: dict[str, Tensor] = {}
+    """The (x, dy) of every LoRA layer that the loss of one training step on `ids` depends on, without an update.
+
+    Of several calls of a layer it is the first: its gradient comes last.
+    """
+    met: dict[str, tuple[Tensor, Tensor]] = {}
 
     def watch(name: str) -> Callable[..., None]:
         def hook(layer: nn.Module, args: tuple[Tensor, ...], y: Tensor) -> None:
-            x[name] = args[0].detach()
-            y.register_hook(lambda gradient: dy.__setitem__(name, gradient))
+            x = args[0].detach()
+            if y.requires_grad:
+                y.register_hook(lambda dy: met.__setitem__(name, (x, dy)))
 
         return hook
 
@@ -107,7 +117,7 @@ def _activations(model: nn.Module, ids: Tensor, seed: int) -> dict[str, tuple[Te
     model.zero_grad()
     for handle in handles:
         handle.remove()
-    return {name: (x[name], dy[name]) for name in x}
+    return met
 
 
 def _check_layer(name: str, layer: FusedLoraLinear, x: Tensor, dy: Tensor, seed: int) -> list[LayerError]:

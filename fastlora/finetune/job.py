@@ -8,14 +8,15 @@ import torch
 from torch import Tensor, nn
 
 from fastlora.adapters import save_adapter
-from fastlora.cli.eager import EagerLoraLinear
 from fastlora.finetune import check
 from fastlora.finetune.data import Tokens, batches, load_corpus, tokenize_corpus
-from fastlora.finetune.model import fused_layer, load_base, load_tokenizer, pretrain, with_adapters
+from fastlora.finetune.eager import EagerLoraLinear
+from fastlora.finetune.model import load_base, load_tokenizer, pretrain, with_adapters
 from fastlora.finetune.report import Control, Outcome, Report, environment
 from fastlora.finetune.settings import Settings
-from fastlora.finetune.train import Run, adapt, count, held_out_losses, saved_bytes, trainable
+from fastlora.finetune.train import Run, adapt, count, held_out_losses, kept_for_backward, trainable
 from fastlora.inject import match_targets
+from fastlora.modules import FusedLoraLinear
 
 #: Hears of every step: phase, step, steps in the phase, losses by name, tokens per step.
 Progress = Callable[[str, int, int, dict[str, float], int], None]
@@ -54,11 +55,11 @@ def run(job: Job, progress: Progress) -> Report:
     base = _base(job, progress)
     runs = {
         "eager": Run(with_adapters(base, settings, EagerLoraLinear), settings),
-        "fused": Run(with_adapters(base, settings, fused_layer(settings.backend)), settings),
+        "fused": Run(with_adapters(base, settings, FusedLoraLinear), settings),
     }
     before = {name: held_out_losses(run.model, tokens.held_out, settings) for name, run in runs.items()}
     batch = next(batches(tokens.adapt, settings.batch_size, settings.seq_len, settings.seed)).to(settings.device)
-    saved = {name: saved_bytes(run.model, batch) for name, run in runs.items()}
+    saved = {name: kept_for_backward(run.model, batch) for name, run in runs.items()}
     adapt(runs, tokens.adapt, settings, _hears(progress, "adapt", settings))
     after = {name: held_out_losses(run.model, tokens.held_out, settings) for name, run in runs.items()}
     save_adapter(runs["fused"].model, settings.output / "adapter")
@@ -90,12 +91,12 @@ def _base(job: Job, progress: Progress) -> nn.Module:
 def _control(runs: dict[str, Run], base: nn.Module, batch: Tensor, job: Job, progress: Progress) -> Control:
     """Judge the layers of the trained fused model, then train the control with the errors that would just pass."""
     settings = job.settings
-    layers = check.check_layers(runs["fused"].model, batch, settings.seed)
+    layers, unreached = check.check_layers(runs["fused"].model, batch, settings.seed)
     control = Run(with_adapters(base, settings, EagerLoraLinear), settings)
     check.disturb(control.model, layers, settings.seed)
     adapt({"control": control}, job.tokens.adapt, settings, _hears(progress, "control", settings))
     bound = check.curve_bound(control.losses, runs["eager"].losses, settings.base_dtype)
-    return Control(layers=layers, losses=control.losses, curve_bound=bound)
+    return Control(layers=layers, unreached=unreached, losses=control.losses, curve_bound=bound)
 
 
 def _hears(progress: Progress, phase: str, settings: Settings) -> Callable[[int, dict[str, float]], None]:

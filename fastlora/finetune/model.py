@@ -10,7 +10,6 @@ from torch import Tensor, nn
 
 from fastlora.finetune.data import Tokenize, batches
 from fastlora.finetune.settings import Settings
-from fastlora.functional import lora_linear
 from fastlora.inject import inject
 from fastlora.modules import FusedLoraLinear
 
@@ -83,10 +82,13 @@ def pretrain(model: nn.Module, stream: Tensor, settings: Settings, on_step: Step
 
 
 def with_adapters(base: nn.Module, settings: Settings, layer: type[FusedLoraLinear]) -> nn.Module:
-    """A copy of `base`, which shares its weights, with LoRA linears of class `layer`: the same initial A for every class."""
+    """A copy of `base`, which shares its weights, with LoRA linears of class `layer` on the backend that `settings` asks for.
+
+    The initial A is the same for every class.
+    """
     model = copy.deepcopy(base, memo={id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())})
     torch.manual_seed(settings.seed)
-    return inject(
+    inject(
         model,
         target_modules=settings.target_modules,
         r=settings.r,
@@ -95,23 +97,10 @@ def with_adapters(base: nn.Module, settings: Settings, layer: type[FusedLoraLine
         adapter_dtype=settings.lora_dtype,
         layer=layer,
     )
-
-
-def fused_layer(backend: str | None) -> type[FusedLoraLinear]:
-    """FusedLoraLinear, tied to `backend` unless that is None."""
-    if backend is None:
-        return FusedLoraLinear
-
-    class BackendLoraLinear(FusedLoraLinear):
-        def forward(self, x: Tensor) -> Tensor:
-            assert self.lora_A is not None  # inject makes no layer of rank 0
-            assert self.lora_B is not None
-            return lora_linear(
-                x, self.weight, self.lora_A, self.lora_B, self.bias,
-                scaling=self.scaling, dropout_p=self.lora_dropout, training=self.training, backend=backend,
-            )  # fmt: skip
-
-    return BackendLoraLinear
+    for module in model.modules():
+        if isinstance(module, layer):
+            module.backend = settings.backend
+    return model
 
 
 def next_token_loss(model: nn.Module, ids: Tensor) -> Tensor:

@@ -54,9 +54,13 @@ class Outcome:
 
 @dataclass(frozen=True)
 class Control:
-    """What the checks measured, see fastlora.finetune.check: layer errors, the control's curve, the bound for the fused one."""
+    """What the checks measured, see fastlora.finetune.check: layer errors, the control's curve, the bound for the fused one.
+
+    `unreached` names the layers that had no part in the loss of the checked batch, and so no errors.
+    """
 
     layers: list[LayerError]
+    unreached: list[str]
     losses: list[float]
     curve_bound: float
 
@@ -111,14 +115,14 @@ class Report:
         apart = f"{self.curve_distance:.1e} apart (root mean square)"
         if self.control is None:
             return [learned, Verdict(layers, None, "not checked"), Verdict(curves, None, f"{apart}, not checked")]
-        worst = self.control.worst
+        worst, unreached = self.control.worst, self.control.unreached
         return [
             learned,
             Verdict(
                 layers,
                 all(error.passed for error in self.control.layers),
                 f"{len(self.control.layers)} results, nearest to its bound: {worst.output} of {worst.layer}, "
-                f"{worst.error:.1e} of {worst.bound:.1e}",
+                f"{worst.error:.1e} of {worst.bound:.1e}" + (f"; not reached: {', '.join(unreached)}" if unreached else ""),
             ),
             Verdict(curves, self.curve_distance <= self.control.curve_bound, f"{apart}, bound {self.control.curve_bound:.1e}"),
         ]

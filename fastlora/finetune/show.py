@@ -3,17 +3,17 @@
 from pathlib import Path
 from typing import Any
 
+from rich.console import Console
 from rich.table import Table
 from rich.text import Text
 
-from fastlora.cli import common
 from fastlora.finetune.report import Report
 
 _BESIDE: dict[str, Any] = {"loc": "upper left", "bbox_to_anchor": (1.0, 1.0), "frameon": False}
 MARK = {True: ("ok", "green"), False: ("FAILED", "bold red"), None: ("not checked", "yellow")}
 
 
-def print_table(report: Report) -> None:
+def print_table(report: Report, console: Console) -> None:
     """Print what was compared, side by side, then what both share, the verdicts and where the files are."""
     outcomes, settings = report.outcomes, report.settings
     table = Table("", title="The same fine-tuning run, twice", title_justify="left")
@@ -34,7 +34,6 @@ def print_table(report: Report) -> None:
     for verdict in report.verdicts:
         word, style = MARK[verdict.passed]
         verdicts.add_row(Text(word, style=style), f"{verdict.question}\n{verdict.figures}")
-    console, _ = common.consoles()
     console.print("", table, sep="\n")
     console.print(
         f"{settings.steps} steps of {settings.batch_size} × {settings.seq_len} tokens, {settings.dtype}, "

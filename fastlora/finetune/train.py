@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import Tensor, nn
 
+from fastlora.benchmark import saved_bytes
 from fastlora.finetune.data import batches
 from fastlora.finetune.model import next_token_loss, warm_up_and_decay
 from fastlora.finetune.settings import Settings
@@ -66,23 +67,10 @@ def held_out_losses(model: nn.Module, windows: Tensor, settings: Settings) -> Te
     return torch.cat([next_token_loss(model, chunk.to(settings.device)) for chunk in chunks]).cpu()
 
 
-def saved_bytes(model: nn.Module, ids: Tensor) -> int:
-    """Bytes that one training step keeps between forward and backward: distinct storages, parameters and buffers aside."""
-    own = {tensor.untyped_storage().data_ptr() for tensor in (*model.parameters(), *model.buffers())}
-    saved: dict[int, int] = {}
-
-    def pack(tensor: Tensor) -> Tensor:
-        storage = tensor.untyped_storage()
-        if storage.data_ptr() not in own:
-            saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
+def kept_for_backward(model: nn.Module, ids: Tensor) -> int:
+    """Bytes that one training step keeps between forward and backward, parameters and buffers aside."""
     model.train()
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        loss = next_token_loss(model, ids).mean()  # held until after the count, so that no address is used twice
-    total = sum(saved.values())
-    del loss
-    return total
+    return saved_bytes(lambda: next_token_loss(model, ids).mean(), (*model.parameters(), *model.buffers()))
 
 
 def trainable(model: nn.Module) -> list[nn.Parameter]:
