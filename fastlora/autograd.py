@@ -72,6 +72,6 @@ class LoraLinearFunction(torch.autograd.Function):
                 dy, *ctx.saved_tensors, scaling, dropout_p, ctx.adapter_dtype, backend
             )
         if need_dbias:
-            dbias = dy.flatten(0, -2).sum(0, dtype=ops.accumulator(dy.dtype)).to(ctx.bias_dtype)
+            dbias = ops.as_rows(dy).sum(0, dtype=ops.accumulator(dy.dtype)).to(ctx.bias_dtype)
         grads = (dx if need_dx else None), None, (dA if need_dA else None), (dB if need_dB else None), dbias
         return *grads, None, None, None, None

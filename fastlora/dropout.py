@@ -20,7 +20,10 @@ _WORD = 0xFFFFFFFF
 _MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 _UPPER_BITS = -0x7FFF7FFF7FFF8000  # 0x8000 in each 16-bit lane of an int64
 _WEYL = (0x9E3779B9, 0xBB67AE85)
-_CHUNK_CALLS = 1 << 16  # 512 KiB per int64 temporary: a 2048 x 1024 mask takes 4.2 ms on one core, 5.6 ms at 2**14
+# Philox calls at a time.  On a CPU, 512 KiB per int64 temporary: a 2048 x 1024 mask takes 4.2 ms on one core, 5.6 ms at 2**14.
+# An accelerator wants few launches and bounded memory.
+_CPU_CALLS = 1 << 16
+_DEVICE_CALLS = 1 << 23
 
 
 def threshold(p: float) -> int:
@@ -109,5 +112,6 @@ def dropout_mask(seed: int | Tensor, rows: int, cols: int, p: float, *, device: 
         seed = validation.seed_tensor(seed, torch.device(device))
     validation.check_seed(seed)
     seed = seed.to(device).reshape(1, 1)
-    chunks = [keep_rows(seed, chunk, cols, p) for chunk in row_chunks(rows, cols, _CHUNK_CALLS * LANES)]
+    elements = LANES * (_CPU_CALLS if seed.device.type == "cpu" else _DEVICE_CALLS)
+    chunks = [keep_rows(seed, chunk, cols, p) for chunk in row_chunks(rows, cols, elements)]
     return torch.cat(chunks) if chunks else torch.empty((0, cols), dtype=torch.bool, device=device)

@@ -31,7 +31,8 @@ def lora_linear(
     """y = x Wᵀ + bias + scaling · drop(x) Aᵀ Bᵀ, with gradients for x, A, B and bias; W is frozen.
 
     drop(x) zeroes each element of x with probability dropout_p and scales the rest by the inverse of the realised keep rate;
-    `fastlora.dropout_mask(seed, M, in, dropout_p)` is the mask.  Products are summed in float32 and rounded once.
+    `fastlora.dropout_mask(seed, M, in, dropout_p)` is the mask.  Products are summed in float32 and rounded once
+    (by the torch backend, in 16 bits, once more where the LoRA term joins the frozen one, as eager does).
 
     Args:
         x: (..., in), any strides.  weight: (out, in), must not require grad.  lora_A: (r, in).  lora_B: (out, r).

@@ -36,6 +36,7 @@ class FusedLoraLinear(nn.Module):
     lora_B: nn.Parameter | None
     bias: nn.Parameter | None
     _base_weight: Tensor | None
+    backend: str | None = None  # set it to choose the backend of `lora_linear` for this module
 
     def __init__(
         self,
@@ -55,6 +56,7 @@ class FusedLoraLinear(nn.Module):
     ) -> None:
         validation.check_size(in_features, "in_features")
         validation.check_size(out_features, "out_features")
+        validation.check_dtype(dtype or torch.get_default_dtype(), "dtype")
         base = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
         self._setup(
             base.weight.detach().t().contiguous() if fan_in_fan_out else base.weight.detach(),
@@ -83,11 +85,10 @@ class FusedLoraLinear(nn.Module):
     ) -> "FusedLoraLinear":
         """Wrap `linear` (nn.Linear, or with fan_in_fan_out a module whose weight is (in, out), such as transformers' Conv1D).
 
-        weight and bias share the storage of `linear`'s, and so its device and dtype; the training mode is kept.
+        weight and bias share the storage of `linear`'s, and so its device and dtype; the training mode is kept.  What would be
+        lost is refused: an adapter or a parametrisation that `linear` has, and its hooks.
         """
-        weight, bias = getattr(linear, "weight", None), getattr(linear, "bias", None)
-        if not isinstance(weight, Tensor):
-            raise TypeError(f"linear must be an nn.Linear or have a 2-D weight tensor, got {type(linear).__name__}")
+        weight, bias = validation.check_linear(linear, fan_in_fan_out)
         module = cls.__new__(cls)
         module._setup(
             weight.detach(),
@@ -116,7 +117,7 @@ class FusedLoraLinear(nn.Module):
         adapter_dtype: torch.dtype | None,
     ) -> None:
         adapter_dtype = adapter_dtype or weight.dtype
-        validation.check_frozen(weight, bias, adapter_dtype)
+        validation.check_frozen(weight, bias, adapter_dtype, fan_in_fan_out)
         out_features, in_features = weight.shape[::-1] if fan_in_fan_out else weight.shape
         validation.check_rank(r, in_features, out_features)
         validation.check_dropout_p(lora_dropout, "lora_dropout")
@@ -156,14 +157,14 @@ class FusedLoraLinear(nn.Module):
             scaling=self.scaling,
             dropout_p=self.lora_dropout,
             training=self.training,
+            backend=self.backend,
         )
 
     def train(self, mode: bool = True) -> "FusedLoraLinear":
         """Set the mode; with merge_weights, unmerge for training and merge for evaluation."""
-        super().train(mode)
         if self.merge_weights and mode == self.merged:
             self.unmerge() if mode else self.merge()
-        return self
+        return super().train(mode)
 
     def delta_weight(self) -> Tensor:
         """scaling · B A, (out, in), in float32 (float64 for float64 adapters)."""
@@ -187,7 +188,7 @@ class FusedLoraLinear(nn.Module):
         delta = self.delta_weight()
         merged = (base.to(delta.dtype) + (delta.t() if self.fan_in_fan_out else delta)).to(base.dtype)
         self._base_weight = base if keep_base else None
-        self.weight.data = merged
+        self.weight = self._frozen(merged)
         self.merged = True
 
     def unmerge(self) -> None:
@@ -200,9 +201,14 @@ class FusedLoraLinear(nn.Module):
             raise RuntimeError("unmerge() on a module that is not merged")
         if self._base_weight is None:
             raise RuntimeError("unmerge() needs the base weight, which merge(keep_base=False) dropped")
-        self.weight.data = self._base_weight
+        self.weight = self._frozen(self._base_weight)
         self._base_weight = None
         self.merged = False
+
+    @staticmethod
+    def _frozen(weight: Tensor) -> nn.Parameter:
+        """A new Parameter: a graph that saved the old one for its backward keeps it."""
+        return nn.Parameter(weight, requires_grad=False)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """A merged module saves its base weight or, without it, a zero B, so that what is saved is the same function."""
@@ -215,8 +221,16 @@ class FusedLoraLinear(nn.Module):
             destination[prefix + "lora_B"] = torch.zeros_like(self.lora_B)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Loading into a merged module replaces the base weight and A, B; the module is merged again afterwards."""
+        """Loading into a merged module replaces the base weight and A, B; the module is merged again afterwards.
+
+        A module merged with keep_base=False has no base weight to keep, so that weight, lora_A and lora_B must come together.
+        """
         merged, keep_base = self.merged, self._base_weight is not None
+        missing = [name for name in ("weight", "lora_A", "lora_B") if prefix + name not in state_dict]
+        if merged and self.r and not keep_base and missing:
+            error_msgs = args[-1]
+            error_msgs.append(f"{prefix or 'the module'} was merged with keep_base=False: loading needs {missing} as well")
+            return
         if merged and keep_base:
             self.unmerge()
         self.merged = False

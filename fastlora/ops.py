@@ -37,7 +37,8 @@ def _steps(backend: str) -> Any:
     return kernels
 
 
-def _rows(tensor: Tensor) -> Tensor:
+def as_rows(tensor: Tensor) -> Tensor:
+    """(..., K) as (M, K), also where K is 0."""
     return tensor.reshape(-1, tensor.shape[-1]) if tensor.shape[-1] else tensor.new_empty((tensor.shape[:-1].numel(), 0))
 
 
@@ -65,7 +66,7 @@ def _forward(
     dropout_p: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    y, S = _steps(backend).forward(_rows(x), weight, lora_A, lora_B, bias, seed, scaling, dropout_p)
+    y, S = _steps(backend).forward(as_rows(x), weight, lora_A, lora_B, bias, seed, scaling, dropout_p)
     return y.view(*x.shape[:-1], weight.shape[0]), S
 
 
@@ -84,7 +85,7 @@ def _backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     dx, dA, dB = _steps(backend).backward(
-        _rows(dy), None if x is None else _rows(x), weight, lora_A, lora_B, S, seed, scaling, dropout_p, adapter_dtype
+        as_rows(dy), None if x is None else as_rows(x), weight, lora_A, lora_B, S, seed, scaling, dropout_p, adapter_dtype
     )
     empty = [dy.new_empty(0) if grad is None else grad for grad in (dx, dA, dB)]
     return empty[0] if weight is None else empty[0].view(*dy.shape[:-1], weight.shape[1]), empty[1], empty[2]

@@ -93,12 +93,11 @@ def _grad_a_and_add_to_dx(
     dS: Tensor, x: Tensor | None, lora_A: Tensor | None, dx: Tensor | None, seed: Tensor | None, dropout_p: float
 ) -> Tensor | None:
     """dA = dSᵀ mask(x) where x is given, and dx += mask(dS A) in place where dx is; dS already holds the dropout scale."""
-    source = x if x is not None else dx
-    assert source is not None  # dS is only computed for one of them
     if seed is None and dx is not None and lora_A is not None and lora_A.dtype == dx.dtype:
         dx.addmm_(dS.to(dx.dtype), lora_A)
         dx = None
-    if x is None and dx is None:
+    source = x if x is not None else dx
+    if source is None:
         return None
     A = None if lora_A is None else lora_A.to(dS.dtype)
     dA = None if x is None else dS.new_zeros((dS.shape[1], x.shape[1]))

@@ -2,9 +2,11 @@
 
 import math
 import warnings
+from typing import cast
 
 import torch
-from torch import Tensor
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
 
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 HALF_DTYPES = (torch.float16, torch.bfloat16)
@@ -97,17 +99,18 @@ def _check_shapes(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bia
         raise ValueError(f"bias must be (out,) = ({out_features},), got {tuple(bias.shape)}")
 
 
-def _check_dtypes(dtypes: dict[str, torch.dtype]) -> None:
+def _check_dtypes(base: str, dtypes: dict[str, torch.dtype]) -> None:
+    """All of `dtypes` are `base`'s, but for the adapters', which may be float32 beside a 16-bit base."""
     for name in ("weight", "bias"):
-        if name in dtypes and dtypes[name] != dtypes["x"]:
-            raise TypeError(f"{name} is {dtypes[name]} but x is {dtypes['x']}: x, weight and bias must share a dtype")
+        if name in dtypes and dtypes[name] != dtypes[base]:
+            raise TypeError(f"{name} is {dtypes[name]} but {base} is {dtypes[base]}: x, weight and bias must share a dtype")
     if dtypes["lora_A"] != dtypes["lora_B"]:
         raise TypeError(f"lora_A is {dtypes['lora_A']} but lora_B is {dtypes['lora_B']}: they must share a dtype")
-    mixed = dtypes["lora_A"] == torch.float32 and dtypes["x"] in HALF_DTYPES
-    if dtypes["lora_A"] != dtypes["x"] and not mixed:
+    mixed = dtypes["lora_A"] == torch.float32 and dtypes[base] in HALF_DTYPES
+    if dtypes["lora_A"] != dtypes[base] and not mixed:
         raise TypeError(
-            f"lora_A and lora_B are {dtypes['lora_A']} but x is {dtypes['x']}: the adapters must have x's dtype, or be "
-            "float32 with x in float16 or bfloat16"
+            f"lora_A and lora_B are {dtypes['lora_A']} but {base} is {dtypes[base]}: the adapters must have {base}'s dtype, or "
+            f"be float32 with {base} in float16 or bfloat16"
         )
 
 
@@ -130,7 +133,7 @@ def check_inputs(
     for name, tensor in tensors.items():
         if tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device}, but x is on {x.device}: all tensors must share a device")
-    _check_dtypes({name: autocast_target(tensor, autocast_dtype) for name, tensor in tensors.items()})
+    _check_dtypes("x", {name: autocast_target(tensor, autocast_dtype) for name, tensor in tensors.items()})
     if weight.requires_grad:
         raise ValueError(
             "weight requires grad, but fastlora computes no gradient for the frozen weight: "
@@ -139,14 +142,43 @@ def check_inputs(
     check_rank(lora_A.shape[0], weight.shape[1], weight.shape[0])
 
 
-def check_frozen(weight: Tensor, bias: Tensor | None, adapter_dtype: torch.dtype) -> None:
+def check_dtype(dtype: torch.dtype, name: str) -> None:
+    """`dtype` is one that can be computed with."""
+    if dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {dtype}")
+
+
+def check_linear(linear: nn.Module, fan_in_fan_out: bool) -> tuple[Tensor, Tensor | None]:
+    """(weight, bias) of `linear`: an nn.Linear, or with fan_in_fan_out another module with both; nothing of it may get lost."""
+    kind = type(linear).__name__
+    conv1d = fan_in_fan_out and not isinstance(linear, nn.Linear) and hasattr(linear, "weight") and hasattr(linear, "bias")
+    if not isinstance(linear, nn.Linear) and not conv1d:
+        expected = "a module with weight (in, out) and bias" if fan_in_fan_out else "an nn.Linear"
+        raise TypeError(f"linear must be {expected} with fan_in_fan_out={fan_in_fan_out}, got {kind}")
+    if isinstance(linear, nn.Linear) and fan_in_fan_out:
+        raise TypeError(f"fan_in_fan_out=True is for a weight stored (in, out); {kind} stores it (out, in)")
+    if parametrize.is_parametrized(linear) or any(name in linear._parameters for name in ("weight_g", "weight_orig")):
+        raise TypeError(f"linear is a {kind} whose weight is parametrised: remove the parametrisation first")
+    if linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks:
+        raise ValueError(f"linear is a {kind} with hooks, which the new module would not run: remove them first")
+    return cast(tuple[Tensor, Tensor | None], (linear.weight, linear.bias))
+
+
+def check_frozen(weight: Tensor, bias: Tensor | None, adapter_dtype: torch.dtype, fan_in_fan_out: bool) -> None:
     """A base layer's weight and bias, and the dtype of the adapters to be put beside them."""
     check_tensor(weight, "weight", 2)
-    dtypes = {"x": weight.dtype, "lora_A": adapter_dtype, "lora_B": adapter_dtype}
+    check_dtype(adapter_dtype, "adapter_dtype")
+    dtypes = {"weight": weight.dtype, "lora_A": adapter_dtype, "lora_B": adapter_dtype}
     if bias is not None:
         check_tensor(bias, "bias", 1)
         dtypes["bias"] = bias.dtype
-    _check_dtypes(dtypes)
+        out_features = weight.shape[1] if fan_in_fan_out else weight.shape[0]
+        if bias.shape[0] != out_features:
+            stored = f"{tuple(weight.shape)} with fan_in_fan_out={fan_in_fan_out}"
+            raise ValueError(f"bias must be ({out_features},) for a weight {stored}, got {tuple(bias.shape)}")
+        if bias.device != weight.device:
+            raise ValueError(f"bias is on {bias.device}, but weight is on {weight.device}")
+    _check_dtypes("weight", dtypes)
 
 
 def autocast_target(tensor: Tensor, autocast_dtype: torch.dtype | None) -> torch.dtype:

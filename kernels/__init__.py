@@ -64,6 +64,7 @@ def backward(
     """(dx, dA, dB), each computed where its operands are given: dx from weight and lora_A, dA from x, dB from S."""
     with _on(dy.device):
         target = target or target_of(dy.device)
+        S = None if S is None else S.contiguous()
         dS, dB = _grad_s_and_b(dy, lora_B, S, scaling, adapter_dtype, target)
         dA = bits = dx = None
         if x is not None and dS is not None:

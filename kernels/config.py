@@ -101,6 +101,21 @@ def stream_config(r: int, dtype: torch.dtype, small_dtype: torch.dtype, target: 
     return StreamConfig(block_m, 64, block_r, warps, 1)
 
 
+def super_tile_config(r: int, dtype: torch.dtype, target: Target) -> StreamConfig:
+    """The tile for dS and dB in one pass over dY: wide, because each block of columns writes a partial dS, (M, r) float32, that
+    is read again: at 512 columns of a 16-bit dY and rank 16, an eighth of dY's bytes."""
+    block_r = rank_block(r)
+    block_m, width = (64, 128) if dtype.itemsize == 4 else (32, 512)
+    width = width * 16 // block_r
+    candidates = [StreamConfig(block_m, columns, block_r, 8, stages) for columns in (width, width // 2) for stages in (3, 2)]
+    for config in candidates:
+        pipeline = config.num_stages * block_m * (config.block_k * dtype.itemsize + block_r * 4)
+        split_b = 2 * config.block_k * block_r * dtype.itemsize
+        if pipeline + split_b <= target.shared_memory:
+            return config
+    return StreamConfig(block_m, width // 2, block_r, 8, 1)
+
+
 def split_steps(steps: int, programs: int, target: Target) -> tuple[int, int]:
     """(parts, steps of each) of a reduction of `steps` steps, cut so that `programs` of them fill the chip twice.
 

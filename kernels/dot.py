@@ -35,8 +35,8 @@ def into_range(t, OPERAND: tl.constexpr):
     do not cover a gradient's range, the power of two of max |t|."""
     if OPERAND == tl.float16 and t.dtype == tl.float32:
         exponent = tl.max(tl.max(tl.abs(t), axis=1), axis=0).to(tl.int32, bitcast=True) & 0x7F800000
-        # Within 2**-60 .. 2**126 the inverse is a normal number, and accumulators times it stay finite.
-        exponent = tl.minimum(tl.maximum(exponent, 0x21800000), 0x7E800000)
+        # Within 2**-40 .. 2**126 the inverse is a normal number, and an accumulator times two of them stays finite.
+        exponent = tl.minimum(tl.maximum(exponent, 0x2B800000), 0x7E800000)
         inverse = (0x7F000000 - exponent).to(tl.float32, bitcast=True)
         return t * inverse, inverse, exponent.to(tl.float32, bitcast=True)
     return t, 1.0, 1.0
@@ -59,13 +59,13 @@ def dot_wide(a, b, acc, PRECISION: tl.constexpr, SPLIT: tl.constexpr):
     return acc * scale
 
 
-@triton.jit
-def sum_partials_kernel(partials, out, size, SPLITS: tl.constexpr, BLOCK: tl.constexpr):
+@triton.jit(do_not_specialize=["splits"])
+def sum_partials_kernel(partials, out, size, splits, BLOCK: tl.constexpr):
     """out[i] = Σ_s partials[s, i], in the order of s, whatever the launch: two runs are equal bit for bit."""
     index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
     pointers = partials + index
-    for _ in range(SPLITS):
+    for _ in range(splits):
         total += tl.load(pointers, mask=index < size, other=0.0)
         pointers += size
     tl.store(out + index, round_to(total, out.dtype.element_ty), mask=index < size)
@@ -80,8 +80,7 @@ def sum_partials(partials: Tensor, dtype: torch.dtype) -> Tensor:
     launch.launch(
         sum_partials_kernel,
         (triton.cdiv(out.numel(), block),),
-        (partials, out, out.numel()),
-        SPLITS=partials.shape[0],
+        (partials, out, out.numel(), partials.shape[0]),
         BLOCK=block,
         num_warps=4,
         num_stages=1,

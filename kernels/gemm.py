@@ -54,7 +54,7 @@ def rank_term(
         u_mask = (rows[:, None] < M) & (ranks[None, :] < R)
         u = tl.load(U + rows[:, None] * R + ranks[None, :], mask=u_mask, other=0.0)
         v_mask = (ranks[:, None] < R) & (cols[None, :] < N)
-        v = tl.load(V + ranks[:, None] * stride_vr + cols[None, :] * stride_vn, mask=v_mask, other=0.0)
+        v = tl.load(V + ranks[:, None].to(cols.dtype) * stride_vr + cols[None, :] * stride_vn, mask=v_mask, other=0.0)
         u, inverse, scale = into_range(u * alpha, OPERAND)
         v, inverse_v, scale_v = into_range(v, OPERAND)
         acc = dot(round_to(u, OPERAND), round_to(v, OPERAND), acc * (inverse * inverse_v), PRECISION) * (scale * scale_v)
@@ -89,6 +89,7 @@ def gemm_kernel(
     stride_qn,
     stride_vr,
     stride_vn,
+    stride_bias,
     row_bytes,
     alpha,
     R: tl.constexpr,
@@ -97,7 +98,6 @@ def gemm_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
-    PROGRAMS: tl.constexpr,
     DTYPE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_MASK: tl.constexpr,
@@ -109,7 +109,7 @@ def gemm_kernel(
 ):
     """C = P Q + bias + mask(alpha · U V); P, Q, C are descriptors (Q's of Qᵀ with Q_TRANSPOSED) or pointers."""
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
-    for tile in range(tl.program_id(0), tiles, PROGRAMS):
+    for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         first_m, first_n = grouped_tile(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
         rows, cols = first_m + tl.arange(0, BLOCK_M), first_n + tl.arange(0, BLOCK_N)
         offs_m = rows.to(tl.int64) if WIDE else rows
@@ -120,7 +120,7 @@ def gemm_kernel(
         if HAS_MASK:
             acc = tl.where(keep_from_bits(bits, rows, first_n, M, row_bytes, BLOCK_M, BLOCK_N), acc, 0.0)
         if HAS_BIAS:
-            acc += tl.load(bias + cols, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+            acc += tl.load(bias + offs_n * stride_bias, mask=cols < N, other=0.0).to(tl.float32)[None, :]
         for k in range(0, K, BLOCK_K):
             if DESCRIPTORS:
                 p = P.load([first_m, k])
@@ -182,13 +182,12 @@ def gemm(
         blocks = ([config.block_m, config.block_k], list(block_q), [config.block_m, config.block_n])
         operands = tuple(_descriptor(matrix, block) for matrix, block in zip((P, stored_q, C), blocks, strict=True))
     tiles = triton.cdiv(M, config.block_m) * triton.cdiv(N, config.block_n)
-    programs = min(tiles, target.sms)
     launch.launch(
         gemm_kernel,
-        (programs,),
+        (min(tiles, target.sms),),
         (
             *(*operands, bias, U, V, bits, M, N, K, *P.stride(), *Q.stride(), *V.stride()),
-            *(0 if bits is None else bits.shape[1], alpha),
+            *(0 if bias is None else bias.stride(0), 0 if bits is None else bits.shape[1], alpha),
         ),
         R=r,
         BLOCK_M=config.block_m,
@@ -196,14 +195,13 @@ def gemm(
         BLOCK_K=config.block_k,
         BLOCK_R=rank_block(r, config.block_r),
         GROUP_M=config.group_m,
-        PROGRAMS=programs,
         DTYPE=TRITON_DTYPES[P.dtype],
         HAS_BIAS=bias is not None,
         HAS_MASK=bits is not None,
         DESCRIPTORS=descriptors,
         Q_TRANSPOSED=transposed,
         EVEN_K=K % config.block_k == 0,
-        WIDE=needs_int64(P, Q, C),
+        WIDE=needs_int64(P, Q, C, U, V, *(() if bias is None else (bias,))),
         PRECISION=precision,
         num_warps=config.num_warps,
         num_stages=config.num_stages,

@@ -6,11 +6,11 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlora.kernels import launch
-from fastlora.kernels.config import split_steps, stream_config
+from fastlora.kernels.config import split_steps, super_tile_config
 from fastlora.kernels.dot import dot_wide, matmul_precision, round_to, sum_partials
 from fastlora.kernels.target import Target, needs_int64
 
-MAX_RANK = 32  # above it the partial dS, one per column block of dy, and the strip of dB held in registers outgrow the saving
+MAX_RANK = 32  # above it the partial dS, one for each block of dy's columns, costs what a second pass over dy does
 
 
 @triton.jit(do_not_specialize=["M", "steps"])
@@ -44,8 +44,9 @@ def grad_b_kernel(
     cols = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     ranks = tl.arange(0, BLOCK_R)
     offs_n = cols.to(tl.int64) if WIDE else cols
+    offs_r = ranks.to(tl.int64) if WIDE else ranks
     nr_mask = (cols[:, None] < N) & (ranks[None, :] < R)
-    b_tile = tl.load(B + offs_n[:, None] * stride_bn + ranks[None, :] * stride_br, mask=nr_mask, other=0.0)
+    b_tile = tl.load(B + offs_n[:, None] * stride_bn + offs_r[None, :] * stride_br, mask=nr_mask, other=0.0)
     dS += pid_n.to(tl.int64) * M * R
     acc = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
     for start in range(split * steps * BLOCK_M, tl.minimum(M, (split + 1) * steps * BLOCK_M), BLOCK_M):
@@ -60,7 +61,7 @@ def grad_b_kernel(
         s_tile = tl.load(S + s_offs, mask=s_mask, other=0.0)
         acc = dot_wide(tl.trans(y_tile), s_tile, acc, PRECISION, SPLIT)
     dB += split.to(tl.int64) * N * R
-    tl.store(dB + cols[:, None] * R + ranks[None, :], round_to(acc * scale, dB.dtype.element_ty), mask=nr_mask)
+    tl.store(dB + offs_n[:, None] * R + ranks[None, :], round_to(acc * scale, dB.dtype.element_ty), mask=nr_mask)
 
 
 def grad_s_and_b(
@@ -68,7 +69,7 @@ def grad_s_and_b(
 ) -> tuple[Tensor, Tensor]:
     """(dS float32 (M, r), dB (N, r) in `dtype`) from dy (M, N), B (N, r), S float32 (M, r); r at most MAX_RANK."""
     (M, N), r = dy.shape, B.shape[1]
-    config = stream_config(r, dy.dtype, torch.float32, target)
+    config = super_tile_config(r, dy.dtype, target)
     col_blocks = max(1, triton.cdiv(N, config.block_k))  # of no columns, one program still writes dS = 0
     parts, steps = split_steps(triton.cdiv(M, config.block_m), col_blocks, target)
     dS = torch.empty((col_blocks, M, r), dtype=torch.float32, device=dy.device)
@@ -82,7 +83,7 @@ def grad_s_and_b(
         BLOCK_N=config.block_k,
         BLOCK_R=config.block_r,
         SPLIT=dtype == torch.float32,
-        WIDE=needs_int64(dy, B, S),
+        WIDE=needs_int64(dy, B, S, dB[0]),
         PRECISION=matmul_precision(dy.dtype),
         num_warps=config.num_warps,
         num_stages=config.num_stages,

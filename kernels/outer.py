@@ -70,7 +70,9 @@ def outer_kernel(
     out += split.to(tl.int64) * R * K
     out_mask = (cols[:, None] < K) & (ranks[None, :] < R)
     tl.store(
-        out + cols[:, None] * stride_ok + ranks[None, :] * stride_or, round_to(acc * scale, out.dtype.element_ty), mask=out_mask
+        out + offs_k[:, None] * stride_ok + ranks.to(offs_k.dtype)[None, :] * stride_or,
+        round_to(acc * scale, out.dtype.element_ty),
+        mask=out_mask,
     )
 
 
@@ -113,7 +115,7 @@ def outer(
         HAS_DROPOUT=seed is not None,
         PACK=bits is not None,
         SPLIT=dtype == torch.float32,
-        WIDE=needs_int64(x, U, partials),
+        WIDE=needs_int64(x, U, partials[0]),
         PRECISION=matmul_precision(x.dtype),
         num_warps=config.num_warps,
         num_stages=config.num_stages,

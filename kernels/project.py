@@ -41,6 +41,7 @@ def project_kernel(
     split = tl.program_id(1)
     ranks = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
     offs_m = rows.to(tl.int64) if WIDE else rows
+    offs_r = ranks.to(tl.int64) if WIDE else ranks
     if HAS_DROPOUT:
         seed = tl.load(seed)
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
@@ -50,7 +51,7 @@ def project_kernel(
         x_mask = (rows[:, None] < M) & (cols[None, :] < K)
         x_tile = tl.load(x + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk, mask=x_mask, other=0.0)
         a_mask = (cols[:, None] < K) & (ranks[None, :] < R)
-        a_tile = tl.load(A + ranks[None, :] * stride_ar + offs_k[:, None] * stride_ak, mask=a_mask, other=0.0)
+        a_tile = tl.load(A + offs_r[None, :] * stride_ar + offs_k[:, None] * stride_ak, mask=a_mask, other=0.0)
         if HAS_DROPOUT:
             w0, w1, w2, w3 = keep_words(seed, rows, start, BLOCK_K)
             x_tile = tl.where(keep_tile(w0, w1, w2, w3, limit, BLOCK_M, BLOCK_K), x_tile, 0.0)

@@ -55,7 +55,8 @@ def needs_int64(*tensors: torch.Tensor) -> bool:
 
 
 def fits_descriptor(tensor: torch.Tensor) -> bool:
-    """Whether a tensor descriptor can address a 2-D tensor: unit inner stride, 16-byte aligned base and rows, not empty."""
+    """Whether a tensor descriptor can address a 2-D tensor: not empty, unit inner stride, rows that do not overlap, and base
+    and rows aligned to 16 bytes."""
     rows, cols = tensor.stride()
-    row_bytes = rows * tensor.element_size()
-    return cols == 1 and tensor.numel() > 0 and row_bytes > 0 and row_bytes % 16 == 0 and tensor.data_ptr() % 16 == 0
+    aligned = tensor.data_ptr() % 16 == 0 and rows * tensor.element_size() % 16 == 0
+    return tensor.numel() > 0 and cols == 1 and rows >= tensor.shape[1] and aligned

@@ -149,6 +149,30 @@ def test_any_leading_dimensions():
     assert lora_linear(x.view(3, 11, 24)[:0], *rest).shape == (0, 11, 40)
 
 
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(24,), (3, 11, 24), (2, 0, 24)], ids=str)
+def test_gradients_of_any_leading_dimensions(backend, shape):
+    """The gradients are those of the rows laid out flat, trainable bias included."""
+    results = []
+    for flat in (False, True):
+        t = inputs()
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+        x = (x.view(-1, 24) if flat else x).requires_grad_()
+        lora_linear(x, *[t[name] for name in NAMES[1:]], dropout_p=0.3, seed=1, backend=backend).square().sum().backward()
+        results.append([x.grad.flatten(), *(t[name].grad for name in ("lora_A", "lora_B", "bias"))])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_backward_operator_takes_any_strides():
+    dy, S, B = torch.randn(33, 40), torch.randn(4, 33).t(), torch.randn(40, 4)
+    results = [
+        torch.ops.fastlora.lora_linear_backward(dy, None, None, None, B, S, None, 0.5, 0.0, torch.float32, backend)[2]
+        for backend in BACKENDS
+    ]
+    exact = 0.5 * dy.double().t() @ S.double()
+    assert all(oracle.relative_error(dB, exact) <= oracle.FLOOR[torch.float32, torch.float32] for dB in results)
+
+
 def test_seed_decides_the_mask():
     t = inputs(requires_grad=False)
 

@@ -1,7 +1,6 @@
 """What is refused: the message names the argument, its value and what was expected, and nothing was launched or changed."""
 
 import math
-import re
 import warnings
 
 import pytest
@@ -170,12 +169,15 @@ def test_functorch_transforms(transform):
 
 
 @pytest.mark.after_forward
-def test_second_derivative():
-    """Also where only x, A or B would be differentiated again, which once_differentiable lets pass as a zero."""
-    tensors = arguments(lora_A=torch.randn(R, K, requires_grad=True), lora_B=torch.randn(N, R, requires_grad=True))
+@pytest.mark.parametrize("name", ["x", "lora_A", "lora_B", "bias"])
+def test_second_derivative(name):
+    """Also where dy does not require grad, which once_differentiable lets pass as a zero."""
+    tensors = arguments()
+    for leaf in ("x", "lora_A", "lora_B", "bias"):
+        tensors[leaf].requires_grad_()
     y = lora_linear(**tensors)
     with pytest.raises(RuntimeError, match="lora_linear has no second derivative"):
-        torch.autograd.grad(y.sum(), tensors["lora_A"], create_graph=True)
+        torch.autograd.grad(y.sum(), tensors[name], create_graph=True)
 
 
 @pytest.mark.after_forward
@@ -194,7 +196,9 @@ MODULE = {
     "in_features negative": ({"in_features": -8}, ValueError, "in_features must be >= 0, got -8"),
     "dropout above 1": ({"lora_dropout": 1.1}, ValueError, r"lora_dropout must be in \[0, 1\], got 1.1"),
     "alpha infinite": ({"lora_alpha": math.inf}, ValueError, "lora_alpha must be finite, got inf"),
-    "half adapters on a float32 base": ({"adapter_dtype": torch.float16}, TypeError, "adapters must have x's dtype"),
+    "half adapters on a float32 base": ({"adapter_dtype": torch.float16}, TypeError, "adapters must have weight's dtype"),
+    "an integer dtype": ({"dtype": torch.int8}, TypeError, "dtype must be float32.*got torch.int8"),
+    "an integer adapter_dtype": ({"adapter_dtype": torch.int8}, TypeError, "adapter_dtype must be float32.*got torch.int8"),
 }
 
 
@@ -205,15 +209,50 @@ def test_module_refuses(name):
         FusedLoraLinear(**{"in_features": K, "out_features": N, "r": R} | changes)
 
 
-def test_from_linear_refuses_what_is_no_linear():
-    with pytest.raises(TypeError, match=r"linear must be an nn.Linear or have a 2-D weight tensor, got ReLU"):
-        FusedLoraLinear.from_linear(nn.ReLU())
-    with pytest.raises(ValueError, match=re.escape("weight must have 2 dimension(s), got shape (8, 3, 3, 3)")):
-        FusedLoraLinear.from_linear(nn.Conv2d(3, 8, 3))
-    quantized = nn.Linear(K, N)
-    quantized.weight = nn.Parameter(torch.ones(N, K, dtype=torch.uint8), requires_grad=False)
-    with pytest.raises(TypeError, match=r"weight must be float32.*got torch.uint8; dequantise it first"):
-        FusedLoraLinear.from_linear(quantized)
+class Conv1D(nn.Module):
+    """As transformers' Conv1D: weight (in, out)."""
+
+    def __init__(self, bias: int) -> None:
+        super().__init__()
+        self.weight, self.bias = nn.Parameter(torch.randn(K, N)), nn.Parameter(torch.randn(bias))
+
+
+def packed() -> nn.Linear:
+    linear = nn.Linear(K, N)
+    linear.weight = nn.Parameter(torch.ones(N, K, dtype=torch.uint8), requires_grad=False)
+    return linear
+
+
+def hooked() -> nn.Linear:
+    linear = nn.Linear(K, N)
+    linear.register_forward_hook(lambda *arguments: None)
+    return linear
+
+
+LINEAR = {
+    "a ReLU": (nn.ReLU, {}, TypeError, "linear must be an nn.Linear with fan_in_fan_out=False, got ReLU"),
+    "a convolution": (lambda: nn.Conv2d(3, 8, 3), {}, TypeError, "linear must be an nn.Linear.*got Conv2d"),
+    "an embedding": (lambda: nn.Embedding(K, N), {"fan_in_fan_out": True}, TypeError, "a module with weight.*got Embedding"),
+    "a LoRA linear": (lambda: FusedLoraLinear(K, N), {}, TypeError, "linear must be an nn.Linear.*got FusedLoraLinear"),
+    "a Conv1D taken for a linear": (lambda: Conv1D(N), {}, TypeError, "linear must be an nn.Linear.*got Conv1D"),
+    "a linear taken for a Conv1D": (lambda: nn.Linear(K, N), {"fan_in_fan_out": True}, TypeError, "fan_in_fan_out=True is for"),
+    "packed": (packed, {}, TypeError, "weight must be float32.*got torch.uint8; dequantise it first"),
+    "parametrised": (
+        lambda: nn.utils.parametrizations.weight_norm(nn.Linear(K, N)),
+        {},
+        TypeError,
+        "remove the parametrisation",
+    ),
+    "hooked": (hooked, {}, ValueError, "linear is a Linear with hooks"),
+    "a bias of another length": (lambda: Conv1D(K), {"fan_in_fan_out": True}, ValueError, r"bias must be \(10,\).*got \(8,\)"),
+}
+
+
+@pytest.mark.parametrize("name", LINEAR)
+def test_from_linear_refuses(name):
+    make, keywords, error, message = LINEAR[name]
+    with pytest.raises(error, match=message):
+        FusedLoraLinear.from_linear(make(), r=R, **keywords)
 
 
 @pytest.mark.parametrize(

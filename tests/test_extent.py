@@ -6,6 +6,7 @@ import torch
 from fastlora import oracle
 from fastlora.kernels.config import GemmConfig, gemm_candidates, gemm_config, rank_block, split_steps
 from fastlora.kernels.gemm import gemm
+from fastlora.kernels.grad_b import grad_s_and_b
 from fastlora.kernels.outer import outer
 from fastlora.kernels.project import project
 from fastlora.kernels.target import INTERPRETER, Target, fits_descriptor, needs_int64
@@ -47,6 +48,7 @@ def test_needs_int64_looks_at_the_extent(shape, stride, expected):
         (torch.empty(4, 128, dtype=torch.bfloat16)[:, 1:65], False),
         (torch.empty(8, 64)[::2], True),
         (torch.empty(1, 64).expand(4, 64), False),
+        (torch.empty(128).unfold(0, 64, 4), False),
         (torch.empty(0, 64), False),
     ],
 )
@@ -65,7 +67,7 @@ def test_offsets_beyond_32_bits():
     """Three rows spread over more than 2**31 elements: a wrapped offset would read another place, or none."""
     x = far_apart(3, 32, (1 << 30) + 8)
     assert needs_int64(x)
-    A, W = torch.randn(4, 32).half(), torch.randn(24, 32).half()
+    A, W = far_apart(4, 32, (1 << 30) + 8), far_apart(24, 32, (1 << 27) + 8)
     U, B = torch.randn(3, 4), torch.randn(24, 4).half()
     exact = x.double()
     S = project(x, A, INTERPRETER)
@@ -76,6 +78,13 @@ def test_offsets_beyond_32_bits():
         y = gemm(x, W.t(), U, B.t(), target, alpha=0.5)
         expected = exact @ W.double().t() + 0.5 * U.double() @ B.double().t()
         assert oracle.relative_error(y, expected) <= 2 * oracle.FLOOR[torch.float16, torch.float16]
+    wide_B = far_apart(24, 4, (1 << 27) + 8)
+    dS, dB = grad_s_and_b(x[:, :24], wide_B, U, torch.float32, INTERPRETER, scaling=1.0)
+    assert oracle.relative_error(dS, exact[:, :24] @ wide_B.double()) <= oracle.FLOOR[torch.float32, torch.float32]
+    assert oracle.relative_error(dB, exact[:, :24].t() @ U.double()) <= oracle.FLOOR[torch.float16, torch.float32]
+    dx = gemm(x[:, :24], W, U, A, INTERPRETER, alpha=1.0)
+    expected = exact[:, :24] @ W.double() + U.double() @ A.double()
+    assert oracle.relative_error(dx, expected) <= 2 * oracle.FLOOR[torch.float16, torch.float16]
 
 
 @pytest.mark.parametrize("name", TARGETS)

@@ -116,6 +116,53 @@ def test_merge_leaves_modules_that_share_the_weight_alone():
     assert module.weight.data_ptr() == linear.weight.data_ptr()
 
 
+@pytest.mark.parametrize("before_backward", ["merge", "unmerge"])
+def test_merging_before_backward_leaves_its_gradients(before_backward):
+    """backward uses the weight that forward used, whatever became of the module in between."""
+    gradients = []
+    for disturb in (False, True):
+        module = trained()
+        x = torch.randn(5, 24, generator=torch.Generator().manual_seed(0)).requires_grad_()
+        if before_backward == "unmerge":
+            module.merge()
+        y = module(x)
+        if disturb:
+            getattr(module, before_backward)()
+        y.sum().backward()
+        gradients.append(x.grad)
+    assert torch.equal(*gradients)
+
+
+def test_partial_load_into_a_module_without_its_base_is_refused():
+    module = trained()
+    module.merge(keep_base=False)
+    before = bits(module.weight)
+    with pytest.raises(RuntimeError, match=r"keep_base=False: loading needs \['weight', 'lora_A', 'lora_B'\] as well"):
+        module.load_state_dict({"bias": torch.ones(40)}, strict=False)
+    assert torch.equal(bits(module.weight), before)
+    other = trained()
+    other.merge()
+    other.load_state_dict({"bias": torch.ones(40)}, strict=False)
+    assert torch.equal(bits(other.weight), before)
+    assert torch.equal(other.bias, torch.ones(40))
+
+
+def test_train_of_a_module_that_cannot_unmerge_changes_nothing():
+    module = trained(merge_weights=True)
+    module.merge(keep_base=False)
+    module.training = False
+    with pytest.raises(RuntimeError, match="keep_base=False"):
+        module.train()
+    assert not module.training
+
+
+def test_backend_of_a_module():
+    module = trained()
+    module.backend = "nonsense"
+    with pytest.raises(ValueError, match="backend must be"):
+        module(torch.randn(3, 24))
+
+
 def test_merge_without_the_base_frees_it_and_unmerge_refuses():
     module = trained()
     module.merge(keep_base=False)
@@ -223,7 +270,7 @@ def test_fan_in_fan_out_takes_a_transposed_weight():
     module = FusedLoraLinear.from_linear(base, fan_in_fan_out=True)
     assert (module.in_features, module.out_features) == (24, 40)
     x = torch.randn(3, 24)
-    exact = x.double() @ base.weight.double() + base.bias.double()
+    exact = x.double() @ base.weight.detach().double() + base.bias.detach().double()
     assert oracle.relative_error(module(x).detach(), exact) <= oracle.FLOOR[torch.float32, torch.float32]
 
 
