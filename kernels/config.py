@@ -32,7 +32,7 @@ class GemmConfig:
         staged = self.block_m * self.block_n if descriptors else 0
         return (pipeline + self.block_r * self.block_n + staged) * itemsize + 1024
 
-    def is_valid(self, target: Target, dtype: torch.dtype, precision: str) -> bool:
+    def is_valid(self, target: Target, dtype: torch.dtype, precision: str, descriptors: bool) -> bool:
         """The one statement of what may run: for the choice below and for a tuner."""
         accumulators = self.block_m * self.block_n // (32 * self.num_warps)
         if dtype == torch.float32 and precision == "ieee":
@@ -40,9 +40,14 @@ class GemmConfig:
             # that is 228 registers on sm_90, at steps of 32 it spills.
             fits = accumulators <= 32 and max(self.block_k, self.block_r) <= 16
         else:
-            # 128 leave room for wgmma's operands, which are in shared memory, but not for mma's, which are in registers.
-            fits = accumulators <= (128 if target.has_wide_mma else 64)
-        return fits and self.shared_memory(dtype.itemsize, target.has_descriptors) <= target.shared_memory
+            # 128 leave room for wgmma's operands, which are in shared memory, but not for mma's, which are in registers, nor
+            # for float16 on sm_100, whose accumulators leave tensor memory to be scaled (136 bytes of stack at rank 64).
+            # Without descriptors the addresses take them (632 bytes of stack where rows are not aligned).
+            scaled = dtype == torch.float16 and target.has_tensor_memory
+            roomy = target.has_wide_mma and descriptors and not scaled
+            # One wide instruction covers 64 rows.
+            fits = accumulators <= (128 if roomy else 64) and (self.block_m >= 64 or not target.has_wide_mma)
+        return fits and self.shared_memory(dtype.itemsize, descriptors) <= target.shared_memory
 
 
 def gemm_candidates(dtype: torch.dtype, precision: str) -> Iterator[GemmConfig]:
@@ -58,9 +63,9 @@ def gemm_candidates(dtype: torch.dtype, precision: str) -> Iterator[GemmConfig]:
                 yield GemmConfig(block_m, block_n, block_k, 32, warps, stages)
 
 
-def gemm_config(rows: int, cols: int, dtype: torch.dtype, precision: str, target: Target) -> GemmConfig:
+def gemm_config(rows: int, cols: int, dtype: torch.dtype, precision: str, target: Target, descriptors: bool) -> GemmConfig:
     """The largest valid tile that still gives every multiprocessor one; else the smallest, which spreads the work furthest."""
-    valid = [config for config in gemm_candidates(dtype, precision) if config.is_valid(target, dtype, precision)]
+    valid = [config for config in gemm_candidates(dtype, precision) if config.is_valid(target, dtype, precision, descriptors)]
     for config in valid:
         if triton.cdiv(rows, config.block_m) * triton.cdiv(cols, config.block_n) >= target.sms:
             return config
@@ -85,14 +90,17 @@ class StreamConfig:
         return self.num_stages * (tile + small) + tile + 1024
 
 
-def stream_config(r: int, dtype: torch.dtype, small_dtype: torch.dtype, target: Target) -> StreamConfig:
+def stream_config(r: int, dtype: torch.dtype, small_dtype: torch.dtype, target: Target, aligned: bool = True) -> StreamConfig:
     """Tiles of 16 KiB of x or dY in `dtype`, three in flight where they fit: with a program a multiprocessor, enough to cover
-    the memory's latency.  The operand of rank r, in `small_dtype`, is A, B, S or dS."""
+    the memory's latency.  The operand of rank r, in `small_dtype`, is A, B, S or dS.  Rows that are not `aligned` to 16 bytes
+    are loaded element by element, and their addresses spread over more warps."""
     block_r = rank_block(r)
     # A float32 operand beside a 16-bit tile is split into two more; of 64 ranks or more they need a narrower tile not to spill,
     # and where mma keeps its operands in registers a shorter one as well.
-    split = small_dtype.itemsize > dtype.itemsize and block_r >= 64
-    block_m, warps = (32, 4) if split and not target.has_wide_mma else (64, 8 if block_r >= 64 else 4)
+    mixed = small_dtype.itemsize > dtype.itemsize
+    split = mixed and block_r >= 64
+    many_warps = block_r >= 64 or (mixed and target.has_tensor_memory) or not aligned
+    block_m, warps = (32, 4) if split and not target.has_wide_mma else (64, 8 if many_warps else 4)
     widths = (64,) if split or dtype.itemsize == 4 else (128, 64)
     candidates = [StreamConfig(block_m, width, block_r, warps, stages) for width in widths for stages in (3, 2)]
     for config in candidates:

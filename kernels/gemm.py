@@ -171,11 +171,11 @@ def gemm(
     (M, K), N, r = P.shape, Q.shape[1], U.shape[1]
     C = torch.empty((M, N), dtype=P.dtype, device=P.device)
     precision = matmul_precision(P.dtype)
-    if config is None:
-        config = gemm_config(M, N, P.dtype, precision, target)
     transposed = Q.stride(0) == 1 and Q.stride(1) != 1
     stored_q = Q.t() if transposed else Q
     descriptors = target.has_descriptors and all(fits_descriptor(matrix) for matrix in (P, stored_q, C))
+    if config is None:
+        config = gemm_config(M, N, P.dtype, precision, target, descriptors)
     operands: tuple[Any, ...] = (P, Q, C)
     if descriptors:
         block_q = (config.block_n, config.block_k) if transposed else (config.block_k, config.block_n)

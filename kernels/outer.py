@@ -10,7 +10,7 @@ from fastlora.kernels import launch
 from fastlora.kernels.config import split_steps, stream_config
 from fastlora.kernels.dot import dot_wide, matmul_precision, round_to, sum_partials
 from fastlora.kernels.dropout import empty_bits, keep_tile, keep_words, lane_limit, store_bytes
-from fastlora.kernels.target import Target, needs_int64
+from fastlora.kernels.target import Target, fits_descriptor, needs_int64
 
 
 @triton.jit(do_not_specialize=["M", "steps", "row_bytes", "limit"])
@@ -94,7 +94,7 @@ def outer(
     with `pack` and a seed.
     """
     (M, K), r = x.shape, U.shape[1]
-    config = stream_config(r, x.dtype, U.dtype, target)
+    config = stream_config(r, x.dtype, U.dtype, target, fits_descriptor(x))
     col_blocks, rank_blocks = triton.cdiv(K, config.block_k), triton.cdiv(r, config.block_r)
     parts, steps = split_steps(triton.cdiv(M, config.block_m), col_blocks * rank_blocks, target)
     out_shape, out_strides = ((K, r), (1, r)) if transposed else ((r, K), (K, 1))

@@ -24,7 +24,12 @@ class Target:
     @property
     def has_wide_mma(self) -> bool:
         """One matrix instruction serves four warps (wgmma, tcgen05), which a 128 x 256 tile needs to stay in registers."""
-        return self.capability >= 90
+        return 90 <= self.capability < 120
+
+    @property
+    def has_tensor_memory(self) -> bool:
+        """Accumulators live in a memory of their own (10.x) and pass through registers whenever they are scaled or masked."""
+        return 100 <= self.capability < 120
 
 
 INTERPRETER = Target(capability=90, sms=4, shared_memory=232448)

@@ -90,19 +90,20 @@ def test_offsets_beyond_32_bits():
 @pytest.mark.parametrize("name", TARGETS)
 @pytest.mark.parametrize(("dtype", "precision"), DTYPES)
 @pytest.mark.parametrize(("rows", "cols"), [(1, 1), (1, 4096), (64, 4096), (512, 1024), (8192, 4096), (16384, 28672)])
-def test_every_shape_has_a_valid_tile(name, dtype, precision, rows, cols):
+@pytest.mark.parametrize("descriptors", [False, True])
+def test_every_shape_has_a_valid_tile(name, dtype, precision, rows, cols, descriptors):
     target = TARGETS[name]
-    config = gemm_config(rows, cols, dtype, precision, target)
-    assert config.is_valid(target, dtype, precision)
+    config = gemm_config(rows, cols, dtype, precision, target, descriptors)
+    assert config.is_valid(target, dtype, precision, descriptors)
     assert config in set(gemm_candidates(dtype, precision))
 
 
 def test_large_shapes_get_large_tiles():
-    config = gemm_config(8192, 4096, torch.bfloat16, "ieee", TARGETS["sm_90"])
+    config = gemm_config(8192, 4096, torch.bfloat16, "ieee", TARGETS["sm_90"], True)
     assert (config.block_m, config.block_n, config.num_warps, config.num_stages) == (128, 256, 8, 3)
-    config = gemm_config(8192, 4096, torch.bfloat16, "ieee", TARGETS["sm_80"])
+    config = gemm_config(8192, 4096, torch.bfloat16, "ieee", TARGETS["sm_80"], False)
     assert (config.block_m, config.block_n) == (128, 128)
-    few = gemm_config(32, 4096, torch.bfloat16, "ieee", TARGETS["sm_90"])
+    few = gemm_config(32, 4096, torch.bfloat16, "ieee", TARGETS["sm_90"], True)
     assert few.block_m * few.block_n < 128 * 128
 
 
@@ -110,7 +111,7 @@ def test_oversized_tiles_are_invalid():
     spilling = GemmConfig(128, 256, 64, 32, 4, 3)
     too_deep = GemmConfig(128, 256, 64, 32, 8, 4)
     for config in (spilling, too_deep):
-        assert not config.is_valid(TARGETS["sm_90"], torch.bfloat16, "ieee")
+        assert not config.is_valid(TARGETS["sm_90"], torch.bfloat16, "ieee", True)
 
 
 @pytest.mark.parametrize(("rank", "block"), [(1, 16), (16, 16), (17, 32), (64, 64), (100, 128), (512, 128)])
