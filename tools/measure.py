@@ -101,6 +101,8 @@ def faults(row: Row) -> list[str]:
     sass, target = row.sass, row.case.target
     if sass.stack or sass.local:
         found.append(f"spills: {sass.stack} bytes of stack a thread, {sass.local} loads and stores of local memory")
+    if sass.atomics:
+        found.append(f"{sass.atomics} atomics: two runs may differ")
     if row.shared > target.shared_memory:
         found.append(f"shared memory: {row.shared} bytes, the device has {target.shared_memory}")
     if row.tensor_memory > TENSOR_MEMORY_COLUMNS:
