@@ -27,7 +27,7 @@ class Sass:
     registers: 32-bit registers per thread. stack: bytes per thread. local: loads and stores of local memory (LDL, STL).
     tensor_core: matrix instructions of any generation (HMMA, HGMMA, UTC*MMA). hgmma: Hopper's among them.
     narrow_loads: loads of global memory that bring a thread fewer than 8 bytes.
-    atomics: updates of global or shared memory in an order that is not fixed.
+    atomics: updates of global memory, in an order that is not fixed.
     """
 
     registers: int
@@ -58,7 +58,7 @@ def read_cubin(cubin: bytes) -> Sass:
         local=_count(opcodes, _LOCAL),
         tensor_core=_count(opcodes, _TENSOR_CORE),
         hgmma=_count(opcodes, re.compile(r"HGMMA\b")),
-        atomics=_count(opcodes, re.compile(r"(?:ATOM[GS]?|RED)\b")),
+        atomics=_count(opcodes, re.compile(r"(?:ATOMG?|RED)\b")),
         narrow_loads=_count(opcodes, _NARROW_LOAD),
     )
 
