@@ -1,0 +1,108 @@
+"""The compile tests bite: kernels with a planted fault are seen for what they are, and a row at fault is refused."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import triton
+import triton.language as tl
+
+from fastlora.kernels import launch
+from tools.aot import offline
+from tools.budgets import cost, over_budget
+from tools.cases import Case
+from tools.measure import Row, faults, measure
+from tools.sass import Sass, read_cubin
+
+
+@triton.jit
+def product_kernel(a, b, c, BLOCK_M: tl.constexpr, BLOCK_N: tl.constexpr, BLOCK_K: tl.constexpr, ATOMIC: tl.constexpr):
+    m, n, k = tl.arange(0, BLOCK_M), tl.arange(0, BLOCK_N), tl.arange(0, BLOCK_K)
+    product = tl.dot(tl.load(a + m[:, None] * BLOCK_K + k), tl.load(b + k[:, None] * BLOCK_N + n), input_precision="ieee")
+    if ATOMIC:
+        tl.atomic_add(c + m[:, None] * BLOCK_N + n, product)
+    else:
+        tl.store(c + m[:, None] * BLOCK_N + n, product)
+
+
+def product(capability: int, m: int, n: int, dtype: torch.dtype = torch.bfloat16, atomic: bool = False) -> Sass:
+    """The machine code of c = a b, (m, 64) times (64, n), in one program of four warps."""
+    a, b, c = (torch.empty(size, device="meta") for size in ((m, 64), (64, n), (m, n)))
+    with offline(capability) as launches:
+        launch.launch(
+            product_kernel,
+            (1,),
+            (a.to(dtype), b.to(dtype), c),
+            BLOCK_M=m,
+            BLOCK_N=n,
+            BLOCK_K=64,
+            ATOMIC=atomic,
+            num_warps=4,
+            num_stages=1,
+        )
+    return read_cubin(launches[0].compiled.asm["cubin"])
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_tensor_cores_are_seen(capability: int) -> None:
+    assert product(capability, 64, 64).tensor_core
+    assert not product(capability, 64, 64, torch.float32).tensor_core
+
+
+def test_hgmma_is_seen() -> None:
+    assert product(90, 64, 64).hgmma
+    half_a_tile = product(90, 32, 64)
+    assert half_a_tile.tensor_core
+    assert not half_a_tile.hgmma
+
+
+@pytest.mark.parametrize("capability", [80, 90])
+def test_spills_are_seen(capability: int) -> None:
+    fits, spills = product(capability, 64, 128), product(capability, 128, 512)
+    assert (fits.stack, fits.local) == (0, 0)
+    assert spills.stack
+    assert spills.local
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+def test_atomics_are_seen(capability: int) -> None:
+    assert not product(capability, 64, 64).atomics
+    assert product(capability, 64, 64, atomic=True).atomics
+
+
+@pytest.fixture(scope="module")
+def gemm() -> Row:
+    """dx of a bfloat16 step for capability 90, with dropout."""
+    return measure(Case("backward", "bfloat16", 16, 90))[-1]
+
+
+PLANTS = {
+    "8 bytes of stack": lambda row: replace(row, sass=replace(row.sass, stack=8)),
+    "2 loads and stores of local": lambda row: replace(row, sass=replace(row.sass, local=2)),
+    "atomics": lambda row: replace(row, sass=replace(row.sass, atomics=1)),
+    "shared memory": lambda row: replace(row, shared=227 * 1024 + 1),
+    "tensor memory": lambda row: replace(row, tensor_memory=513),
+    "no tensor-core instruction": lambda row: replace(row, sass=replace(row.sass, tensor_core=0, hgmma=0)),
+    "no HGMMA": lambda row: replace(row, sass=replace(row.sass, hgmma=0)),
+}
+
+
+@pytest.mark.parametrize("fault", PLANTS)
+def test_faults_are_named(gemm: Row, fault: str) -> None:
+    assert gemm.product == "dx"
+    assert faults(gemm) == []
+    assert [fault in found for found in faults(PLANTS[fault](gemm))] == [True]
+
+
+def test_float32_products_without_tensor_cores_are_allowed(gemm: Row) -> None:
+    scalar = replace(gemm, sass=replace(gemm.sass, tensor_core=0, hgmma=0))
+    assert faults(replace(scalar, case=replace(gemm.case, dtype="float32-ieee"))) == []
+    assert faults(replace(scalar, case=replace(gemm.case, dtype="float32-tf32")))
+
+
+@pytest.mark.parametrize("name", ["conversions", "narrow_loads", "per_masked_element"])
+def test_a_lower_budget_is_exceeded(gemm: Row, name: str) -> None:
+    budget = cost(gemm)
+    assert over_budget(gemm, budget) == []
+    assert len(over_budget(gemm, budget | {name: budget[name] - 0.5})) == 1
+    assert len(over_budget(gemm, {kept: value for kept, value in budget.items() if kept != name})) == 1
