@@ -14,7 +14,7 @@ PIP_INSTALL = $(@D)/bin/python -m pip install --quiet --disable-pip-version-chec
 PYTEST_OPTIONS := --numprocesses $(JOBS) --dist worksteal --durations 10 -m "$(MARKS)"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-interpreter test-compile check bench compile-report clean
+.PHONY: help demo test test-interpreter test-compile check bench compile-report traffic-report clean
 
 help:  ## show the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 24
@@ -42,6 +42,9 @@ bench: $(VENV)/.installed  ## time forward and backward against eager LoRA on th
 
 compile-report: $(REPORT_VENV)/.installed  ## registers, spills and shared memory of every kernel (TRITON=3.6.0 for another Triton)
 	$(REPORT_VENV)/bin/python -m tools.compile_report $(ARGS)
+
+traffic-report: $(VENV)/.installed  ## bytes that every step reads and writes against what it must, counted on a CPU
+	$(VENV)/bin/python -m tools.traffic_report $(ARGS)
 
 clean:  ## remove the environments and what was built
 	rm -rf .venv .venv-triton-* build dist *.egg-info
