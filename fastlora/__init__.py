@@ -8,11 +8,14 @@ from fastlora.dropout import dropout_mask
 from fastlora.functional import lora_linear
 from fastlora.inject import inject
 from fastlora.modules import FusedLoraLinear
+from fastlora.peft import accelerate, decelerate
 
 __all__ = [
     "FusedLoraLinear",
     "LoraLinearFunction",
     "__version__",
+    "accelerate",
+    "decelerate",
     "dropout_mask",
     "inject",
     "load_adapter",

@@ -1,0 +1,35 @@
+"""The frozen linear below a LoRA layer: its weight, or why it has none that could be read without calling it."""
+
+from torch import Tensor, nn
+from transformers.pytorch_utils import Conv1D
+
+PLAIN_TENSORS = (Tensor, nn.Parameter)
+
+
+def weight_of(base_layer: nn.Module) -> Tensor | str:
+    """W (out, in) with base_layer(x) = x Wᵀ + base_layer.bias, or the reason why that cannot be told from outside.
+
+    A Conv1D stores Wᵀ: its W is a view.
+    """
+    kind = type(base_layer)
+    if kind is not nn.Linear and kind is not Conv1D:
+        return f"its base layer is a {kind.__module__}.{kind.__name__}"
+    if is_altered(base_layer):
+        return "its base layer has hooks, or a forward of its own"
+    weight, bias = base_layer.weight, base_layer.bias
+    if type(weight) not in PLAIN_TENSORS:
+        return f"its base weight is a {type(weight).__name__}"
+    if bias is not None and type(bias) not in PLAIN_TENSORS:
+        return f"its base bias is a {type(bias).__name__}"
+    return weight if kind is nn.Linear else weight.t()
+
+
+def is_altered(module: nn.Module) -> bool:
+    """Whether calling `module` does more, or something else, than the forward of its class."""
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or "forward" in module.__dict__
+    )

@@ -1,0 +1,115 @@
+"""The decision of one call: what `lora_linear` needs, or the reason why the call is PEFT's.
+
+A call is fused when exactly one active adapter has weights in the layer, and
+
+    the layer     is neither merged nor disabled, and casts its input as PEFT does by default
+    the adapter   is no variant (DoRA, aLoRA, ...); A and B are linears without bias, its dropout is nn.Dropout or nn.Identity
+    the base      is an nn.Linear or Conv1D that does nothing else, with a frozen weight
+    the call      passes x alone, a dense tensor, with no functorch transform around it
+    the dtypes    x, W and bias share one; A and B share that one, or are float32 while it is 16-bit (as autocast leaves them)
+"""
+
+from typing import Any, NamedTuple
+
+import torch
+from torch import Tensor, nn
+
+from fastlora.functional import _autocast_dtype
+from fastlora.peft.base import PLAIN_TENSORS, is_altered, weight_of
+from fastlora.validation import FLOAT_DTYPES, HALF_DTYPES, autocast_target
+
+DISABLED = "adapters are disabled"
+MERGED = "adapters are merged"
+INACTIVE = "no active adapter has weights here"
+MIXED_BATCH = "adapter_names mixes adapters in one batch"
+UNCAST = "casting of the input is disabled"
+
+#: What somebody asked for in so many words, and no warning needs to tell.
+INTENDED = frozenset({DISABLED, MERGED, INACTIVE, MIXED_BATCH, UNCAST})
+
+
+class Operands(NamedTuple):
+    """The arguments of `lora_linear` beside x: weight (out, in), A (r, in), B (out, r), bias (out,) or None."""
+
+    weight: Tensor
+    lora_A: Tensor
+    lora_B: Tensor
+    bias: Tensor | None
+    scaling: float
+    dropout_p: float
+
+
+def operands(layer: Any) -> Operands | str:
+    """What the layer, as it stands, gives to `lora_linear`, or why it gives nothing."""
+    if layer.disable_adapters:
+        return DISABLED
+    if layer.merged:
+        return MERGED
+    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    if not active:
+        return INACTIVE
+    if len(active) > 1:
+        return "several adapters are active"
+    name = active[0]
+    if name in layer.lora_variant:
+        return f"the adapter is a variant ({type(layer.lora_variant[name]).__name__})"
+    if not layer.cast_input_dtype_enabled:
+        return UNCAST
+    A, B, dropout, scaling = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name], layer.scaling[name]
+    if type(A) is not nn.Linear or type(B) is not nn.Linear:
+        return f"lora_A and lora_B are {type(A).__name__} and {type(B).__name__} instead of plain linears"
+    if type(dropout) is not nn.Dropout and type(dropout) is not nn.Identity:
+        return f"its dropout is a {type(dropout).__name__}"
+    if is_altered(A) or is_altered(B) or is_altered(dropout):
+        return "the adapter's modules have hooks, or a forward of their own"
+    if A.bias is not None or B.bias is not None:
+        return "the adapter has a bias (lora_bias)"
+    if type(A.weight) not in PLAIN_TENSORS or type(B.weight) not in PLAIN_TENSORS:
+        return f"the adapter's weights are a {type(A.weight).__name__} and a {type(B.weight).__name__}"
+    weight = weight_of(layer.base_layer)
+    if isinstance(weight, str):
+        return weight
+    if weight.requires_grad:
+        return "its base weight is trainable"
+    if not weight.device == A.weight.device == B.weight.device:
+        return f"its base weight is on {weight.device}, the adapter on {A.weight.device} and {B.weight.device}"
+    lora_B = B.weight
+    if isinstance(scaling, Tensor):
+        # Made by prepare_model_for_compiled_hotswap to be refilled in place: read on the device, without a synchronisation.
+        lora_B, scaling = (lora_B * scaling).to(lora_B.dtype), 1.0
+    p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
+    return Operands(weight, A.weight, lora_B, layer.base_layer.bias, scaling, p)
+
+
+def obstacle_of_input(x: Tensor, given: Operands) -> str | None:
+    """Why `lora_linear` cannot compute with this x, or None."""
+    if type(x) not in PLAIN_TENSORS or x.layout != torch.strided or x.is_nested:
+        return f"x is a {type(x).__name__} that is not dense"
+    if x.device != given.weight.device:
+        return f"x is on {x.device}, the base weight on {given.weight.device}"
+    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
+        return "a functorch transform (torch.func) is active"
+    autocast = _autocast_dtype(x.device)
+    base, adapter = autocast_target(x, autocast), autocast_target(given.lora_A, autocast)
+    fits = (
+        base in FLOAT_DTYPES
+        and base == autocast_target(given.weight, autocast)
+        and (given.bias is None or base == autocast_target(given.bias, autocast))
+        and adapter == autocast_target(given.lora_B, autocast)
+        and (adapter == base or (adapter == torch.float32 and base in HALF_DTYPES))
+    )
+    if fits:
+        return None
+    return f"x is {x.dtype}, the base weight {given.weight.dtype}, the adapter {given.lora_A.dtype} (autocast: {autocast})"
+
+
+def decide(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operands | str:
+    """The operands of a fused call, or the reason why layer(x, *args, **kwargs) is PEFT's."""
+    if kwargs.get("adapter_names") is not None:
+        return MIXED_BATCH
+    if args or any(value is not None for value in kwargs.values()):
+        return "the layer is called with more than x"
+    given = operands(layer)
+    if isinstance(given, str):
+        return given
+    return obstacle_of_input(x, given) or given
