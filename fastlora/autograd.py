@@ -6,6 +6,7 @@ import torch
 from torch import Tensor
 
 from fastlora import ops  # defines torch.ops.fastlora
+from fastlora.quantized import Scheme, dequantize
 
 
 class LoraLinearFunction(torch.autograd.Function):
@@ -21,10 +22,12 @@ class LoraLinearFunction(torch.autograd.Function):
         dbias = Σ dy over rows         (out,)
 
     Saved for backward: x where dA is needed, W and A where dx is, B where dx or dA is, S where dB is, and the 8-byte seed;
-    no dropped copy of x and no mask.  Second derivatives are refused.
+    no dropped copy of x and no mask.  A quantised W is made dense for the one product of forward and, again, for that of
+    backward; it is saved packed.  Second derivatives are refused.
 
     Args of `apply`: x (..., in), weight (out, in), lora_A (r, in), lora_B (out, r), bias (out,) or None, seed int64 (1,) or
-    None for no dropout, scaling, dropout_p, backend "triton" or "torch".
+    None for no dropout, scaling, dropout_p, backend as in `lora_linear` but chosen; for a quantised W, weight is its packed
+    tensor, and its scheme and statistics follow.
     """
 
     @staticmethod
@@ -39,8 +42,11 @@ class LoraLinearFunction(torch.autograd.Function):
         scaling: float,
         dropout_p: float,
         backend: str,
+        scheme: Scheme | None = None,
+        *statistics: Tensor,
     ) -> Tensor:
-        y, S = torch.ops.fastlora.lora_linear(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, backend)
+        dense = weight if scheme is None else dequantize(scheme, weight, statistics, x.dtype)
+        y, S = torch.ops.fastlora.lora_linear(x, dense, lora_A, lora_B, bias, seed, scaling, dropout_p, backend)
         need_dx, _, need_dA, need_dB, _ = ctx.needs_input_grad[:5]
         need_dS = need_dx or need_dA
         ctx.save_for_backward(
@@ -50,10 +56,12 @@ class LoraLinearFunction(torch.autograd.Function):
             lora_B if need_dS else None,
             S if need_dB else None,
             seed if need_dS else None,
+            *(statistics if need_dx else ()),
         )
         ctx.adapter_dtype = lora_A.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.constants = scaling, dropout_p, backend
+        ctx.scheme, ctx.inputs = scheme, 9 if scheme is None else 10 + len(statistics)
         return y
 
     @staticmethod
@@ -68,10 +76,13 @@ class LoraLinearFunction(torch.autograd.Function):
         dx = dA = dB = dbias = None
         if need_dx or need_dA or need_dB:
             scaling, dropout_p, backend = ctx.constants
+            x, weight, lora_A, lora_B, S, seed, *statistics = ctx.saved_tensors
+            if ctx.scheme is not None and need_dx:
+                weight = dequantize(ctx.scheme, weight, statistics, dy.dtype, after=dy)
             dx, dA, dB = torch.ops.fastlora.lora_linear_backward(
-                dy, *ctx.saved_tensors, scaling, dropout_p, ctx.adapter_dtype, backend
+                dy, x, weight, lora_A, lora_B, S, seed, scaling, dropout_p, ctx.adapter_dtype, backend
             )
         if need_dbias:
             dbias = ops.as_rows(dy).sum(0, dtype=ops.accumulator(dy.dtype)).to(ctx.bias_dtype)
         grads = (dx if need_dx else None), None, (dA if need_dA else None), (dB if need_dB else None), dbias
-        return *grads, None, None, None, None
+        return *grads, *[None] * (ctx.inputs - len(grads))

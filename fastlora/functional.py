@@ -9,6 +9,7 @@ from torch import Tensor
 from fastlora import validation
 from fastlora.autograd import LoraLinearFunction
 from fastlora.dropout import draw_seed, threshold
+from fastlora.quantized import QuantizedWeight, Scheme
 
 #: Whether Triton's interpreter, which runs kernels on CPU tensors, is on.  Read here as Triton reads it, because asking Triton
 #: would import it, and neither `import fastlora` nor a graph that torch.compile traces needs that.
@@ -17,7 +18,7 @@ INTERPRETING = os.environ.get("TRITON_INTERPRET", "").lower() in {"1", "true", "
 
 def lora_linear(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | QuantizedWeight,
     lora_A: Tensor,
     lora_B: Tensor,
     bias: Tensor | None = None,
@@ -35,7 +36,8 @@ def lora_linear(
     (by the torch backend, in 16 bits, once more where the LoRA term joins the frozen one, as eager does).
 
     Args:
-        x: (..., in), any strides.  weight: (out, in), must not require grad.  lora_A: (r, in).  lora_B: (out, r).
+        x: (..., in), any strides.  weight: (out, in), must not require grad; or a `fastlora.quantized.QuantizedWeight`, made
+            dense in x's dtype where a product needs it and saved packed.  lora_A: (r, in).  lora_B: (out, r).
         bias: (out,) or None; may require grad.
         scaling: alpha / r, or alpha / √r with rsLoRA.
         dropout_p: drop probability in [0, 1]; realised in steps of 1/65536.
@@ -64,10 +66,14 @@ def lora_linear(
     dtype = validation.autocast_target(x, autocast_dtype)
     backend = _choose_backend(backend, x.device, dtype)
     _refuse_functorch()
+    quantization: tuple[Scheme | Tensor, ...] = ()
+    if isinstance(weight, QuantizedWeight):
+        quantization, weight = (weight.scheme, *weight.statistics), weight.packed
     if autocast_dtype is not None:
-        x, weight, lora_A, lora_B = (t.to(validation.autocast_target(t, autocast_dtype)) for t in (x, weight, lora_A, lora_B))
+        x, lora_A, lora_B = (t.to(validation.autocast_target(t, autocast_dtype)) for t in (x, lora_A, lora_B))
+        weight = weight if quantization else weight.to(dtype)
         bias = None if bias is None else bias.to(dtype)
-    if lora_A.shape[0] == 0:
+    if lora_A.shape[0] == 0 and not quantization:
         return F.linear(x, weight, bias)
     if not training or threshold(dropout_p) == 0:
         dropout_p, seed = 0.0, None
@@ -75,7 +81,9 @@ def lora_linear(
         seed = draw_seed(x.device)
     elif not isinstance(seed, Tensor):
         seed = validation.seed_tensor(seed, x.device)
-    return LoraLinearFunction.apply(x, weight, lora_A, lora_B, bias, seed, float(scaling), float(dropout_p), backend)
+    return LoraLinearFunction.apply(
+        x, weight, lora_A, lora_B, bias, seed, float(scaling), float(dropout_p), backend, *quantization
+    )
 
 
 def available_backends(device: torch.device | str) -> tuple[str, ...]:

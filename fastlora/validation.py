@@ -8,6 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
+from fastlora import quantized
+from fastlora.quantized import QuantizedWeight
+
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 
@@ -76,13 +79,13 @@ def check_tensor(tensor: Tensor, name: str, dim: int | None = None) -> None:
     if tensor.layout != torch.strided:
         raise TypeError(f"{name} must be a dense (strided) tensor, got layout {tensor.layout}: call .to_dense() first")
     if tensor.dtype not in FLOAT_DTYPES:
-        hint = "; dequantise it first" if name == "weight" and not tensor.is_complex() else ""
+        hint = "; dequantise it first, or pass a QuantizedWeight" if name == "weight" and not tensor.is_complex() else ""
         raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {tensor.dtype}{hint}")
     if dim is not None and tensor.dim() != dim:
         raise ValueError(f"{name} must have {dim} dimension(s), got shape {tuple(tensor.shape)}")
 
 
-def _check_shapes(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> None:
+def _check_shapes(x: Tensor, weight: Tensor | QuantizedWeight, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> None:
     if x.dim() == 0:
         raise ValueError("x must have at least one dimension, (..., in), got a scalar")
     out_features, in_features = weight.shape
@@ -116,25 +119,32 @@ def _check_dtypes(base: str, dtypes: dict[str, torch.dtype]) -> None:
 
 def check_inputs(
     x: Tensor,
-    weight: Tensor,
+    weight: Tensor | QuantizedWeight,
     lora_A: Tensor,
     lora_B: Tensor,
     bias: Tensor | None,
     autocast_dtype: torch.dtype | None,
 ) -> None:
     """Types, layouts, shapes, devices, and the dtypes as they will be once autocast has cast the inputs."""
-    tensors = {"x": x, "weight": weight, "lora_A": lora_A, "lora_B": lora_B}
+    packed = weight.packed if isinstance(weight, QuantizedWeight) else None
+    tensors = {"x": x, "weight": cast(Tensor, weight) if packed is None else packed, "lora_A": lora_A, "lora_B": lora_B}
     if bias is not None:
         tensors["bias"] = bias
     dims = {"x": None, "weight": 2, "lora_A": 2, "lora_B": 2, "bias": 1}
     for name, tensor in tensors.items():
-        check_tensor(tensor, name, dims[name])
+        if tensor is not packed:
+            check_tensor(tensor, name, dims[name])
     _check_shapes(x, weight, lora_A, lora_B, bias)
     for name, tensor in tensors.items():
         if tensor.device != x.device:
             raise ValueError(f"{name} is on {tensor.device}, but x is on {x.device}: all tensors must share a device")
-    _check_dtypes("x", {name: autocast_target(tensor, autocast_dtype) for name, tensor in tensors.items()})
-    if weight.requires_grad:
+    dtypes = {name: autocast_target(tensor, autocast_dtype) for name, tensor in tensors.items()}
+    if packed is not None:
+        if dtypes["x"] not in quantized.DTYPES:
+            raise TypeError(f"x is {x.dtype}, but a quantised weight can be made in {quantized.DTYPES} only")
+        dtypes["weight"] = dtypes["x"]
+    _check_dtypes("x", dtypes)
+    if tensors["weight"].requires_grad:
         raise ValueError(
             "weight requires grad, but fastlora computes no gradient for the frozen weight: "
             "call weight.requires_grad_(False), or pass weight.detach()"
