@@ -1,132 +1,267 @@
-"""`inject`: swap the linears of a model for LoRA linears, by PEFT's rule for which."""
+"""`inject`: swap the linears of a model for LoRA linears and freeze the rest, by PEFT's rules for which and what."""
 
-import re
 import warnings
-from collections.abc import Callable, Iterable
-from difflib import get_close_matches
+from collections import defaultdict
+from collections.abc import Iterable, Mapping, Sequence
+from dataclasses import dataclass, field
 
 import torch
 from torch import nn
-from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from fastlora.matching import (
+    ALL_LINEAR,
+    is_conv1d,
+    match_modules_to_save,
+    match_targets,
+    near_names,
+    pattern_matches,
+    pattern_value,
+)
 from fastlora.modules import FusedLoraLinear
 
-ALL_LINEAR = "all-linear"
+__all__ = ["ALL_LINEAR", "BIASES", "LoraOptions", "Plan", "inject", "install", "match_targets", "plan"]
+
+BIASES = ("none", "all", "lora_only")
+
+
+@dataclass(frozen=True, kw_only=True)
+class LoraOptions:
+    """What to inject; see `inject`, which leaves them on the model as `model.lora_options`.
+
+    Raises TypeError or ValueError for options that no model could fulfil.
+    """
+
+    target_modules: str | Sequence[str]
+    exclude_modules: str | Sequence[str] | None = None
+    layers_to_transform: int | Sequence[int] | None = None
+    layers_pattern: str | Sequence[str] | None = None
+    r: int = 8
+    lora_alpha: float = 8
+    lora_dropout: float = 0.0
+    bias: str = "none"
+    modules_to_save: Sequence[str] = ()
+    rank_pattern: Mapping[str, int] = field(default_factory=dict)
+    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
+    use_rslora: bool = False
+    fan_in_fan_out: bool | None = None
+    adapter_dtype: torch.dtype | None = None
+
+    def __post_init__(self) -> None:
+        ranks = {"r": self.r, **{f"rank_pattern[{key!r}]": r for key, r in self.rank_pattern.items()}}
+        for name, r in ranks.items():
+            if isinstance(r, int) and r < 1:  # another type is refused where the layer is made
+                raise ValueError(f"{name} must be >= 1, got {r}: a model without adapters needs no injection")
+        if self.bias not in BIASES:
+            raise ValueError(f"bias must be one of {', '.join(map(repr, BIASES))}, got {self.bias!r}")
+        if isinstance(self.modules_to_save, str) or not all(isinstance(name, str) for name in self.modules_to_save):
+            raise TypeError(f"modules_to_save must be a list of names, got {self.modules_to_save!r}")
+        if isinstance(self.target_modules, str) and (self.layers_to_transform is not None or self.layers_pattern):
+            raise ValueError("layers_to_transform and layers_pattern need target_modules as a list, got a string")
+        if self.layers_pattern and self.layers_to_transform is None:
+            raise ValueError(f"layers_pattern={self.layers_pattern!r} needs layers_to_transform")
 
 
 def inject(
     model: nn.Module,
     *,
     target_modules: str | Iterable[str],
+    exclude_modules: str | Iterable[str] | None = None,
+    layers_to_transform: int | Sequence[int] | None = None,
+    layers_pattern: str | Sequence[str] | None = None,
     r: int = 8,
     lora_alpha: float = 8,
     lora_dropout: float = 0.0,
+    bias: str = "none",
+    modules_to_save: Iterable[str] | None = (),
+    rank_pattern: Mapping[str, int] | None = None,
+    alpha_pattern: Mapping[str, float] | None = None,
     use_rslora: bool = False,
+    fan_in_fan_out: bool | None = None,
     adapter_dtype: torch.dtype | None = None,
     layer: type[FusedLoraLinear] = FusedLoraLinear,
 ) -> nn.Module:
-    """Replace every targeted nn.Linear of `model`, in place, by a LoRA linear on the same weight, and freeze all the rest.
+    """Replace every targeted linear of `model`, in place, by a LoRA linear on the same weight, and freeze all the rest.
 
-    Only the lora_A and lora_B of the new layers are left trainable. A linear that sits in the model under several names is
-    replaced by one layer under all of them.
+    Left trainable: lora_A and lora_B of the new layers, the biases that `bias` names, and the modules to save.  Parameters keep
+    their identity, so what was tied stays tied, but for a module to save: a parameter that it shares with the rest of the model
+    is copied first, with a warning, as PEFT does.  A linear that sits in the model under several matching names is replaced by
+    one layer under all of them.
 
     Args:
         model: any module that holds the linears.
         target_modules: a string is a regular expression that a module's full name must match; a list holds full names or
-            ends of names ("q_proj" is "model.layers.0.self_attn.q_proj" too); "all-linear" is every nn.Linear but the
-            output head (`model.get_output_embeddings()`, where the model has it) and, with a warning, the out_proj of
-            nn.MultiheadAttention, which reads that weight without calling the linear.
+            ends of names ("q_proj" is "model.layers.0.self_attn.q_proj" too); "all-linear" is every nn.Linear and transformers'
+            Conv1D but the output head (`model.get_output_embeddings()`, where the model has it) and, with a warning, the
+            out_proj of nn.MultiheadAttention, which reads that weight without calling the linear.
+        exclude_modules: what is no target, by the same rule; looked at first, as is modules_to_save.
+        layers_to_transform: only the layers with these numbers, for names that a list matches by their end.
+        layers_pattern: the name that the layer's number follows, "layers" or "h"; default: the first number in a name.
         r, lora_alpha, lora_dropout, use_rslora, adapter_dtype: of every new layer, see `FusedLoraLinear`; r >= 1.
+        bias: the biases to train: "none", "all" of the model, or "lora_only" those of the new layers.
+        modules_to_save: modules whose name ends so are trained whole and saved with the adapter ("classifier", "lm_head").
+        rank_pattern, alpha_pattern: {regex that a name or an end of it must match: value}, the first that matches.
+        fan_in_fan_out: follows from the class of each linear; another value given here earns PEFT's warning.
         layer: the class of the new layers.
 
     Returns:
         `model` itself.
 
     Raises:
-        ValueError: nothing matches (the message lists near names), r < 1, a layer's option out of range, `model` holds LoRA
-            linears already, or a target sits in an nn.TransformerEncoderLayer while torch's fast path is enabled, which
-            computes with the weight alone in evaluation. The model is then unchanged.
-        TypeError: a target that is not a plain nn.Linear, or whose weight FusedLoraLinear cannot wrap. The model is unchanged.
+        ValueError: nothing matches (the message lists near names) or all is excluded, a module to save that does not exist or
+            holds a target, an option out of range, `model` holds LoRA linears already, or a target sits in an
+            nn.TransformerEncoderLayer while torch's fast path is enabled, which computes with the weight alone in evaluation.
+        TypeError: a target that is neither a plain nn.Linear nor a Conv1D or whose weight FusedLoraLinear cannot wrap, a module
+            to save that cannot be trained.  After an error the model is unchanged.
     """
-    if isinstance(r, int) and r < 1:
-        raise ValueError(f"r must be >= 1, got {r}: a model without adapters needs no injection")
+    options = LoraOptions(
+        target_modules=_listed(target_modules),
+        exclude_modules=None if exclude_modules is None else _listed(exclude_modules),
+        layers_to_transform=layers_to_transform,
+        layers_pattern=layers_pattern,
+        r=r,
+        lora_alpha=lora_alpha,
+        lora_dropout=lora_dropout,
+        bias=bias,
+        modules_to_save=_listed(modules_to_save or ()),
+        rank_pattern=dict(rank_pattern or {}),
+        alpha_pattern=dict(alpha_pattern or {}),
+        use_rslora=use_rslora,
+        fan_in_fan_out=fan_in_fan_out,
+        adapter_dtype=adapter_dtype,
+    )
+    return install(model, plan(model, options, layer))
+
+
+@dataclass(frozen=True)
+class Plan:
+    """What `install` will do to a model: the new layers and the modules to save, by name."""
+
+    options: LoraOptions
+    layers: dict[str, FusedLoraLinear]
+    saved: dict[str, nn.Module]
+
+
+def plan(model: nn.Module, options: LoraOptions, layer: type[FusedLoraLinear] = FusedLoraLinear) -> Plan:
+    """Check everything and make the new layers, without a change to `model`.  Raises what `inject` raises."""
     if present := [name for name, module in model.named_modules() if isinstance(module, FusedLoraLinear)]:
         raise ValueError(f"model holds {len(present)} LoRA linears already, the first one at {present[0]!r}")
-    targets = match_targets(model, target_modules)
-    layers = {
-        linear: layer.from_linear(linear, r, lora_alpha, lora_dropout, use_rslora=use_rslora, adapter_dtype=adapter_dtype)
-        for linear in dict.fromkeys(targets.values())
-    }
-    model.requires_grad_(False)
+    targets = match_targets(
+        model,
+        options.target_modules,
+        exclude_modules=options.exclude_modules,
+        modules_to_save=options.modules_to_save,
+        layers_to_transform=options.layers_to_transform,
+        layers_pattern=options.layers_pattern,
+    )
+    saved = match_modules_to_save(model, options.modules_to_save)
+    _check_saved(model, options, targets, saved)
+    _check_patterns(options, targets)
+    made: dict[nn.Module, FusedLoraLinear] = {}
     for name, linear in targets.items():
+        if linear not in made:
+            made[linear] = layer.from_linear(
+                linear,
+                pattern_value(options.rank_pattern, name, options.r),
+                pattern_value(options.alpha_pattern, name, options.lora_alpha),
+                options.lora_dropout,
+                use_rslora=options.use_rslora,
+                fan_in_fan_out=is_conv1d(linear),
+                adapter_dtype=options.adapter_dtype,
+            )
+    return Plan(options, {name: made[linear] for name, linear in targets.items()}, saved)
+
+
+def install(model: nn.Module, plan: Plan) -> nn.Module:
+    """Put the layers of `plan` in place and set what is trained."""
+    options = plan.options
+    owners = _owners(model)
+    for name in plan.layers:
+        weight = model.get_submodule(name).get_parameter("weight")
+        if others := [other for _, other in owners[weight] if other.rpartition(".")[0] not in plan.layers]:
+            _warn(f"the weight of {name!r} is tied to {others[0]!r}: the adapter changes {name!r} alone, merging will untie it")
+    for path, module in plan.saved.items():
+        _own_parameters(path, module, owners)
+    model.requires_grad_(False)
+    for name, layer in plan.layers.items():
         parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, layers[linear])
+        linear = model.get_submodule(name)
+        # The same Parameters, which may be tied to others.
+        layer.weight, layer.bias = linear.get_parameter("weight"), linear._parameters["bias"]
+        setattr(model.get_submodule(parent), child, layer)
+    for module in plan.saved.values():
+        module.requires_grad_(True)
+    for parameter in _trained_biases(model, options.bias, plan.layers):
+        parameter.requires_grad_(True)
+    model.lora_options = options  # type: ignore[assignment]  # not a submodule: an attribute for save_adapter
     return model
 
 
-def match_targets(model: nn.Module, target_modules: str | Iterable[str]) -> dict[str, nn.Linear]:
-    """The linears that `target_modules` names, by full name, in the order of the model.
+def _listed(names: str | Iterable[str]) -> str | tuple[str, ...]:
+    return names if isinstance(names, str) else tuple(names)
 
-    Raises ValueError when there is none, or one that torch's fast path does not call; TypeError when a match is not a plain
-    nn.Linear: a subclass may compute something else, or be read without its forward.
-    """
-    targets = target_modules if isinstance(target_modules, str) else tuple(target_modules)
-    # The root has no parent to put a replacement into, and PEFT does not match it either.
-    modules = {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
-    if isinstance(targets, str) and targets.lower() == ALL_LINEAR:
-        head = _output_head(model)
-        found = {name: m for name, m in modules.items() if isinstance(m, nn.Linear) and m is not head}
-        found = _without_attention_outputs(found)
-    else:
-        matches = _matcher(targets)
-        found = {name: module for name, module in modules.items() if matches(name)}
-    if not found:
-        linears = [name for name, module in modules.items() if isinstance(module, nn.Linear)]
-        raise ValueError(f"target_modules={target_modules!r} matches no module of the model; {_near(targets, linears)}")
-    for name, module in found.items():
-        if type(module) is not nn.Linear:
-            raise TypeError(f"target_modules={target_modules!r}: {name!r} is a {type(module).__name__}, expected nn.Linear")
-        parent = name.rpartition(".")[0]
-        if isinstance(modules.get(parent, model), nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
+
+def _trained_biases(model: nn.Module, bias: str, layers: Mapping[str, FusedLoraLinear]) -> list[nn.Parameter]:
+    if bias == "lora_only":
+        return [layer.bias for layer in layers.values() if layer.bias is not None]
+    named = model.named_parameters() if bias == "all" else ()
+    return [parameter for name, parameter in named if name.rpartition(".")[2] == "bias"]
+
+
+def _check_saved(
+    model: nn.Module, options: LoraOptions, targets: Mapping[str, nn.Module], saved: Mapping[str, nn.Module]
+) -> None:
+    for name in options.modules_to_save:
+        if not any(path.endswith(name) for path in saved):
+            near = near_names([name], [path for path, _ in model.named_modules() if path])
+            hint = f"; near names: {', '.join(near)}" if near else ""
+            raise ValueError(f"modules_to_save={list(options.modules_to_save)}: the model has no {name!r}{hint}")
+    for path, module in saved.items():
+        inside = [name for name, target in targets.items() if any(target is part for part in module.modules())]
+        if inside:
             raise ValueError(
-                f"target_modules={target_modules!r}: {name!r} sits in an nn.TransformerEncoderLayer, whose fast path would "
-                "leave out its adapter in evaluation; call torch.backends.mha.set_fastpath_enabled(False) first"
+                f"modules_to_save={list(options.modules_to_save)}: {path!r} is trained whole, but target_modules matches "
+                f"{inside[0]!r} of it: give modules_to_save whole names, or exclude {inside[0]!r}"
             )
-    return found
+        for name, parameter in module.named_parameters():
+            if not parameter.is_floating_point():
+                raise TypeError(f"modules_to_save: {path}.{name} is {parameter.dtype}, which cannot be trained")
 
 
-def _without_attention_outputs(linears: dict[str, nn.Linear]) -> dict[str, nn.Linear]:
-    """`linears` but the output projections of nn.MultiheadAttention, which have a class of their own."""
-    outputs = [name for name, linear in linears.items() if type(linear) is NonDynamicallyQuantizableLinear]
-    if outputs:
-        warnings.warn(
-            f"{ALL_LINEAR!r} leaves out {', '.join(map(repr, outputs))}: nn.MultiheadAttention reads its weight without "
-            "calling it, so that an adapter would have no effect",
-            stacklevel=4,  # the caller of inject
-        )
-    return {name: linear for name, linear in linears.items() if name not in outputs}
+def _check_patterns(options: LoraOptions, targets: Mapping[str, nn.Module]) -> None:
+    for option, patterns in (("rank_pattern", options.rank_pattern), ("alpha_pattern", options.alpha_pattern)):
+        unmatched = [key for key in patterns if not any(pattern_matches(key, name) for name in targets)]
+        if unmatched:
+            _warn(f"{option}: {', '.join(map(repr, unmatched))} matches no targeted module and has no effect")
+    for kind in sorted(
+        {type(linear).__name__ for linear in targets.values() if options.fan_in_fan_out is (not is_conv1d(linear))}
+    ):
+        _warn(f"fan_in_fan_out is {options.fan_in_fan_out}, but a target is a {kind}: taken as {not options.fan_in_fan_out}")
 
 
-def _matcher(targets: str | tuple[str, ...]) -> Callable[[str], bool]:
-    if not isinstance(targets, str):
-        return lambda name: any(name == target or name.endswith(f".{target}") for target in targets)
-    try:
-        pattern = re.compile(targets)
-    except re.error as error:
-        raise ValueError(f"target_modules={targets!r} is not a regular expression: {error}") from error
-    return lambda name: pattern.fullmatch(name) is not None
+def _owners(model: nn.Module) -> dict[nn.Parameter, list[tuple[nn.Module, str]]]:
+    """Where each parameter is: the modules that hold it, and its full name there."""
+    owners = defaultdict(list)
+    for path, module in model.named_modules():
+        for name, parameter in module._parameters.items():
+            if parameter is not None:
+                owners[parameter].append((module, f"{path}.{name}" if path else name))
+    return owners
 
 
-def _output_head(model: nn.Module) -> nn.Module | None:
-    get = getattr(model, "get_output_embeddings", None)
-    return get() if callable(get) else None
+def _own_parameters(path: str, saved: nn.Module, owners: dict[nn.Parameter, list[tuple[nn.Module, str]]]) -> None:
+    """Copy the parameters that `saved` shares with other modules of the model, so that its training leaves those alone."""
+    parts = set(saved.modules())
+    for parameter in list(saved.parameters()):
+        inside = [(module, name) for module, name in owners[parameter] if module in parts]
+        outside = [(module, name) for module, name in owners[parameter] if module not in parts]
+        if not outside or not inside:
+            continue
+        _warn(f"modules_to_save: {inside[0][1]!r} is tied to {outside[0][1]!r}; {path!r} gets a copy of its own to train")
+        copy = nn.Parameter(parameter.detach().clone())
+        for module, name in inside:
+            setattr(module, name.rpartition(".")[2], copy)
+        owners[parameter], owners[copy] = outside, inside
 
 
-def _near(targets: str | tuple[str, ...], linears: list[str]) -> str:
-    """A hint for the error message: the names nearest to what was asked for, else the names there are."""
-    if not linears:
-        return "it holds no nn.Linear at all"
-    ends = dict.fromkeys(name.rpartition(".")[2] for name in linears)
-    wanted = [targets] if isinstance(targets, str) else list(targets)
-    near = dict.fromkeys(match for target in wanted for match in get_close_matches(target, [*ends, *linears], n=3, cutoff=0.5))
-    return f"near names: {', '.join(near)}" if near else f"its linears are called {', '.join(ends)}"
+def _warn(message: str) -> None:
+    warnings.warn(message, stacklevel=5)

@@ -173,8 +173,13 @@ class FusedLoraLinear(nn.Module):
         dtype = torch.float64 if self.lora_A.dtype == torch.float64 else torch.float32
         return (self.lora_B.detach().to(dtype) @ self.lora_A.detach().to(dtype)) * self.scaling
 
+    def merged_weight(self) -> Tensor:
+        """W + scaling · B A of a module that is not merged, in W's layout, summed in float32 and rounded once to W's dtype."""
+        base, delta = self.weight.detach(), self.delta_weight()
+        return (base.to(delta.dtype) + (delta.t() if self.fan_in_fan_out else delta)).to(base.dtype)
+
     def merge(self, keep_base: bool = True) -> None:
-        """Fold the bypass into the weight: W + scaling · B A, summed in float32 and rounded once to W's dtype.
+        """Fold the bypass into the weight, see `merged_weight`.
 
         The merged weight is a new tensor: other modules that share W's storage keep the base weight.  With keep_base the base
         weight is kept aside and `unmerge` restores it bit for bit; without, it is dropped and `unmerge` refuses.
@@ -184,10 +189,8 @@ class FusedLoraLinear(nn.Module):
         """
         if self.merged:
             raise RuntimeError("merge() on a module that is merged already")
-        base = self.weight.detach()
-        delta = self.delta_weight()
-        merged = (base.to(delta.dtype) + (delta.t() if self.fan_in_fan_out else delta)).to(base.dtype)
-        self._base_weight = base if keep_base else None
+        merged = self.merged_weight()
+        self._base_weight = self.weight.detach() if keep_base else None
         self.weight = self._frozen(merged)
         self.merged = True
 

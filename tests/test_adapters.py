@@ -183,8 +183,13 @@ TAMPERINGS: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "kasa": (lambda f: edit_config(f, kasa_config={"beta": 0.1}), ValueError, "kasa_config={'beta': 0.1} is not supported"),
     "monteclora": (lambda f: edit_config(f, monteclora_config={"a": 1}), ValueError, "monteclora_config=.* is not supported"),
     "unknown variant": (lambda f: edit_config(f, use_next_years_lora=True), ValueError, "use_next_years_lora=True is not"),
-    "bias": (lambda f: edit_config(f, bias="all"), ValueError, "bias='all' is not supported"),
-    "patterns": (lambda f: edit_config(f, rank_pattern={"q_proj": 2}), ValueError, "rank_pattern"),
+    "bias": (lambda f: edit_config(f, bias="all"), ValueError, "bias='all', but the model .* bias='none'"),
+    "rank pattern": (lambda f: edit_config(f, rank_pattern={"q_proj": 2}), ValueError, "r=2, but the layer .*q_proj' has r=4"),
+    "alpha pattern": (lambda f: edit_config(f, alpha_pattern={".*1.*": 3}), ValueError, "lora_alpha=3, but the layer .*1"),
+    "bad pattern": (lambda f: edit_config(f, alpha_pattern={"(q": 3}), ValueError, r"'\(q' is not a regular expression"),
+    "pattern of another type": (lambda f: edit_config(f, rank_pattern=["q"]), ValueError, "rank_pattern=.* must be dict"),
+    "pattern of names": (lambda f: edit_config(f, rank_pattern={"q": "2"}), ValueError, "rank_pattern=.* holds what it must"),
+    "rank of another type": (lambda f: edit_config(f, r="4"), ValueError, "r='4' must be int"),
     "another method": (lambda f: edit_config(f, peft_type="IA3"), ValueError, "peft_type='IA3' is not supported"),
 }
 
@@ -238,7 +243,7 @@ def test_model_without_adapters_or_with_unequal_ones(tmp_path: Path) -> None:
         save_adapter(llama(), tmp_path / "a")
     with pytest.raises(ValueError, match="holds no LoRA linear"):
         load_adapter(llama(), tmp_path)
-    mixed = nn.ModuleList([FusedLoraLinear(4, 4, r=1), FusedLoraLinear(4, 4, r=2)])
-    with pytest.raises(ValueError, match=r"differ in r: \[1, 2\]"):
+    mixed = nn.ModuleList([FusedLoraLinear(4, 4, r=1), FusedLoraLinear(4, 4, r=1, lora_dropout=0.5)])
+    with pytest.raises(ValueError, match=r"differ in lora_dropout: \[0.0, 0.5\]"):
         save_adapter(mixed, tmp_path / "a")
     assert not (tmp_path / "a").exists()

@@ -1,0 +1,29 @@
+"""What of an injected model is trained, in PEFT's words."""
+
+from torch import nn
+
+
+def get_nb_trainable_parameters(model: nn.Module) -> tuple[int, int]:
+    """(trainable, all): the number of elements of `model`'s parameters, a tied one counted once.
+
+    bitsandbytes packs two 4-bit weights into a byte; they count as the weights they are.
+    """
+    trainable = total = 0
+    for parameter in model.parameters():
+        count = parameter.numel()
+        if type(parameter).__name__ == "Params4bit":
+            count *= 2 * parameter.element_size()
+        total += count
+        trainable += count if parameter.requires_grad else 0
+    return trainable, total
+
+
+def print_trainable_parameters(model: nn.Module) -> None:
+    """Print the counts of `get_nb_trainable_parameters` in PEFT's format.
+
+    A module to save is trained in place and counts once; PEFT, which keeps the original beside a copy, counts it twice in
+    "all params".
+    """
+    trainable, total = get_nb_trainable_parameters(model)
+    share = 100 * trainable / total if total else 0.0
+    print(f"trainable params: {trainable:,d} || all params: {total:,d} || trainable%: {share:.4f}")

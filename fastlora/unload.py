@@ -1,0 +1,108 @@
+"""From an injected model back to a plain one, with its adapters merged into the weights or without them."""
+
+import warnings
+
+import torch
+from torch import nn
+
+from fastlora.modules import FusedLoraLinear
+
+
+def merge_and_unload(model: nn.Module, safe_merge: bool = False) -> nn.Module:
+    """Fold every adapter into its weight, W + scaling · B A, and put plain linears back, in place.
+
+    Every merged weight is a new tensor in the base weight's dtype, which requires no gradient; one that was tied to another
+    module's is untied, and the other keeps the base weight.  Modules to save and trained biases stay as they were trained, and
+    requires_grad of all that is left as it is.
+
+    Args:
+        safe_merge: check first that all merged weights are finite.
+
+    Returns:
+        `model` itself (a new plain linear, where `model` is a LoRA linear).
+
+    Raises:
+        ValueError: `model` holds no LoRA linear, or with safe_merge a merged weight is not finite.  The model is unchanged.
+    """
+    layers = _layers(model)
+    if safe_merge:
+        for layer in dict.fromkeys(layers.values()):
+            weight = layer.weight if layer.merged else layer.merged_weight()
+            if not torch.isfinite(weight).all():
+                broken = next(name for name, other in layers.items() if other is layer)
+                raise ValueError(f"safe_merge: the merged weight of {broken!r} has infinite or NaN elements")
+    for layer in dict.fromkeys(layers.values()):
+        if not layer.merged:
+            layer.merge(keep_base=False)
+    return _replace(model, layers)
+
+
+def unload(model: nn.Module) -> nn.Module:
+    """Remove every adapter and put plain linears back on the base weights, in place.
+
+    As in PEFT, modules to save and trained biases stay as they were trained, and requires_grad of all that is left as it is.
+
+    Returns:
+        `model` itself (a new plain linear, where `model` is a LoRA linear).
+
+    Raises:
+        ValueError: `model` holds no LoRA linear.
+        RuntimeError: a layer was merged with keep_base=False and has no base weight.  The model is unchanged.
+    """
+    layers = _layers(model)
+    for name, layer in layers.items():
+        if layer.merged and layer._base_weight is None:
+            raise RuntimeError(f"{name!r} is merged, and merge(keep_base=False) dropped the base weight to go back to")
+    for layer in dict.fromkeys(layers.values()):
+        if layer.merged:
+            layer.unmerge()
+    return _replace(model, layers)
+
+
+def _layers(model: nn.Module) -> dict[str, FusedLoraLinear]:
+    layers = {name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, FusedLoraLinear)}
+    if not layers:
+        raise ValueError("model holds no LoRA linear: there is nothing to unload")
+    return layers
+
+
+def _replace(model: nn.Module, layers: dict[str, FusedLoraLinear]) -> nn.Module:
+    plain = {layer: _plain(layer) for layer in dict.fromkeys(layers.values())}
+    for name, layer in layers.items():
+        if not name:
+            return plain[layer]
+        parent, _, child = name.rpartition(".")
+        setattr(model.get_submodule(parent), child, plain[layer])
+    if hasattr(model, "lora_options"):
+        del model.lora_options
+    _tell_config_of_untying(model)
+    return model
+
+
+def _plain(layer: FusedLoraLinear) -> nn.Module:
+    """nn.Linear, or transformers' Conv1D for a weight stored (in, out), with the parameters of `layer`."""
+    with torch.device("meta"):  # what the constructor draws is thrown away
+        if layer.fan_in_fan_out:
+            from transformers.pytorch_utils import Conv1D
+
+            linear: nn.Module = Conv1D(layer.out_features, layer.in_features)
+        else:
+            linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
+    linear.weight, linear.bias = layer.weight, layer.bias  # type: ignore[assignment]  # bias None where it was
+    return linear.train(layer.training)
+
+
+def _tell_config_of_untying(model: nn.Module) -> None:
+    """A transformers model whose config says that its embeddings are tied would lose one of two on saving."""
+    config = getattr(model, "config", None)
+    if not getattr(config, "tie_word_embeddings", False):
+        return
+    try:
+        head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
+    except (AttributeError, NotImplementedError):
+        return
+    if head is not None and embeddings is not None and head.weight is not embeddings.weight:
+        config.tie_word_embeddings = False  # type: ignore[union-attr]
+        warnings.warn(
+            "the input and output embeddings are no longer tied: config.tie_word_embeddings is now False", stacklevel=4
+        )
