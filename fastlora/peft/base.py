@@ -1,5 +1,7 @@
 """The frozen linear below a LoRA layer: its weight, or why it has none that could be read without calling it."""
 
+from typing import cast
+
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
@@ -16,7 +18,7 @@ def weight_of(base_layer: nn.Module) -> Tensor | str:
         return f"its base layer is a {kind.__module__}.{kind.__name__}"
     if is_altered(base_layer):
         return "its base layer has hooks, or a forward of its own"
-    weight, bias = base_layer.weight, base_layer.bias
+    weight, bias = cast(Tensor, base_layer.weight), base_layer.bias
     if type(weight) not in PLAIN_TENSORS:
         return f"its base weight is a {type(weight).__name__}"
     if bias is not None and type(bias) not in PLAIN_TENSORS:

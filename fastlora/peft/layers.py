@@ -13,7 +13,7 @@ from fastlora.peft.calls import INTENDED, decide, operands
 from fastlora.peft.report import Report, Tally
 
 
-class FusedLinear(Linear):  # type: ignore[misc]  # PEFT is not typed
+class FusedLinear(Linear):
     """PEFT's LoRA linear whose forward is `lora_linear` wherever that computes the same.
 
     Instances are made by giving an instance of `peft.tuners.lora.layer.Linear` this class.
@@ -37,7 +37,7 @@ def _note(layer: FusedLinear, reason: str) -> None:
     layer._fastlora_tally.note(reason, warn=layer.training and torch.is_grad_enabled() and reason not in INTENDED)
 
 
-def find(model: nn.Module) -> dict[str, LoraLayer]:
+def find(model: nn.Module) -> dict[str, Any]:
     """PEFT's LoRA layers in `model`, by name.
 
     Raises:
@@ -51,12 +51,12 @@ def find(model: nn.Module) -> dict[str, LoraLayer]:
     return found
 
 
-def is_fused(layer: nn.Module) -> bool:
+def is_fused(layer: Any) -> bool:
     """Whether the layer is accelerated."""
     return isinstance(layer, FusedLinear)
 
 
-def obstacle(layer: LoraLayer) -> str | None:
+def obstacle(layer: Any) -> str | None:
     """Why the layer cannot be accelerated, whatever its adapters are; None where it can."""
     if is_fused(layer):
         return "already accelerated"
@@ -70,7 +70,7 @@ def obstacle(layer: LoraLayer) -> str | None:
     return "its base weight is on the meta device: load it first" if weight.is_meta else None
 
 
-def describe(layers: Mapping[str, LoraLayer], obstacles: Mapping[str, str | None]) -> Report:
+def describe(layers: Mapping[str, Any], obstacles: Mapping[str, str | None]) -> Report:
     """The report on layers of which those without an obstacle are, or are to be, accelerated."""
     taken, waiting, left = [], [], []
     for name, layer in layers.items():
@@ -83,23 +83,23 @@ def describe(layers: Mapping[str, LoraLayer], obstacles: Mapping[str, str | None
     return Report(tuple(taken), tuple(waiting), tuple(left))
 
 
-def shared_warnings(layers: Iterable[LoraLayer]) -> set[str]:
+def shared_warnings(layers: Iterable[Any]) -> set[str]:
     """The reasons already warned about in this model."""
     return next((tally_of(layer).warned for layer in layers if is_fused(layer)), set())
 
 
-def tally_of(layer: LoraLayer) -> Tally:
+def tally_of(layer: Any) -> Tally:
     """The count of an accelerated layer's fallbacks."""
     return layer._fastlora_tally
 
 
-def fuse(layer: LoraLayer, warned: set[str]) -> None:
+def fuse(layer: Any, warned: set[str]) -> None:
     """Make a layer without an obstacle an accelerated one."""
     layer._fastlora_tally = Tally(warned)
     layer.__class__ = FusedLinear
 
 
-def restore(layer: LoraLayer) -> None:
+def restore(layer: Any) -> None:
     """Give an accelerated layer its class back."""
     layer.__class__ = Linear
     del layer._fastlora_tally

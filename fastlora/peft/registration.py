@@ -3,7 +3,7 @@
 from typing import Any
 
 from peft import LoraConfig, PeftType
-from peft.tuners.lora.layer import LoraLayer, dispatch_default
+from peft.tuners.lora.layer import dispatch_default
 from peft.tuners.tuners_utils import BaseTunerLayer
 from torch import nn
 from transformers.pytorch_utils import Conv1D
@@ -25,7 +25,7 @@ class Dispatch:
 
     def __call__(
         self, target: nn.Module, adapter_name: str, config: LoraConfig | None = None, **options: Any
-    ) -> LoraLayer | None:
+    ) -> nn.Module | None:
         base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         if isinstance(weight_of(base_layer), str):
             return None
@@ -47,6 +47,6 @@ def register(lora_config: LoraConfig) -> LoraConfig:
             raise ValueError(
                 f"lora_config has {other!r} registered for {kind.__name__}: accelerate(model) leaves such layers alone"
             )
-    dispatch = Dispatch(lora_config)
+    dispatch: Any = Dispatch(lora_config)  # PEFT calls what it expects to be a class
     lora_config._register_custom_module({nn.Linear: dispatch, Conv1D: dispatch})
     return lora_config
