@@ -35,7 +35,7 @@ class Operand:
         self.name = name
         self.itemsize = tensor.element_size()
         self.address = tensor.data_ptr()
-        self._shape, self._strides = tuple(tensor.shape), tensor.stride()
+        self.shape, self._strides = tuple(tensor.shape), tensor.stride()
         span = 1 + sum((size - 1) * stride for size, stride in zip(tensor.shape, tensor.stride(), strict=True))
         self._loads, self._stores = np.zeros((2, span if tensor.numel() else 0), dtype=np.int32)
 
@@ -70,7 +70,7 @@ class Operand:
         np.add.at(self._stores if stored else self._loads, (addresses - self.address) // self.itemsize, 1)
 
     def _in_shape(self, counts: np.ndarray) -> np.ndarray:
-        return as_strided(counts, self._shape, [stride * counts.itemsize for stride in self._strides])
+        return as_strided(counts, self.shape, [stride * counts.itemsize for stride in self._strides])
 
 
 @dataclass
@@ -186,7 +186,7 @@ class _Operations(TorchDispatchMode):
         name = func._schema.name.removeprefix("aten::")
         is_view = any(out.alias_info is not None and not out.alias_info.is_write for out in func._schema.returns)
         if not self._paused and not is_view and name not in ALLOCATIONS:
-            self._launches.append(Launch(name, (), _compulsory(func._schema, args, kwargs or {}, result), False))
+            self._launches.append(Launch(name, (), _compulsory(func._schema, args, kwargs, result), False))
         return result
 
 

@@ -17,6 +17,7 @@ from rich.progress import track
 from rich.table import Table
 
 from fastlora import kernels
+from fastlora.kernels.forms import Choice
 from fastlora.kernels.target import INTERPRETER, Target
 from tools.traffic import Launch, counted
 
@@ -27,12 +28,15 @@ DTYPES = {
     "float16+float32": (torch.float16, torch.float32),
     "float32": (torch.float32, torch.float32),
 }
-FORMS = ("fused",)
+FORMS = ("fused", "prefill")
 # The step of each launch, by the kernels of a pass in order; a sum of partial results belongs to the step before it.
 STEPS = {
     ("project", "gemm"): ("S", "y"),
+    ("project", "gemm", "addmm_"): ("S", "y", "y"),
     ("grad_b", "outer", "gemm"): ("dS dB", "dA", "dx"),
+    ("grad_b", "outer", "addmm_"): ("dS dB", "dA", "dx"),
     ("project", "outer", "outer", "gemm"): ("dS dB", "dS dB", "dA", "dx"),
+    ("project", "outer", "outer", "addmm_"): ("dS dB", "dS dB", "dA", "dx"),
 }
 # (M, in, out), scaled down because a program takes the interpreter milliseconds: square, ragged (neither descriptors nor whole
 # tiles), and of few rows.
@@ -67,19 +71,19 @@ class Case:
         lora_A, lora_B = random(self.r, self.K, dtype=adapter), random(self.N, self.r, dtype=adapter)
         bias = random(self.N) if self.bias else None
         seed = torch.tensor([1234]) if self.dropout_p > 0 else None
-        rates = (2.0, self.dropout_p)
+        p, choice, target = self.dropout_p, Choice(self.form), self.target
         with counted() as forward:
-            _, S = kernels.forward(x, weight, lora_A, lora_B, bias, seed, *rates, target=self.target)
+            _, S = kernels.forward(x, weight, lora_A, lora_B, bias, seed, 2.0, p, choice=choice, target=target)
         with counted() as backward:
-            kernels.backward(dy, x, weight, lora_A, lora_B, S, seed, *rates, adapter, target=self.target)
+            kernels.backward(dy, x, weight, lora_A, lora_B, S, seed, 2.0, p, adapter, choice=choice, target=target)
         return forward, backward
 
     def compulsory(self) -> dict[str, tuple[int, int]]:
-        """Bytes that each step must (read, write) whatever its kernels: every operand once, no partial result."""
+        """Bytes that each step must (read, write): every operand once, no partial result and no prefilled term."""
         base, adapter = DTYPES[self.dtype]
         M, K, N, r, e, a = self.M, self.K, self.N, self.r, base.itemsize, adapter.itemsize
         S = dS = M * r * 4
-        bits = M * -(-K // 8) if self.dropout_p > 0 else 0
+        bits = M * -(-K // 8) if self.dropout_p > 0 and self.form == "fused" else 0
         seed = 8 if self.dropout_p > 0 else 0
         return {
             "S": (M * K * e + r * K * a + seed, S),
@@ -150,8 +154,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
     messages = Console(stderr=True)
     shapes = options.shape or SHAPES
     cases = [
-        Case(*shape, r, dtype, options.dropout, form, target=scaled_target(*shape[:2]))
-        for shape in shapes
+        Case(M, K, N, r, dtype, options.dropout, form, target=scaled_target(M, K))
+        for M, K, N in shapes
         for form in options.form
         for dtype in options.dtype
         for r in options.rank
@@ -218,10 +222,10 @@ def _print_tables(measured: Sequence[tuple[Case, Sequence[Row]]]) -> None:
             table.add_row(*_cells(row))
         console.print(table)
     console.print(
-        "KiB that interpreted kernels load and store; scaled-down shapes, so only ratios carry over. read: as requested, tiles "
-        "that a GEMM reads again included, which L2 serves; needed: each byte once a launch; compulsory: each operand of the "
-        "step once; ratio: (needed + written) / compulsory, above 1 by partial results; requested: (read + written) / compulsory. "
-        "Launches in parentheses are torch's, not counted but taken at each operand once."
+        "KiB that interpreted kernels load and store, at scaled-down shapes: only the ratios carry over. read: as requested, "
+        "with what a GEMM's tiles read again and L2 serves; needed: each byte once a launch; compulsory: each operand of the "
+        "step once; ratio: (needed + written) / compulsory, above 1 by partial results, second passes and prefilled terms; "
+        "requested: (read + written) / compulsory. A launch in parentheses is torch's: taken at each operand once."
     )
 
 
