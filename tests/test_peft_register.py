@@ -1,0 +1,111 @@
+"""register: accelerated layers from the start, through PEFT's hook for custom modules."""
+
+import copy
+import pickle
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from peft_models import build, counted_calls, inputs_of, logits_of, randomise, run, wrap
+from torch import nn
+
+import fastlora
+from fastlora import oracle
+from fastlora.peft import layers, register
+
+FLOOR = oracle.FLOOR[torch.float32, torch.float32]
+
+
+def config(**options: Any) -> peft.LoraConfig:
+    return peft.LoraConfig(**{"target_modules": "all-linear", "r": 4, "lora_alpha": 6, **options})
+
+
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
+@pytest.mark.parametrize("kind", ["llama", "gpt2"])
+@pytest.mark.parametrize("options", [{}, {"use_rslora": True, "init_lora_weights": "gaussian"}, {"use_dora": True}], ids=str)
+def test_a_registered_config_wraps_as_accelerate_does(kind: str, options: dict[str, Any]) -> None:
+    lora_config = config(**options)
+    assert register(lora_config) is lora_config
+    registered = peft.get_peft_model(build(kind), lora_config)
+    randomise(registered)
+    accelerated = wrap(build(kind), **options)
+    fastlora.accelerate(accelerated)
+    assert repr(registered) == repr(accelerated)
+    assert fastlora.peft.status(registered) == fastlora.peft.status(accelerated)
+    with counted_calls() as made:
+        results = [run(model.eval(), inputs_of(kind)) for model in (registered, accelerated)]
+    assert len(made) == (0 if "use_dora" in options else 2 * len(layers.find(registered)))
+    assert results[0].keys() == results[1].keys()
+    assert all(torch.equal(tensor, results[1][name]) for name, tensor in results[0].items())
+
+
+def test_other_layers_go_pefts_way() -> None:
+    class Special(nn.Linear):
+        pass
+
+    model = nn.ModuleDict({"special": Special(4, 4), "embedding": nn.Embedding(4, 4), "plain": nn.Linear(4, 4)})
+    wrapped = peft.get_peft_model(model, register(config(target_modules=["special", "embedding", "plain"])))
+    report = fastlora.peft.status(wrapped)
+    assert report.taken == ("base_model.model.plain",)
+    assert len(report.left) == 2
+
+
+def test_quantised_linears_get_pefts_own_layer() -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    model = nn.ModuleDict({"four": bnb.nn.Linear4bit(64, 64), "eight": bnb.nn.Linear8bitLt(64, 64, has_fp16_weights=False)})
+    model.is_loaded_in_4bit = model.is_loaded_in_8bit = True
+    wrapped = peft.get_peft_model(model, register(config(target_modules=["four", "eight"])))
+    plain = peft.get_peft_model(copy.deepcopy(model), config(target_modules=["four", "eight"]))
+    assert [type(layer) for layer in layers.find(wrapped).values()] == [type(layer) for layer in layers.find(plain).values()]
+
+
+def test_saving_forgets_the_registration_and_loading_is_exact(tmp_path: Path) -> None:
+    wrapped = peft.get_peft_model(build(), register(config()))
+    randomise(wrapped)
+    wrapped.save_pretrained(tmp_path)
+    loaded = peft.PeftModel.from_pretrained(build(), tmp_path, config=register(peft.LoraConfig.from_pretrained(tmp_path)))
+    assert len(fastlora.peft.status(loaded).taken) == 14
+    assert not fastlora.peft.status(peft.PeftModel.from_pretrained(build(), tmp_path)).taken
+    assert torch.equal(logits_of(loaded.eval()), logits_of(wrapped.eval()))
+
+
+@pytest.mark.parametrize("duplicate", [copy.deepcopy, lambda c: pickle.loads(pickle.dumps(c))], ids=["deepcopy", "pickle"])
+def test_a_copy_of_the_config_is_registered_too(duplicate: Any) -> None:
+    wrapped = peft.get_peft_model(build(), duplicate(register(config())))
+    assert len(fastlora.peft.status(wrapped).taken) == 14
+    randomise(wrapped)
+    other = wrap(build())
+    assert oracle.relative_error(logits_of(wrapped.eval()), logits_of(other.eval())) <= FLOOR
+
+
+def test_an_adapter_added_with_a_registered_config() -> None:
+    model = wrap(build(), target_modules=["q_proj"])
+    model.add_adapter("second", register(config(target_modules=["q_proj", "v_proj"])))
+    report = fastlora.peft.status(model)
+    assert [name.rpartition(".")[2] for name, _ in report.waiting] == ["v_proj"] * 2  # "second" is not active yet
+    assert [name.rpartition(".")[2] for name, _ in report.left] == ["q_proj"] * 2  # PEFT's, there before
+    model.set_adapter("second")
+    assert len(fastlora.peft.status(model).taken) == 2
+
+
+def test_registering_twice_is_once() -> None:
+    lora_config = register(register(config()))
+    assert len(fastlora.peft.status(peft.get_peft_model(build(), lora_config)).taken) == 14
+
+
+def test_bad_configs_are_refused_and_unchanged() -> None:
+    with pytest.raises(TypeError, match=r"lora_config must be a LoraConfig, got str"):
+        register("q_proj")
+    with pytest.raises(TypeError, match=r"lora_config must be a LoraConfig, got IA3Config of .*IA3"):
+        register(peft.IA3Config())
+    adalora = peft.AdaLoraConfig(target_modules=["q_proj"], total_step=10)
+    with pytest.raises(TypeError, match=r"got AdaLoraConfig of .*ADALORA"):
+        register(adalora)
+    taken = config()
+    taken._register_custom_module({nn.Linear: nn.Identity})
+    with pytest.raises(ValueError, match=r"Identity.* registered for Linear"):
+        register(taken)
+    assert taken._custom_modules == {nn.Linear: nn.Identity}
+    assert adalora._custom_modules is None
