@@ -15,6 +15,8 @@ from fastlora.quantized import QuantizedWeight, Scheme
 #: would import it, and neither `import fastlora` nor a graph that torch.compile traces needs that.
 INTERPRETING = os.environ.get("TRITON_INTERPRET", "").lower() in {"1", "true", "yes", "on", "y"}
 
+BACKENDS = ("triton", "fused", "prefill", "torch")
+
 
 def lora_linear(
     x: Tensor,
@@ -45,6 +47,7 @@ def lora_linear(
         seed: the mask's seed: None draws one from torch's default generator of x.device; an int; or an int64 tensor of one
             element on x.device.
         backend: None chooses: "triton" on a CUDA GPU of capability 8.0 or newer unless x is float64, otherwise "torch".
+            "triton" takes the form that suits the shape, see `fastlora.kernels.forms`; "fused" and "prefill" insist on one.
 
     Dtypes: x, weight and bias share one of float32, float16, bfloat16, float64; lora_A and lora_B share that dtype too, or are
     float32 while x is 16-bit.  Under autocast all are cast first, as F.linear would.  float32 products use TF32 on the tensor
@@ -87,28 +90,28 @@ def lora_linear(
 
 
 def available_backends(device: torch.device | str) -> tuple[str, ...]:
-    """The backends that can run tensors on `device`, the default one first."""
+    """The backends that can run tensors on `device`, the default one first; "fused" and "prefill" are forms of "triton"."""
     device = torch.device(device)
     if device.type == "cuda" and torch.version.cuda and torch.cuda.get_device_capability(device) >= (8, 0):
-        return "triton", "torch"
+        return BACKENDS
     if device.type == "cpu" and INTERPRETING:
-        return "torch", "triton"
+        return BACKENDS[::-1]
     return ("torch",)
 
 
 def _choose_backend(backend: str | None, device: torch.device, dtype: torch.dtype) -> str:
-    if backend not in (None, "triton", "torch"):
-        raise ValueError(f'backend must be None, "triton" or "torch", got {backend!r}')
+    if backend not in (None, *BACKENDS):
+        raise ValueError(f"backend must be None or one of {BACKENDS}, got {backend!r}")
     if backend == "torch":
         return backend
     available = available_backends(device)
     if backend is None:
         return "torch" if dtype == torch.float64 else available[0]
     if dtype == torch.float64:
-        raise TypeError('backend="triton" computes in float32, float16 or bfloat16, got x in float64: use backend="torch"')
+        raise TypeError(f'backend="{backend}" computes in float32, float16 or bfloat16, got x in float64: use backend="torch"')
     if "triton" not in available:
         raise RuntimeError(
-            f'backend="triton" cannot run tensors on {device}: it needs a CUDA GPU of capability 8.0 or newer, or '
+            f'backend="{backend}" cannot run tensors on {device}: it needs a CUDA GPU of capability 8.0 or newer, or '
             "TRITON_INTERPRET=1 in the environment for Triton's interpreter on a CPU"
         )
     return backend

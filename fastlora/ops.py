@@ -5,6 +5,7 @@ fake tensors, functionalisation, CUDA graphs and activation checkpointing see al
 asked for comes back as an empty tensor, because a schema cannot return None.
 """
 
+import functools
 from collections.abc import Callable
 from typing import Any
 
@@ -29,12 +30,14 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
-def _steps(backend: str) -> Any:
+def _steps(direction: str, backend: str) -> Callable[..., Any]:
+    """The implementation of "forward" or "backward": on torch, or on Triton in the form that the backend names, if any."""
     if backend == "torch":
-        return torch_backend
+        return getattr(torch_backend, direction)
     from fastlora import kernels  # Triton is imported where a kernel is to run, not with the package
 
-    return kernels
+    steps = getattr(kernels, direction)
+    return steps if backend == "triton" else functools.partial(steps, choice=kernels.Choice(backend))
 
 
 def as_rows(tensor: Tensor) -> Tensor:
@@ -66,7 +69,7 @@ def _forward(
     dropout_p: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    y, S = _steps(backend).forward(as_rows(x), weight, lora_A, lora_B, bias, seed, scaling, dropout_p)
+    y, S = _steps("forward", backend)(as_rows(x), weight, lora_A, lora_B, bias, seed, scaling, dropout_p)
     return y.view(*x.shape[:-1], weight.shape[0]), S
 
 
@@ -84,7 +87,7 @@ def _backward(
     adapter_dtype: torch.dtype,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
-    dx, dA, dB = _steps(backend).backward(
+    dx, dA, dB = _steps("backward", backend)(
         as_rows(dy), None if x is None else as_rows(x), weight, lora_A, lora_B, S, seed, scaling, dropout_p, adapter_dtype
     )
     empty = [dy.new_empty(0) if grad is None else grad for grad in (dx, dA, dB)]

@@ -1,7 +1,7 @@
 """Tile shapes: what may run on a target, and which of it is chosen for a shape.  No GPU is asked; the target is an argument."""
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import torch
 import triton
@@ -73,6 +73,13 @@ def gemm_config(rows: int, cols: int, dtype: torch.dtype, precision: str, target
     return next(config for config in valid if config.block_m * config.block_n == smallest)
 
 
+def prefill_config(dtype: torch.dtype, precision: str, target: Target) -> GemmConfig:
+    """The tile that is written without a product: small, since what it waits for is the store of C."""
+    if dtype == torch.float32 and precision == "ieee":
+        return GemmConfig(64, 64, 16, 16, 8, 1)
+    return GemmConfig(64, 128 if dtype.itemsize == 2 else 64, 16, 32, 4, 1)
+
+
 @dataclass(frozen=True)
 class StreamConfig:
     """The tile of a kernel that streams x or dY once: block_m rows of block_k columns a step, against block_r ranks."""
@@ -90,10 +97,13 @@ class StreamConfig:
         return self.num_stages * (tile + small) + tile + 1024
 
 
-def stream_config(r: int, dtype: torch.dtype, small_dtype: torch.dtype, target: Target, aligned: bool = True) -> StreamConfig:
-    """Tiles of 16 KiB of x or dY in `dtype`, three in flight where they fit: with a program a multiprocessor, enough to cover
-    the memory's latency.  The operand of rank r, in `small_dtype`, is A, B, S or dS.  Rows that are not `aligned` to 16 bytes
-    are loaded element by element, and their addresses spread over more warps."""
+def stream_config(
+    shape: tuple[int, int], r: int, dtype: torch.dtype, small_dtype: torch.dtype, target: Target, aligned: bool = True
+) -> StreamConfig:
+    """Tiles of 16 KiB of x or dY, (rows, columns) in `dtype`, three in flight where they fit: with a program a multiprocessor,
+    enough to cover the memory's latency; of half the rows where that takes too few programs.  The operand of rank r, in
+    `small_dtype`, is A, B, S or dS.  Rows that are not `aligned` to 16 bytes are loaded element by element, and their addresses
+    spread over more warps."""
     block_r = rank_block(r)
     # A float32 operand beside a 16-bit tile is split into two more; of 64 ranks or more they need a narrower tile not to spill,
     # and where mma keeps its operands in registers a shorter one as well.
@@ -103,18 +113,25 @@ def stream_config(r: int, dtype: torch.dtype, small_dtype: torch.dtype, target: 
     block_m, warps = (32, 4) if split and not target.has_wide_mma else (64, 8 if many_warps else 4)
     widths = (64,) if split or dtype.itemsize == 4 else (128, 64)
     candidates = [StreamConfig(block_m, width, block_r, warps, stages) for width in widths for stages in (3, 2)]
-    for config in candidates:
-        if config.shared_memory(dtype.itemsize, small_dtype.itemsize) <= target.shared_memory:
-            return config
-    return StreamConfig(block_m, 64, block_r, warps, 1)
+    fitting = (
+        config for config in candidates if config.shared_memory(dtype.itemsize, small_dtype.itemsize) <= target.shared_memory
+    )
+    config = next(fitting, StreamConfig(block_m, 64, block_r, warps, 1))
+    tiles = triton.cdiv(shape[0], config.block_m) * triton.cdiv(shape[1], config.block_k) * triton.cdiv(r, block_r)
+    if config.block_m == 64 and not fills(tiles, target):
+        return replace(config, block_m=32, num_warps=4)
+    return config
 
 
-def super_tile_config(r: int, dtype: torch.dtype, target: Target) -> StreamConfig:
-    """The tile for dS and dB in one pass over dY: wide, because each block of columns writes a partial dS, (M, r) float32, that
-    is read again: at 512 columns of a 16-bit dY and rank 16, an eighth of dY's bytes."""
+def super_tile_config(shape: tuple[int, int], r: int, dtype: torch.dtype, target: Target) -> StreamConfig:
+    """The tile for dS and dB in one pass over dY, (rows, columns): wide, because each block of columns writes a partial dS,
+    (M, r) float32, that is read again: at 512 columns of a 16-bit dY and rank 16, an eighth of dY's bytes.  Narrower where wide
+    ones take too few programs."""
     block_r = rank_block(r)
     block_m, width = (64, 128) if dtype.itemsize == 4 else (32, 512)
     width = width * 16 // block_r
+    while width > 64 and not fills(triton.cdiv(shape[0], block_m) * triton.cdiv(shape[1], width), target):
+        width //= 2
     candidates = [StreamConfig(block_m, columns, block_r, 8, stages) for columns in (width, width // 2) for stages in (3, 2)]
     for config in candidates:
         pipeline = config.num_stages * block_m * (config.block_k * dtype.itemsize + block_r * 4)
@@ -124,12 +141,18 @@ def super_tile_config(r: int, dtype: torch.dtype, target: Target) -> StreamConfi
     return StreamConfig(block_m, width // 2, block_r, 8, 1)
 
 
-def split_steps(steps: int, programs: int, target: Target) -> tuple[int, int]:
-    """(parts, steps of each) of a reduction of `steps` steps, cut so that `programs` of them fill the chip twice.
+MIN_STEPS = 2  # of a part of a split reduction: fewer would not amortise its partial sum
 
-    A part keeps at least four steps, fewer would not amortise its partial sum; there is one part even of no steps.
-    """
+
+def fills(tiles: int, target: Target) -> bool:
+    """Whether a reduction of so many tiles can be cut into a part for every multiprocessor."""
+    return tiles >= MIN_STEPS * target.sms
+
+
+def split_steps(steps: int, programs: int, target: Target) -> tuple[int, int]:
+    """(parts, steps of each) of a reduction of `steps` steps, cut so that `programs` of them fill the chip twice, but into no
+    part of fewer than MIN_STEPS; there is one part even of no steps."""
     wanted = triton.cdiv(2 * target.sms, max(programs, 1))
-    parts = max(1, min(wanted, steps // 4))
+    parts = max(1, min(wanted, steps // MIN_STEPS))
     each = triton.cdiv(steps, parts)
     return max(1, triton.cdiv(steps, max(each, 1))), each

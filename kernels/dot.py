@@ -1,4 +1,4 @@
-"""Dots whose second operand may be wider than the first, and the reduction of partial sums: device helpers of all kernels."""
+"""Dots whose second operand may be wider than the first, the rank-r term of a tile, and the reduction of partial sums."""
 
 import torch
 import triton
@@ -8,6 +8,7 @@ from triton import knobs
 
 from fastlora.kernels import launch
 
+TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 
 
@@ -57,6 +58,36 @@ def dot_wide(a, b, acc, PRECISION: tl.constexpr, SPLIT: tl.constexpr):
     if SPLIT:
         acc = dot(a, round_to(b - hi.to(tl.float32), a.dtype), acc, PRECISION)
     return acc * scale
+
+
+@triton.jit
+def rank_term(
+    U,
+    V,
+    rows,
+    cols,
+    M,
+    N,
+    stride_vr,
+    stride_vn,
+    alpha,
+    R: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    PRECISION: tl.constexpr,
+    OPERAND: tl.constexpr,
+):
+    """alpha · U V of one tile of C in float32: U (M, R) float32 and V (R, N), each rounded to OPERAND, the GEMM's dtype."""
+    acc = tl.zeros((rows.shape[0], cols.shape[0]), tl.float32)
+    for start in tl.range(0, R, BLOCK_R, num_stages=1):
+        ranks = start + tl.arange(0, BLOCK_R)
+        u_mask = (rows[:, None] < M) & (ranks[None, :] < R)
+        u = tl.load(U + rows[:, None] * R + ranks[None, :], mask=u_mask, other=0.0)
+        v_mask = (ranks[:, None] < R) & (cols[None, :] < N)
+        v = tl.load(V + ranks[:, None].to(cols.dtype) * stride_vr + cols[None, :] * stride_vn, mask=v_mask, other=0.0)
+        u, inverse, scale = into_range(u * alpha, OPERAND)
+        v, inverse_v, scale_v = into_range(v, OPERAND)
+        acc = dot(round_to(u, OPERAND), round_to(v, OPERAND), acc * (inverse * inverse_v), PRECISION) * (scale * scale_v)
+    return acc
 
 
 @triton.jit(do_not_specialize=["splits"])

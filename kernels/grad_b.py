@@ -69,7 +69,7 @@ def grad_s_and_b(
 ) -> tuple[Tensor, Tensor]:
     """(dS float32 (M, r), dB (N, r) in `dtype`) from dy (M, N), B (N, r), S float32 (M, r); r at most MAX_RANK."""
     (M, N), r = dy.shape, B.shape[1]
-    config = super_tile_config(r, dy.dtype, target)
+    config = super_tile_config((M, N), r, dy.dtype, target)
     col_blocks = max(1, triton.cdiv(N, config.block_k))  # of no columns, one program still writes dS = 0
     parts, steps = split_steps(triton.cdiv(M, config.block_m), col_blocks, target)
     dS = torch.empty((col_blocks, M, r), dtype=torch.float32, device=dy.device)

@@ -1,4 +1,8 @@
-"""dA = dSᵀ drop(x), packing the mask on the way, and dB = scaling · dyᵀ S: one pass over a tall matrix, reduced along rows."""
+"""dA = dSᵀ drop(x) and dB = scaling · dyᵀ S: one pass over a tall matrix, reduced along rows.
+
+While the mask of dA is at hand, the same pass packs it to bits for the GEMM of dx or, where another GEMM is to accumulate
+dy W, writes the masked term dx = c · mask(dS A) itself.
+"""
 
 import torch
 import triton
@@ -7,10 +11,12 @@ from torch import Tensor
 
 from fastlora.dropout import keep_scale
 from fastlora.kernels import launch
-from fastlora.kernels.config import split_steps, stream_config
-from fastlora.kernels.dot import dot_wide, matmul_precision, round_to, sum_partials
-from fastlora.kernels.dropout import empty_bits, keep_tile, keep_words, lane_limit, store_bytes
+from fastlora.kernels.config import rank_block, split_steps, stream_config
+from fastlora.kernels.dot import TRITON_DTYPES, dot_wide, matmul_precision, rank_term, round_to, sum_partials
+from fastlora.kernels.dropout import keep_tile, keep_words, lane_limit, store_bytes
 from fastlora.kernels.target import Target, fits_descriptor, needs_int64
+
+TERM_RANKS = 32  # a step of the prefilled term: its tile of V stays in registers
 
 
 @triton.jit(do_not_specialize=["M", "steps", "row_bytes", "limit"])
@@ -19,6 +25,8 @@ def outer_kernel(
     U,
     out,
     bits,
+    V,
+    C,
     seed,
     M,
     K,
@@ -28,19 +36,26 @@ def outer_kernel(
     stride_xk,
     stride_or,
     stride_ok,
+    stride_vr,
+    stride_vk,
     scale,
+    keep_scale,
     limit,
     R: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    TERM_R: tl.constexpr,
+    DTYPE: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     PACK: tl.constexpr,
+    PREFILL: tl.constexpr,
     SPLIT: tl.constexpr,
     WIDE: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """out[split] (R, K) = scale · Uᵀ mask(x) over row blocks split · steps .. (split + 1) · steps; bits = the packed mask.
+    """out[split] (R, K) = scale · Uᵀ mask(x) over row blocks split · steps .. (split + 1) · steps; with PACK bits = the packed
+    mask, with PREFILL C (M, K) = mask(keep_scale · U V), once each: by the programs of the first rank block.
 
     row_bytes stays unspecialised: known to be a multiple of 16, it would make Triton give the bytes' store a layout of its own
     and compute Philox a second time for it (20.8 instructions per element on sm_90 instead of 14.3).
@@ -62,10 +77,17 @@ def outer_kernel(
         if HAS_DROPOUT:
             first_col = tl.program_id(0) * BLOCK_K
             w0, w1, w2, w3 = keep_words(seed, rows, first_col, BLOCK_K)
-            x_tile = tl.where(keep_tile(w0, w1, w2, w3, limit, BLOCK_M, BLOCK_K), x_tile, 0.0)
+            keep = keep_tile(w0, w1, w2, w3, limit, BLOCK_M, BLOCK_K)
+            x_tile = tl.where(keep, x_tile, 0.0)
             if PACK:
                 if tl.program_id(2) == 0:
                     store_bytes(bits, w0, w1, w2, w3, limit, rows, first_col, M, row_bytes, BLOCK_K)
+        if PREFILL:
+            if tl.program_id(2) == 0:
+                term = rank_term(U, V, offs_m, offs_k, M, K, stride_vr, stride_vk, keep_scale, R, TERM_R, PRECISION, DTYPE)
+                if HAS_DROPOUT:
+                    term = tl.where(keep, term, 0.0)
+                tl.store(C + offs_m[:, None].to(tl.int64) * K + offs_k[None, :], round_to(term, DTYPE), mask=x_mask)
         acc = dot_wide(tl.trans(x_tile), u_tile, acc, PRECISION, SPLIT)
     out += split.to(tl.int64) * R * K
     out_mask = (cols[:, None] < K) & (ranks[None, :] < R)
@@ -86,38 +108,45 @@ def outer(
     scaling: float = 1.0,
     seed: Tensor | None = None,
     dropout_p: float = 0.0,
-    pack: bool = False,
-) -> tuple[Tensor, Tensor | None]:
-    """(scaling · Uᵀ drop(x), packed mask): (r, K), or with `transposed` (K, r), in `dtype`; x (M, K), U (M, r) float32.
+    bits: Tensor | None = None,
+    V: Tensor | None = None,
+    C: Tensor | None = None,
+) -> Tensor:
+    """scaling · Uᵀ drop(x), (r, K), or with `transposed` (K, r), in `dtype`, from x (M, K) and U (M, r) float32.
 
-    A float32 result keeps float32 quality: U is split in two; for a 16-bit one U is rounded to x's dtype.  The mask comes only
-    with `pack` and a seed.
+    A float32 result keeps float32 quality: U is split in two; for a 16-bit one U is rounded to x's dtype.  `bits`, where given
+    beside a seed, is filled with the packed mask; C (M, K), given together with V (r, K), with drop(U V), for a GEMM to
+    accumulate onto.
     """
     (M, K), r = x.shape, U.shape[1]
-    config = stream_config(r, x.dtype, U.dtype, target, fits_descriptor(x))
+    config = stream_config((M, K), r, x.dtype, U.dtype, target, fits_descriptor(x))
     col_blocks, rank_blocks = triton.cdiv(K, config.block_k), triton.cdiv(r, config.block_r)
     parts, steps = split_steps(triton.cdiv(M, config.block_m), col_blocks * rank_blocks, target)
     out_shape, out_strides = ((K, r), (1, r)) if transposed else ((r, K), (K, 1))
     partials = torch.empty((parts, *out_shape), dtype=dtype if parts == 1 else torch.float32, device=x.device)
-    bits = empty_bits(M, K, x.device) if pack and seed is not None else None
     row_bytes = 0 if bits is None else bits.shape[1]
+    strides = (*x.stride(), *out_strides, *((0, 0) if V is None else V.stride()))
+    scale = keep_scale(dropout_p)
     launch.launch(
         outer_kernel,
         (col_blocks, parts, rank_blocks),
         (
-            *(x, U, partials, bits, seed, M, K, steps, row_bytes, *x.stride(), *out_strides),
-            *(scaling * keep_scale(dropout_p), lane_limit(dropout_p) if seed is not None else 0),
+            *(x, U, partials, bits, V, C, seed, M, K, steps, row_bytes, *strides),
+            *(scaling * scale, scale, lane_limit(dropout_p) if seed is not None else 0),
         ),
         R=r,
         BLOCK_M=config.block_m,
         BLOCK_K=config.block_k,
         BLOCK_R=config.block_r,
+        TERM_R=rank_block(r, TERM_RANKS),
+        DTYPE=TRITON_DTYPES[x.dtype],
         HAS_DROPOUT=seed is not None,
         PACK=bits is not None,
+        PREFILL=C is not None,
         SPLIT=dtype == torch.float32,
-        WIDE=needs_int64(x, U, partials[0]),
+        WIDE=needs_int64(x, U, partials[0], *(() if V is None else (V,))),
         PRECISION=matmul_precision(x.dtype),
         num_warps=config.num_warps,
         num_stages=config.num_stages,
     )
-    return sum_partials(partials, dtype), bits
+    return sum_partials(partials, dtype)

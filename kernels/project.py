@@ -72,7 +72,7 @@ def project(
 ) -> Tensor:
     """scaling · drop(x) Aᵀ, float32 (M, r), from x (M, K) and A (r, K) of any strides; without a seed there is no dropout."""
     (M, K), r = x.shape, A.shape[0]
-    config = stream_config(r, x.dtype, A.dtype, target, fits_descriptor(x))
+    config = stream_config((M, K), r, x.dtype, A.dtype, target, fits_descriptor(x))
     row_blocks, rank_blocks = triton.cdiv(M, config.block_m), triton.cdiv(r, config.block_r)
     parts, steps = split_steps(triton.cdiv(K, config.block_k), row_blocks * rank_blocks, target)
     partials = torch.empty((parts, M, r), dtype=torch.float32, device=x.device)

@@ -11,7 +11,7 @@ from fastlora.autograd import LoraLinearFunction
 from fastlora.dropout import draw_seed
 from fastlora.oracle import Case
 
-BACKENDS = ("triton", "torch")
+BACKENDS = ("fused", "prefill", "torch")
 NAMES = ("x", "weight", "lora_A", "lora_B", "bias")
 
 

@@ -40,8 +40,8 @@ def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
 def test_every_available_backend_is_checked(capsys: pytest.CaptureFixture[str]) -> None:
     code, report = parity_json(capsys, "--cases", "2", "--dtype", "float32", "--dtype", "bfloat16+float32")
     assert code == 0
-    assert report["backends"] == list(functional.available_backends("cpu")) == ["torch", "triton"]
-    assert Counter(row["backend"] for row in report["rows"]).keys() == {"torch", "triton"}
+    assert report["backends"] == ["torch", "prefill", "fused"]
+    assert Counter(row["backend"] for row in report["rows"]).keys() == {"torch", "prefill", "fused"}
     assert {(row["case"]["dtype"], row["case"]["adapter_dtype"]) for row in report["rows"]} == {
         ("torch.float32", "torch.float32"),
         ("torch.bfloat16", "torch.float32"),
@@ -106,11 +106,11 @@ def test_without_the_interpreter_it_says_what_was_not_checked(
 ) -> None:
     monkeypatch.setattr(functional, "available_backends", lambda device: ("torch",))
     assert cli.main(["parity", "--cases", "1"]) == 0
-    assert "Not checked: the triton backend" in (out := capsys.readouterr().out)
+    assert "Not checked: the Triton kernels" in (out := capsys.readouterr().out)
     assert "TRITON_INTERPRET=1 fastlora parity" in out
-    assert cli.main(["parity", "--cases", "1", "--backend", "triton"]) == 2
+    assert cli.main(["parity", "--cases", "1", "--backend", "fused"]) == 2
     captured = capsys.readouterr()
-    assert "TRITON_INTERPRET=1 fastlora parity --backend triton" in captured.err
+    assert "TRITON_INTERPRET=1 fastlora parity --backend fused" in captured.err
     assert not captured.out
 
 

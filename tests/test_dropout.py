@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from fastlora import dropout_mask
 from fastlora.dropout import draw_seed, keep_rows, keep_scale, philox, threshold
 from fastlora.kernels import launch
-from fastlora.kernels.dropout import lane_limit, pack_bits, pack_bits_kernel
+from fastlora.kernels.dropout import empty_bits, lane_limit, pack_bits, pack_bits_kernel
 from fastlora.kernels.outer import outer
 from fastlora.kernels.project import project
 from fastlora.kernels.target import INTERPRETER
@@ -62,7 +62,8 @@ def test_packed_bits_are_the_mask(p, rows, cols):
     expected = dropout_mask(seed, rows, cols, p)
     assert torch.equal(unpack(pack_bits(seed, rows, cols, p), cols), expected)
     x, U = torch.randn(rows, cols), torch.randn(rows, 3)
-    _, bits = outer(x, U, torch.float32, INTERPRETER, seed=seed, dropout_p=p, pack=True)
+    bits = empty_bits(rows, cols, x.device)
+    outer(x, U, torch.float32, INTERPRETER, seed=seed, dropout_p=p, bits=bits)
     assert torch.equal(unpack(bits, cols), expected)
 
 

@@ -6,7 +6,7 @@ import pytest
 import torch
 
 from fastlora import FusedLoraLinear, dropout_mask, lora_linear, oracle
-from fastlora.kernels.dropout import pack_bits
+from fastlora.kernels.dropout import empty_bits, pack_bits
 from fastlora.kernels.outer import outer
 from fastlora.kernels.target import target_of
 from fastlora.oracle import Case
@@ -60,7 +60,8 @@ def test_kernels_draw_the_bits_of_the_mask():
     seed = torch.tensor([2**40 + 5], device="cuda")
     expected = dropout_mask(seed, 500, 333, 0.3)
     x, U = torch.randn(500, 333, device="cuda"), torch.randn(500, 4, device="cuda")
-    _, from_dA = outer(x, U, torch.float32, target_of(x.device), seed=seed, dropout_p=0.3, pack=True)
+    from_dA = empty_bits(500, 333, x.device)
+    outer(x, U, torch.float32, target_of(x.device), seed=seed, dropout_p=0.3, bits=from_dA)
     shifts = torch.arange(8, device="cuda")
     for bits in (pack_bits(seed, 500, 333, 0.3), from_dA):
         unpacked = (bits.unsqueeze(2) >> shifts & 1).bool().flatten(1)[:, :333]

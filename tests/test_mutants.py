@@ -21,6 +21,7 @@ from fastlora.oracle import Case, masked_reference
 Linear = Callable[..., Tensor]
 SHAPE = (64, 72, 264)  # every output has the elements that one draw needs
 RANK = 8
+BACKENDS = ("fused", "prefill", "torch")
 DTYPES = [pytest.param(*pair, id="+".join(oracle.SHORT[dtype] for dtype in pair)) for pair in oracle.FLOOR]
 right = masked_reference()
 
@@ -198,7 +199,7 @@ def _spoilt(rows: list[oracle.Row]) -> set[str]:
 @pytest.mark.parametrize(("dtype", "adapters"), DTYPES)
 def test_the_unmutated_pass(dtype: torch.dtype, adapters: torch.dtype) -> None:
     oracle.assert_parity(_case(dtype, adapters), Mutant(set()))
-    for backend in ("torch", "triton"):
+    for backend in BACKENDS:
         oracle.assert_parity(_case(dtype, adapters), backend=backend)
 
 
@@ -237,24 +238,24 @@ BACKEND_MUTANTS = {
 }
 
 
-@pytest.mark.parametrize("backend", [pytest.param(torch_backend, id="torch"), pytest.param(kernels, id="triton")])
+@pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("dtype", "adapters"), DTYPES)
 @pytest.mark.parametrize("name", BACKEND_MUTANTS)
 def test_mutated_backend(
-    name: str, dtype: torch.dtype, adapters: torch.dtype, backend: Any, monkeypatch: pytest.MonkeyPatch
+    name: str, dtype: torch.dtype, adapters: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     """The same through `lora_linear`: its own steps, called with one wrong argument."""
     step, argument = name.split()
     change, spoils = BACKEND_MUTANTS[name]
-    original = getattr(backend, step)
+    module = torch_backend if backend == "torch" else kernels
+    original = getattr(module, step)
     signature = inspect.signature(original)
 
-    def mutated(*args: Any) -> Any:
-        bound = signature.bind(*args)
+    def mutated(*args: Any, **form: Any) -> Any:
+        bound = signature.bind(*args, **form)
         bound.arguments[argument] = change(bound.arguments[argument])
-        return original(*bound.args)
+        return original(*bound.args, **bound.kwargs)
 
-    chosen = "torch" if backend is torch_backend else "triton"
-    monkeypatch.setattr(backend, step, mutated)
-    rows = oracle.check(_case(dtype, adapters), backend=chosen)
+    monkeypatch.setattr(module, step, mutated)
+    rows = oracle.check(_case(dtype, adapters), backend=backend)
     assert _spoilt(rows) == spoils, oracle.table(rows)

@@ -13,7 +13,7 @@ from fastlora.kernels import launch, target
 from fastlora.kernels.gemm import gemm
 from fastlora.oracle import Case
 
-BACKENDS = ("triton", "torch")
+BACKENDS = ("fused", "prefill", "torch")
 DTYPES = [
     (torch.float32, None),
     (torch.float16, None),
@@ -117,7 +117,7 @@ def test_pointer_and_descriptor_paths(monkeypatch, capability, dtype):
 
     monkeypatch.setattr(launch, "launch", watch)
     monkeypatch.setattr(target, "INTERPRETER", replace(target.INTERPRETER, capability=capability))
-    oracle.assert_parity(Case((96, 136, 72), rank=8, dtype=dtype, dropout_p=0.1), backend="triton")
+    oracle.assert_parity(Case((96, 136, 72), rank=8, dtype=dtype, dropout_p=0.1), backend="fused")
     assert {path for path in paths if path is not None} == {capability >= 90}
 
 

@@ -13,7 +13,8 @@ from fastlora.kernels.dot import sum_partials
 from fastlora.kernels.dropout import pack_bits
 from fastlora.kernels.target import Target
 
-STEPS = ("forward", "backward", "mask", "sum")
+# The two directions in both forms of `fastlora.kernels.forms`, the mask alone, and the sum of partial results.
+STEPS = ("forward", "backward", "prefill-forward", "prefill-backward", "mask", "sum")
 # The dtypes of x, W and of the adapters; "ieee" and "tf32" are the two positions of torch's switch for float32 products.
 DTYPES = {
     "float16": (torch.float16, torch.float16),
@@ -68,10 +69,12 @@ class Case:
         S = _meta(M, self.rank, dtype=torch.float32)
         seed = _meta(1, dtype=torch.int64) if dropout_p > 0 else None
         with _float32_products("tf32" if self.dtype.endswith("tf32") else "ieee"):
-            if self.step == "forward":
-                kernels.forward(x, weight, lora_A, lora_B, bias, seed, 2.0, dropout_p, target=self.target)
-            elif self.step == "backward":
-                kernels.backward(dy, x, weight, lora_A, lora_B, S, seed, 2.0, dropout_p, adapter, target=self.target)
+            choice = kernels.Choice("prefill" if self.step.startswith("prefill") else "fused")
+            options = {"choice": choice, "target": self.target}
+            if self.step.endswith("forward"):
+                kernels.forward(x, weight, lora_A, lora_B, bias, seed, 2.0, dropout_p, **options)
+            elif self.step.endswith("backward"):
+                kernels.backward(dy, x, weight, lora_A, lora_B, S, seed, 2.0, dropout_p, adapter, **options)
             elif self.step == "sum":
                 sum_partials(_meta(4, self.rank, K, dtype=torch.float32), adapter)
             elif seed is not None:
@@ -79,13 +82,13 @@ class Case:
 
 
 def every_case(ranks: Iterable[int] = RANKS, shapes: Iterable[str] = ("aligned",)) -> list[Case]:
-    """Both directions in every dtype for every GPU; the mask alone and the sum of partial results once for every GPU."""
-    whole = [Case(*key) for key in product(("forward", "backward"), DTYPES, ranks, TARGETS, shapes)]
+    """Both directions and forms in every dtype for every GPU; the mask alone and the sum of partial results once for every GPU."""
+    whole = [Case(*key) for key in product(STEPS[:4], DTYPES, ranks, TARGETS, shapes)]
     return whole + [Case(step, "bfloat16", 16, capability) for step in ("mask", "sum") for capability in TARGETS]
 
 
 def gated_cases() -> list[Case]:
-    """What the tests compile: each dtype, rank, GPU and shape at least once in both directions, not their product."""
+    """What the tests compile: each dtype, rank, GPU and shape at least once in both directions and forms, not their product."""
     keys = [("bfloat16", rank, 90, "aligned") for rank in RANKS]
     keys += [(dtype, 16, 90, "aligned") for dtype in DTYPES if dtype != "bfloat16"]
     keys += [("bfloat16", rank, capability, "aligned") for rank in (16, 128) for capability in (80, 100)]
@@ -95,7 +98,7 @@ def gated_cases() -> list[Case]:
         ("float32-tf32", 16, 100, "aligned"),
     ]
     keys += [("bfloat16", 16, 90, shape) for shape in SHAPES if shape != "aligned"]
-    whole = [Case(step, *key) for key in keys for step in ("forward", "backward")]
+    whole = [Case(step, *key) for key in keys for step in STEPS[:4]]
     return whole + [Case(step, "bfloat16", 16, 90) for step in ("mask", "sum")]
 
 

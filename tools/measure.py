@@ -15,10 +15,17 @@ PRODUCTS = {
     ("project", "outer", "outer", "gemm"): ("dS", "dB", "dA", "dx"),
     ("pack_bits",): ("bits",),
     ("sum_partials",): ("sum",),
+    ("grad_b", "outer"): ("dS dB", "dA dx"),
+    ("project", "outer", "outer"): ("dS", "dB", "dA dx"),
     (): (),
 }
 # The block of elements that a program masks at a time.
-MASKED_TILE = {"S": ("BLOCK_M", "BLOCK_K"), "dA": ("BLOCK_M", "BLOCK_K"), "dx": ("BLOCK_M", "BLOCK_N")}
+MASKED_TILE = {
+    "S": ("BLOCK_M", "BLOCK_K"),
+    "dA": ("BLOCK_M", "BLOCK_K"),
+    "dA dx": ("BLOCK_M", "BLOCK_K"),
+    "dx": ("BLOCK_M", "BLOCK_N"),
+}
 THREADS_PER_WARP = 32
 TENSOR_MEMORY_COLUMNS = 512
 

@@ -12,6 +12,7 @@ import torch
 
 from fastlora import benchmark, oracle
 from fastlora.cli import common
+from fastlora.functional import BACKENDS
 
 DESCRIPTION = """\
 Time forward and forward + backward of the frozen linear alone (the floor), of eager LoRA as PEFT computes it, and of
@@ -49,7 +50,7 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--bias", action="store_true", help="add a frozen bias")
     parser.add_argument("--repeats", type=number, default=20, metavar="N", help="timed rounds (default: 20)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the inputs and the masks (default: 0)")
-    parser.add_argument("--backend", choices=("triton", "torch"), help="of fastlora (default: triton on a GPU, torch on a CPU)")
+    parser.add_argument("--backend", choices=BACKENDS, help="of fastlora (default: triton on a GPU, torch on a CPU)")
     parser.add_argument(
         "--device", type=common.device, default=common.default_device(), help="cpu, cuda or cuda:N (default: %(default)s)"
     )
@@ -70,8 +71,8 @@ def run(args: argparse.Namespace) -> int:
     for module in ("rich", "matplotlib"):
         common.require(module)
     device: torch.device = args.device
-    if args.backend == "triton" and device.type == "cpu":
-        return common.refuse("bench", "the triton backend runs on a CPU only in Triton's interpreter, whose time means nothing")
+    if args.backend not in (None, "torch") and device.type == "cpu":
+        return common.refuse("bench", "the kernels run on a CPU only in Triton's interpreter, whose time means nothing")
     try:
         case = _case(args)
         args.output.mkdir(parents=True, exist_ok=True)

@@ -8,6 +8,7 @@ from typing import Any
 
 from fastlora.cli import common, progress
 from fastlora.finetune.settings import DTYPES, Settings
+from fastlora.functional import BACKENDS
 from fastlora.inject import ALL_LINEAR
 
 DESCRIPTION = """\
@@ -96,7 +97,7 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add("--dtype", choices=list(DTYPES), default=Settings.dtype, help="of the frozen model (%(default)s)")
     add("--adapter-dtype", choices=list(DTYPES), help="of A and B (float32)")
     add("--device", type=common.device, default=common.default_device(), help="cpu, cuda or cuda:N (%(default)s)")
-    add("--backend", choices=["triton", "torch"], help="of the fused linears (triton on a GPU, torch on a CPU)")
+    add("--backend", choices=BACKENDS, help="of the fused linears (triton on a GPU, torch on a CPU)")
     add("--threads", type=int, metavar="N", help="CPU threads (1 for the small model, else torch's default)")
 
     add = parser.add_argument_group("the small model built without --model").add_argument

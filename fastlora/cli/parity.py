@@ -26,6 +26,8 @@ SHAPES = ((3, 6, 9), (1, 64, 48), (7, 33, 65), (65, 129, 31), (64, 128, 64), (40
 RANKS = (1, 3, 8, 16, 33, 64, 130)
 DROPOUTS = (0.0, 0.1, 0.5, 1.0)
 BIAS = (True, False)
+#: The Triton backend in each of its forms, and the torch backend.
+BACKENDS = ("fused", "prefill", "torch")
 
 INTERPRETER_HINT = "Triton's interpreter runs its kernels on a CPU: TRITON_INTERPRET=1 fastlora parity"
 DESCRIPTION = """\
@@ -47,7 +49,7 @@ def register(subparsers: Any) -> None:
     parser.add_argument(
         "--dtype", action="append", choices=DTYPES, help="base dtype, or base+adapters; may be repeated (default: all)"
     )
-    parser.add_argument("--backend", choices=("triton", "torch"), help="default: all that run on the device")
+    parser.add_argument("--backend", choices=BACKENDS, help="default: all that run on the device")
     parser.add_argument(
         "--device", type=common.device, default=common.default_device(), help="cpu, cuda or cuda:N (default: %(default)s)"
     )
@@ -60,11 +62,11 @@ def run(args: argparse.Namespace) -> int:
     common.require("rich")
     available = functional.available_backends(args.device)
     if args.backend and args.backend not in available:
-        hint = f" {INTERPRETER_HINT} --backend triton" if args.device.type == "cpu" else ""
+        hint = f" {INTERPRETER_HINT} --backend {args.backend}" if args.device.type == "cpu" else ""
         return common.refuse("parity", f"the {args.backend} backend cannot run on {args.device}.{hint}")
-    backends = [args.backend] if args.backend else list(available)
+    backends = [args.backend] if args.backend else [name for name in available if name in BACKENDS]
     results = _check(draw_cases(args.dtype or list(DTYPES), args.cases, args.seed), backends, args.device)
-    missing = not args.backend and "triton" not in available
+    missing = not args.backend and "fused" not in available
     if args.json:
         print(json.dumps(_report(results, args, backends), indent=2))
     else:
@@ -135,7 +137,7 @@ def _print(results: Sequence[tuple[str, oracle.Row]], backends: Sequence[str], d
     stdout.print(table)
     stdout.print(_summary(results, backends))
     if missing:
-        stdout.print(f"Not checked: the triton backend, which cannot run on {device} here. {INTERPRETER_HINT}")
+        stdout.print(f"Not checked: the Triton kernels, which cannot run on {device} here. {INTERPRETER_HINT}")
 
 
 def _summary(results: Sequence[tuple[str, oracle.Row]], backends: Sequence[str]) -> str:
