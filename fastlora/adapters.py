@@ -11,7 +11,6 @@ PEFT's `PeftModel.from_pretrained` reads what `save_adapter` writes, `load_adapt
 """
 
 import os
-import warnings
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from functools import reduce
@@ -24,7 +23,7 @@ from torch import Tensor, nn
 from fastlora import adapter_config
 from fastlora.adapter_config import CONFIG_NAME
 from fastlora.inject import LoraOptions, install, plan
-from fastlora.matching import match_modules_to_save
+from fastlora.matching import match_modules_to_save, warn
 from fastlora.modules import FusedLoraLinear
 
 WEIGHTS_NAME = "adapter_model.safetensors"
@@ -239,10 +238,9 @@ def _warn_unsaved(model: nn.Module, saved: Iterable[Tensor]) -> None:
     known = set(map(id, saved))
     unsaved = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in known]
     if unsaved:
-        warnings.warn(
+        warn(
             f"{len(unsaved)} trainable parameters such as {unsaved[0]!r} are not part of the adapter and are not saved: "
-            "name their modules in inject's modules_to_save, or save the model's state_dict as well",
-            stacklevel=3,
+            "name their modules in inject's modules_to_save, or save the model's state_dict as well"
         )
 
 

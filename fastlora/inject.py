@@ -1,6 +1,5 @@
 """`inject`: swap the linears of a model for LoRA linears and freeze the rest, by PEFT's rules for which and what."""
 
-import warnings
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
@@ -16,6 +15,7 @@ from fastlora.matching import (
     near_names,
     pattern_matches,
     pattern_value,
+    warn,
 )
 from fastlora.modules import FusedLoraLinear
 
@@ -178,7 +178,7 @@ def install(model: nn.Module, plan: Plan) -> nn.Module:
     for name in plan.layers:
         weight = model.get_submodule(name).get_parameter("weight")
         if others := [other for _, other in owners[weight] if other.rpartition(".")[0] not in plan.layers]:
-            _warn(f"the weight of {name!r} is tied to {others[0]!r}: the adapter changes {name!r} alone, merging will untie it")
+            warn(f"the weight of {name!r} is tied to {others[0]!r}: the adapter changes {name!r} alone, merging will untie it")
     for path, module in plan.saved.items():
         _own_parameters(path, module, owners)
     model.requires_grad_(False)
@@ -231,11 +231,11 @@ def _check_patterns(options: LoraOptions, targets: Mapping[str, nn.Module]) -> N
     for option, patterns in (("rank_pattern", options.rank_pattern), ("alpha_pattern", options.alpha_pattern)):
         unmatched = [key for key in patterns if not any(pattern_matches(key, name) for name in targets)]
         if unmatched:
-            _warn(f"{option}: {', '.join(map(repr, unmatched))} matches no targeted module and has no effect")
+            warn(f"{option}: {', '.join(map(repr, unmatched))} matches no targeted module and has no effect")
     for kind in sorted(
         {type(linear).__name__ for linear in targets.values() if options.fan_in_fan_out is (not is_conv1d(linear))}
     ):
-        _warn(f"fan_in_fan_out is {options.fan_in_fan_out}, but a target is a {kind}: taken as {not options.fan_in_fan_out}")
+        warn(f"fan_in_fan_out is {options.fan_in_fan_out}, but a target is a {kind}: taken as {not options.fan_in_fan_out}")
 
 
 def _owners(model: nn.Module) -> dict[nn.Parameter, list[tuple[nn.Module, str]]]:
@@ -256,12 +256,8 @@ def _own_parameters(path: str, saved: nn.Module, owners: dict[nn.Parameter, list
         outside = [(module, name) for module, name in owners[parameter] if module not in parts]
         if not outside or not inside:
             continue
-        _warn(f"modules_to_save: {inside[0][1]!r} is tied to {outside[0][1]!r}; {path!r} gets a copy of its own to train")
+        warn(f"modules_to_save: {inside[0][1]!r} is tied to {outside[0][1]!r}; {path!r} gets a copy of its own to train")
         copy = nn.Parameter(parameter.detach().clone())
         for module, name in inside:
             setattr(module, name.rpartition(".")[2], copy)
         owners[parameter], owners[copy] = outside, inside
-
-
-def _warn(message: str) -> None:
-    warnings.warn(message, stacklevel=5)

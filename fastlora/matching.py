@@ -110,6 +110,14 @@ def near_names(wanted: Sequence[str], names: Iterable[str]) -> list[str]:
     return list(dict.fromkeys(near for name in wanted for near in get_close_matches(name, choices, n=3, cutoff=0.5)))
 
 
+def warn(message: str) -> None:
+    """A UserWarning at the line outside of fastlora that led here."""
+    frame, level = sys._getframe(1), 2
+    while frame.f_back and frame.f_globals.get("__name__", "").partition(".")[0] == "fastlora":
+        frame, level = frame.f_back, level + 1
+    warnings.warn(message, stacklevel=level)
+
+
 def _named(model: nn.Module) -> dict[str, nn.Module]:
     """All modules under all of their names, but the root, which has no parent to put a replacement into."""
     return {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
@@ -159,7 +167,7 @@ def _excluded(
         if not by_name:
             near = near_names([exclude_modules] if isinstance(exclude_modules, str) else list(exclude_modules), modules)
             hint = f"; near names: {', '.join(near)}" if near else ""
-            warnings.warn(f"exclude_modules={exclude_modules!r} excludes no module of the model{hint}", stacklevel=5)
+            warn(f"exclude_modules={exclude_modules!r} excludes no module of the model{hint}")
         excluded |= by_name
     return excluded
 
@@ -179,10 +187,9 @@ def _without_attention_outputs(linears: dict[str, nn.Module], target_modules: st
     """`linears` but the output projections of nn.MultiheadAttention, which have a class of their own."""
     outputs = [name for name, linear in linears.items() if type(linear) is NonDynamicallyQuantizableLinear]
     if outputs:
-        warnings.warn(
+        warn(
             f"{ALL_LINEAR!r} leaves out {', '.join(map(repr, outputs))}: nn.MultiheadAttention reads its weight without "
-            "calling it, so that an adapter would have no effect",
-            stacklevel=5,  # the caller of inject
+            "calling it, so that an adapter would have no effect"
         )
     kept = {name: linear for name, linear in linears.items() if name not in outputs}
     if not kept:

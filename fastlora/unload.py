@@ -1,7 +1,5 @@
 """From an injected model back to a plain one, with its adapters merged into the weights or without them."""
 
-import warnings
-
 import torch
 from torch import nn
 
@@ -103,6 +101,4 @@ def _tell_config_of_untying(model: nn.Module) -> None:
         return
     if head is not None and embeddings is not None and head.weight is not embeddings.weight:
         config.tie_word_embeddings = False  # type: ignore[union-attr]
-        warnings.warn(
-            "the input and output embeddings are no longer tied: config.tie_word_embeddings is now False", stacklevel=4
-        )
+        warn("the input and output embeddings are no longer tied: config.tie_word_embeddings is now False")

@@ -1,0 +1,141 @@
+"""inject against PEFT: the same targets, ranks, scalings and trainable parameters, whatever is asked for."""
+
+import warnings
+from typing import Any
+
+import pytest
+import torch
+from adapted import CASES, llama, our_name, roberta, tied_llama
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from torch import nn
+
+import fastlora
+from fastlora import FusedLoraLinear, inject
+from fastlora.matching import match_modules_to_save, match_targets, pattern_value
+
+peft = pytest.importorskip("peft")
+transformers = pytest.importorskip("transformers")
+
+PARTS = ["q", "qq", "k", "0", "1", "layers", "mlp", "proj"]
+paths = st.lists(st.sampled_from(PARTS), min_size=1, max_size=5).map(".".join)
+names = st.lists(paths, min_size=1, max_size=3)
+
+
+@pytest.mark.parametrize("case", CASES)
+@pytest.mark.filterwarnings("ignore")  # PEFT's warnings are not the subject
+def test_trains_what_peft_trains(case: str) -> None:
+    build, options = CASES[case]
+    expected = peft.get_peft_model(build(), peft.LoraConfig(r=4, lora_alpha=6, **options))
+    model = inject(build(), r=4, lora_alpha=6, **options)
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {
+        our_name(n) for n, p in expected.named_parameters() if p.requires_grad
+    }
+    layers = {n: m for n, m in model.named_modules() if isinstance(m, FusedLoraLinear)}
+    by_peft = {n: m for n, m in expected.get_base_model().named_modules() if isinstance(m, peft.tuners.lora.Linear)}
+    assert layers.keys() == by_peft.keys()
+    for name, layer in layers.items():
+        other = by_peft[name]
+        assert (layer.r, layer.lora_alpha, layer.scaling, layer.fan_in_fan_out) == (
+            other.r["default"],
+            other.lora_alpha["default"],
+            other.scaling["default"],
+            other.fan_in_fan_out,
+        )
+    trainable, total = fastlora.get_nb_trainable_parameters(model)
+    trainable_there, total_there = expected.get_nb_trainable_parameters()
+    assert trainable == trainable_there
+    # PEFT holds the original of a module to save beside its copy.
+    originals = {p for m in expected.modules() if hasattr(m, "original_module") for p in m.original_module.parameters()}
+    outside = {p for n, p in expected.named_parameters(remove_duplicate=False) if ".original_module." not in n}
+    assert total == total_there - sum(p.numel() for p in originals - outside)
+
+
+@settings(max_examples=300)
+@given(
+    name=paths,
+    targets=names,
+    exclude=st.one_of(st.none(), names, st.sampled_from([r".*\.q", "q.*", ".*0.*"])),
+    saved=st.one_of(st.just([]), names),
+    layers=st.one_of(st.none(), st.integers(0, 1), st.lists(st.integers(0, 1))),
+    pattern=st.one_of(st.none(), st.sampled_from(["layers", "mlp", ["proj", "layers"]])),
+)
+def test_matches_as_peft(name: str, targets: list[str], exclude: Any, saved: list[str], layers: Any, pattern: Any) -> None:
+    pattern = pattern if layers is not None else None
+    options = {"exclude_modules": exclude, "modules_to_save": saved, "layers_to_transform": layers, "layers_pattern": pattern}
+    config = peft.LoraConfig(target_modules=targets, **options)
+    # An nn.Module of that one linear: the parents must not match, for they cannot be targets.
+    root = node = nn.Module()
+    *parents, leaf = name.split(".")
+    for part in parents:
+        node.add_module(part, nn.Module())
+        node = node.get_submodule(part)
+    node.add_module(leaf, nn.Linear(2, 2))
+    exists = peft.tuners.tuners_utils.check_target_module_exists
+    expected = {path for path, _ in root.named_modules() if path and exists(config, path)}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore")
+        if expected and expected <= {name}:
+            assert set(match_targets(root, targets, **options)) == expected
+        else:
+            with pytest.raises((ValueError, TypeError)):
+                match_targets(root, targets, **options)
+
+
+@given(name=paths, keys=st.lists(st.sampled_from([*PARTS, "^q", r"layers\..*", ".*k", "q|k", "0.q"]), max_size=4, unique=True))
+def test_patterns_as_peft(name: str, keys: list[str]) -> None:
+    patterns = {key: index for index, key in enumerate(keys)}
+    assert pattern_value(patterns, name, -1) == patterns.get(peft.utils.other.get_pattern_key(keys, name), -1)
+
+
+def test_a_pattern_decides_each_layer_of_its_own() -> None:
+    model = inject(
+        llama(), target_modules=["q_proj"], r=4, lora_alpha=8, rank_pattern={"layers.0.*": 2}, alpha_pattern={".*1.*": 3}
+    )
+    layers = [m for m in model.modules() if isinstance(m, FusedLoraLinear)]
+    assert [(layer.r, layer.lora_alpha, tuple(layer.lora_A.shape)) for layer in layers] == [(2, 8, (2, 16)), (4, 3, (4, 16))]
+
+
+def test_modules_to_save_by_the_end_of_their_names() -> None:
+    found = match_modules_to_save(roberta(), ["fier.dense", "0.output.LayerNorm"])
+    assert list(found) == ["roberta.encoder.layer.0.output.LayerNorm", "classifier.dense"]
+
+
+def roberta_base(device: str) -> nn.Module:
+    """The sizes that the published roberta-base has where they are not the defaults of RobertaConfig."""
+    with torch.device(device):
+        config = transformers.RobertaConfig(max_position_embeddings=514, type_vocab_size=1)
+        return transformers.RobertaForSequenceClassification(config)
+
+
+def test_the_published_counts_of_roberta_base() -> None:
+    model = roberta_base("meta")
+    assert fastlora.get_nb_trainable_parameters(model) == (124_647_170, 124_647_170)
+    with torch.device("meta"):
+        default = transformers.RobertaForSequenceClassification(transformers.RobertaConfig())
+    assert fastlora.get_nb_trainable_parameters(default)[1] == 124_646_402
+    for built in (model, default):
+        inject(built, target_modules=["query", "value"], r=8, bias="all", modules_to_save=["LayerNorm"])
+        trainable, _ = fastlora.get_nb_trainable_parameters(built.roberta)
+        assert trainable == 416_256  # 294,912 of the adapters, 82,944 of biases, 38,400 of LayerNorms
+        assert fastlora.get_nb_trainable_parameters(built)[0] == 416_256 + 770  # the biases of the classifier
+        assert f"{100 * trainable / 124_647_170:.2f}" == "0.33"
+
+
+@pytest.mark.filterwarnings("ignore")
+def test_prints_as_peft(capsys: pytest.CaptureFixture[str]) -> None:
+    options = {"target_modules": ["q_proj", "lm_head"], "r": 4}
+    peft.get_peft_model(tied_llama(), peft.LoraConfig(**options)).print_trainable_parameters()
+    fastlora.print_trainable_parameters(inject(tied_llama(), **options))
+    by_peft, ours = capsys.readouterr().out.splitlines()
+    assert ours == by_peft
+    fastlora.print_trainable_parameters(nn.Identity())
+    assert capsys.readouterr().out == "trainable params: 0 || all params: 0 || trainable%: 0.0000\n"
+
+
+def test_four_bit_weights_count_as_in_peft() -> None:
+    bnb = pytest.importorskip("bitsandbytes")
+    linear = bnb.nn.Linear4bit(64, 32, bias=False, quant_type="nf4").to("cpu")
+    wrapped = peft.get_peft_model(nn.Sequential(linear), peft.LoraConfig(target_modules=["0"], r=1))
+    assert linear.weight.dtype == torch.uint8
+    assert fastlora.get_nb_trainable_parameters(wrapped) == wrapped.get_nb_trainable_parameters() == (96, 2048 + 96)
