@@ -1,14 +1,18 @@
 """Offsets beyond 2**31 elements, descriptor eligibility and tile choice: pure functions, and one real far-apart tensor."""
 
+import math
+
 import pytest
 import torch
 
-from fastlora import oracle
+from fastlora import kernels, oracle
+from fastlora.kernels import launch
 from fastlora.kernels.config import MIN_STEPS, GemmConfig, gemm_candidates, gemm_config, rank_block, split_steps
+from fastlora.kernels.forms import Choice
 from fastlora.kernels.gemm import gemm
-from fastlora.kernels.grad_b import grad_s_and_b
-from fastlora.kernels.outer import outer
-from fastlora.kernels.project import project
+from fastlora.kernels.grad_b import grad_b_kernel, grad_s_and_b
+from fastlora.kernels.outer import outer, outer_kernel
+from fastlora.kernels.project import project, project_kernel
 from fastlora.kernels.target import INTERPRETER, Target, fits_descriptor, needs_int64
 
 TARGETS = {
@@ -18,6 +22,7 @@ TARGETS = {
     "sm_100": Target(100, 148, 232448),
     "small and unknown": Target(121, 20, 101376),
 }
+STREAMING = (project_kernel, outer_kernel, grad_b_kernel)
 DTYPES = [(torch.bfloat16, "ieee"), (torch.float16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee")]
 
 
@@ -126,3 +131,27 @@ def test_splits_cover_every_step_once(steps, programs):
     assert parts >= 1
     assert (parts - 1) * each < max(steps, 1) <= max(parts * each, 1)
     assert parts == 1 or each >= MIN_STEPS
+
+
+@pytest.mark.parametrize("rank", [8, 16, 32, 64, 128])
+@pytest.mark.parametrize(("in_features", "out_features"), [(2048, 2048), (8192, 2048), (4096, 14336), (14336, 4096)])
+@pytest.mark.parametrize("rows", [512, 2048, 8192, 32768])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float32])
+def test_streaming_kernels_fill_the_chip(rows, in_features, out_features, rank, dtype, monkeypatch):
+    """From 2 MiB of x or dy on, every kernel that streams them runs on at least nine of ten multiprocessors."""
+    programs = {}
+    monkeypatch.setattr(launch, "launch", lambda kernel, grid, args, **options: programs.update({kernel: math.prod(grid)}))
+
+    def meta(*shape, dtype=dtype):
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    x, dy, weight = meta(rows, in_features), meta(rows, out_features), meta(out_features, in_features)
+    lora_A, lora_B, S = meta(rank, in_features), meta(out_features, rank), meta(rows, rank, dtype=torch.float32)
+    seed = meta(1, dtype=torch.int64)
+    for form in ("fused", "prefill"):
+        options = {"choice": Choice(form), "target": TARGETS["sm_90"]}
+        kernels.forward(x, weight, lora_A, lora_B, None, seed, 1.0, 0.1, **options)
+        kernels.backward(dy, x, weight, lora_A, lora_B, S, seed, 1.0, 0.1, dtype, **options)
+        streaming = {kernel: count for kernel, count in programs.items() if kernel in STREAMING}
+        assert len(streaming) >= 2
+        assert min(streaming.values()) >= 0.9 * TARGETS["sm_90"].sms, {k.fn.__name__: v for k, v in streaming.items()}

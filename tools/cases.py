@@ -82,7 +82,7 @@ class Case:
 
 
 def every_case(ranks: Iterable[int] = RANKS, shapes: Iterable[str] = ("aligned",)) -> list[Case]:
-    """Both directions and forms in every dtype for every GPU; the mask alone and the sum of partial results once for every GPU."""
+    """Both directions and forms in every dtype for every GPU; the mask alone and the sum of partial results once for each."""
     whole = [Case(*key) for key in product(STEPS[:4], DTYPES, ranks, TARGETS, shapes)]
     return whole + [Case(step, "bfloat16", 16, capability) for step in ("mask", "sum") for capability in TARGETS]
 
