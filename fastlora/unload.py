@@ -3,6 +3,7 @@
 import torch
 from torch import nn
 
+from fastlora.matching import warn
 from fastlora.modules import FusedLoraLinear
 
 

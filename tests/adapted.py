@@ -46,10 +46,10 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
         {
             "target_modules": ["query", "value", "dense"],
             "rank_pattern": {r"layer\.1\..*query": 3, "query": 2, "^classifier.dense": 5},
-            "alpha_pattern": {"value": 7, r".*\.0\.attention\..*": 9.5},
+            "alpha_pattern": {r".*\.0\.attention\..*": 9.5, "value": 7},  # sorted: PEFT sorts them when it saves
         },
     ),
-    "patterns with rslora": (roberta, {"target_modules": ["query"], "rank_pattern": {"1.*": 2}, "use_rslora": True}),
+    "patterns with rslora": (roberta, {"target_modules": ["query", "value"], "rank_pattern": {".*1.*": 2}, "use_rslora": True}),
     "one layer": (llama, {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": 1}),
     "layers": (llama, {"target_modules": ["mlp.up_proj"], "layers_to_transform": [0], "layers_pattern": "layers"}),
     "Conv1D": (gpt2, {"target_modules": ["c_attn", "mlp.c_proj"], "bias": "lora_only"}),

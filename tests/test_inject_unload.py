@@ -19,7 +19,7 @@ def with_biases() -> nn.Module:
 
 CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "llama": (with_biases, {"target_modules": ["q_proj", "down_proj"], "bias": "lora_only", "modules_to_save": ["lm_head"]}),
-    "all biases": (with_biases, {"target_modules": ["q_proj"], "bias": "all", "rank_pattern": {"1.*": 2}}),
+    "all biases": (with_biases, {"target_modules": ["q_proj"], "bias": "all", "rank_pattern": {".*1.*": 2}}),
     "Conv1D": (gpt2, {"target_modules": ["c_attn", "c_proj"], "bias": "none"}),
 }
 

@@ -1,0 +1,195 @@
+"""Adapter files and PEFT, both ways, with biases, modules to save, patterns, Conv1D and tied weights."""
+
+import json
+from pathlib import Path
+from typing import Any
+
+import peft
+import pytest
+import torch
+from adapted import CASES, gpt2, llama, logits, our_name, randomise, roberta, tied_llama
+from torch import Tensor, nn
+
+import fastlora
+from fastlora import FusedLoraLinear, from_pretrained, inject, load_adapter, oracle, save_adapter
+
+safetensors_torch = pytest.importorskip("safetensors.torch")
+
+pytestmark = pytest.mark.filterwarnings("ignore")  # PEFT's warnings, and ours on tied weights, have tests of their own
+
+
+def wrapped(case: str) -> nn.Module:
+    build, options = CASES[case]
+    return randomise(peft.get_peft_model(build(), peft.LoraConfig(r=4, lora_alpha=6, lora_dropout=0.1, **options)))
+
+
+def injected(case: str) -> nn.Module:
+    build, options = CASES[case]
+    return inject(build(), r=4, lora_alpha=6, lora_dropout=0.1, **options)
+
+
+def trained(model: nn.Module) -> dict[str, Tensor]:
+    return {our_name(name): p.detach().clone() for name, p in model.named_parameters() if p.requires_grad}
+
+
+def assert_equal(tensors: dict[str, Tensor], expected: dict[str, Tensor]) -> None:
+    assert tensors.keys() == expected.keys()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in tensors.items())
+
+
+def assert_same_function(case: str, model: nn.Module, by_peft: nn.Module, folder: Path) -> None:
+    """The oracle's rule, with PEFT in float64 for the truth and PEFT in the same dtype for eager."""
+    build, _ = CASES[case]
+    result, eager, base = logits(model), logits(by_peft), logits(build())
+    exact = peft.PeftModel.from_pretrained(build().double(), folder, autocast_adapter_dtype=False).double()
+    truth = logits(exact)
+    bound = max(oracle.FLOOR[torch.float32, torch.float32], oracle.EAGER_FACTOR * oracle.relative_error(eager, truth))
+    assert oracle.relative_error(result, truth) <= bound
+    assert oracle.relative_error(base, truth) > 100 * bound  # the adapter matters
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_peft_loads_what_we_save(case: str, tmp_path: Path) -> None:
+    model = randomise(injected(case))
+    save_adapter(model, tmp_path)
+    by_peft = peft.PeftModel.from_pretrained(CASES[case][0](), tmp_path, is_trainable=True)
+    # PEFT may train less than it loads: a target's bias in a file with modules to save, say; what we trained is there.
+    theirs = {our_name(n): p for n, p in by_peft.named_parameters() if ".original_module." not in n}
+    assert_equal(trained(model), {name: theirs[name] for name in trained(model)})
+    assert trained(by_peft).keys() == trained(model).keys()
+    assert_same_function(case, model, by_peft, tmp_path)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_we_load_what_peft_saves(case: str, tmp_path: Path) -> None:
+    by_peft = wrapped(case)
+    by_peft.save_pretrained(tmp_path)
+    model = injected(case)
+    load_adapter(model, tmp_path)
+    assert_equal(trained(model), trained(by_peft))
+    assert_same_function(case, model, by_peft, tmp_path)
+
+
+@pytest.mark.parametrize("case", CASES)
+def test_from_pretrained_needs_nothing_but_the_folder(case: str, tmp_path: Path) -> None:
+    by_peft = wrapped(case)
+    by_peft.save_pretrained(tmp_path / "peft")
+    model = from_pretrained(CASES[case][0](), tmp_path / "peft", is_trainable=True)
+    assert_equal(trained(model), trained(by_peft))
+    assert {m.lora_dropout for m in model.modules() if isinstance(m, FusedLoraLinear)} == {0.1}
+    save_adapter(model, tmp_path / "ours")
+    again = from_pretrained(CASES[case][0](), tmp_path / "ours")
+    assert torch.equal(logits(again), logits(model))
+    assert not any(parameter.requires_grad for parameter in again.parameters())
+    assert not any(module.training for module in again.modules())
+
+
+def test_a_pefts_task_type_brings_modules_to_save_of_which_the_model_has_some(tmp_path: Path) -> None:
+    config = peft.LoraConfig(task_type="SEQ_CLS", target_modules=["query"], r=4)
+    by_peft = randomise(peft.get_peft_model(roberta(), config))
+    by_peft.save_pretrained(tmp_path)
+    assert json.loads((tmp_path / "adapter_config.json").read_text())["modules_to_save"] == ["classifier", "score"]
+    model = from_pretrained(roberta(), tmp_path, is_trainable=True)
+    assert_equal(trained(model), trained(by_peft))
+    load_adapter(inject(roberta(), target_modules=["query"], r=4, modules_to_save=["classifier"]), tmp_path)
+
+
+def test_the_embeddings_that_peft_adds_to_the_file_are_loaded(tmp_path: Path) -> None:
+    base = tied_llama()
+    with torch.no_grad():
+        base.lm_head.weight.mul_(2)
+    by_peft = randomise(peft.get_peft_model(base, peft.LoraConfig(target_modules=["q_proj", "lm_head"], r=4)))
+    by_peft.save_pretrained(tmp_path, save_embedding_layers=True)
+    keys = safetensors_torch.load_file(tmp_path / "adapter_model.safetensors").keys()
+    assert "base_model.model.lm_head.base_layer.weight" in keys
+    model = from_pretrained(tied_llama(), tmp_path)
+    assert torch.equal(model.lm_head.weight, base.lm_head.weight)
+    assert model.lm_head.weight is model.model.embed_tokens.weight
+
+
+@pytest.mark.parametrize("half", [torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("in_file", [torch.float32, torch.bfloat16])
+def test_dtypes_of_a_loaded_adapter(half: torch.dtype, in_file: torch.dtype, tmp_path: Path) -> None:
+    source = randomise(inject(llama().to(in_file), target_modules=["q_proj"], r=4))
+    save_adapter(source, tmp_path)
+    expected = half if in_file == half else torch.float32
+    model = from_pretrained(llama().to(half), tmp_path)
+    layer = model.get_submodule("model.layers.1.self_attn.q_proj")
+    assert (layer.weight.dtype, layer.lora_A.dtype) == (half, expected)
+    assert torch.equal(layer.lora_A.float(), source.get_submodule("model.layers.1.self_attn.q_proj").lora_A.float())
+    assert from_pretrained(llama(), tmp_path).get_submodule("model.layers.1.self_attn.q_proj").lora_A.dtype == torch.float32
+
+
+class Normed(nn.Module):
+    """A module to save with buffers, one of them an integer; and names of which one ends as another does."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.proj = nn.Linear(4, 4)
+        self.block = nn.ModuleDict({"proj": nn.Linear(4, 4)})
+        self.norm = nn.BatchNorm1d(4)
+
+    def forward(self, x: Tensor) -> Tensor:
+        return self.norm(self.block["proj"](self.proj(x)))
+
+
+def test_buffers_of_a_module_to_save_are_saved(tmp_path: Path) -> None:
+    torch.manual_seed(0)
+    model, x = Normed(), torch.randn(8, 4)
+    fresh = Normed()
+    fresh.load_state_dict(model.state_dict())
+    reference = Normed()
+    reference.load_state_dict(model.state_dict())
+    randomise(inject(model, target_modules="all-linear", r=2, modules_to_save=["norm"]))
+    model(x)
+    save_adapter(model, tmp_path)
+    model.eval()
+    from_pretrained(fresh, tmp_path)
+    assert fresh.norm.num_batches_tracked == 1
+    assert torch.equal(fresh(x), model(x))
+    by_peft = peft.PeftModel.from_pretrained(reference, tmp_path)
+    truth = by_peft(x).detach()
+    assert oracle.relative_error(model(x).detach(), truth) <= oracle.FLOOR[torch.float32, torch.float32]
+
+
+def test_a_name_that_ends_another_is_told_apart_in_the_config(tmp_path: Path) -> None:
+    model = randomise(inject(Normed(), target_modules=r"proj", r=2))
+    save_adapter(model, tmp_path)
+    by_peft = peft.PeftModel.from_pretrained(Normed(), tmp_path)
+    assert [n for n, m in by_peft.named_modules() if isinstance(m, peft.tuners.lora.Linear)] == ["base_model.model.proj"]
+    assert isinstance(from_pretrained(Normed(), tmp_path).block["proj"], nn.Linear)
+
+
+def test_ranks_and_alphas_of_single_layers_stand_in_the_patterns(tmp_path: Path) -> None:
+    options = {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"layers.1.*q_proj": 2}, "alpha_pattern": {".*0.*": 5}}
+    save_adapter(inject(llama(), r=4, lora_alpha=8, **options), tmp_path)
+    config = peft.PeftConfig.from_pretrained(tmp_path)
+    assert (config.r, config.rank_pattern) == (4, {r"^model\.layers\.1\.self_attn\.q_proj": 2})
+    assert sorted({config.lora_alpha, *config.alpha_pattern.values()}) == [5, 8]
+    assert config.peft_type == "LORA"
+
+
+def test_fan_in_fan_out_is_what_peft_writes(tmp_path: Path) -> None:
+    options: dict[str, Any] = {"target_modules": ["c_attn"], "r": 2}
+    save_adapter(inject(gpt2(), **options), tmp_path / "ours")
+    peft.get_peft_model(gpt2(), peft.LoraConfig(**options)).save_pretrained(tmp_path / "peft")
+    ours, theirs = (json.loads((tmp_path / who / "adapter_config.json").read_text()) for who in ("ours", "peft"))
+    assert ours["fan_in_fan_out"] is theirs["fan_in_fan_out"] is True
+
+
+def test_the_published_adapter_of_roberta_base_takes_1_7_megabytes(tmp_path: Path) -> None:
+    """Its 416,256 trainable parameters and the classifier's 770 biases, in float32; a file of the same size by count."""
+    model = inject(roberta(), target_modules=["query", "value"], r=8, bias="all", modules_to_save=["LayerNorm"])
+    save_adapter(model, tmp_path)
+    tensors = safetensors_torch.load_file(tmp_path / "adapter_model.safetensors")
+    trainable, _ = fastlora.get_nb_trainable_parameters(model)
+    assert sum(tensor.numel() for tensor in tensors.values()) == trainable
+    assert round(4 * (416_256 + 770) / 1e6, 1) == 1.7
+
+
+def test_a_trainable_parameter_outside_of_the_file_is_told(tmp_path: Path) -> None:
+    model = inject(llama(), target_modules=["q_proj"], r=2)
+    model.model.norm.weight.requires_grad_(True)
+    with pytest.warns(UserWarning, match=r"1 trainable parameters such as 'model\.norm\.weight' are not part") as caught:
+        save_adapter(model, tmp_path)
+    assert [warning.filename for warning in caught] == [__file__]
