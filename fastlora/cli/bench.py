@@ -1,9 +1,7 @@
 """`fastlora bench`: what a LoRA linear costs beside its frozen linear and beside eager LoRA, on this machine."""
 
 import argparse
-import csv
 import json
-import math
 from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
@@ -11,13 +9,15 @@ from typing import Any
 import torch
 
 from fastlora import benchmark, oracle
+from fastlora.benchmark import clock, contenders, plot, results
+from fastlora.benchmark.plot import three_digits
 from fastlora.cli import common
-from fastlora.functional import BACKENDS
 
 DESCRIPTION = """\
-Time forward and forward + backward of the frozen linear alone (the floor), of eager LoRA as PEFT computes it, and of
+Time forward, backward and both of the frozen linear alone (the floor), of eager LoRA, PEFT's own layer, chained addmm_ and
 fastlora, on the same random tensors, in turn, each checked against float64 first; count the bytes each saves for backward and
-the most memory each takes. On a GPU the clock is CUDA events; on a CPU fastlora runs its torch backend.
+the most memory each takes, and measure what a matrix product and a copy reach on this machine.
+On a GPU the clock is CUDA events, and fastlora is timed in each of its forms; on a CPU it runs its torch backend.
 Writes bench.csv and bench.png."""
 
 #: device type -> (M, K, N, dtype)
@@ -50,7 +50,17 @@ def register(subparsers: Any) -> None:
     parser.add_argument("--bias", action="store_true", help="add a frozen bias")
     parser.add_argument("--repeats", type=number, default=20, metavar="N", help="timed rounds (default: 20)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the inputs and the masks (default: 0)")
-    parser.add_argument("--backend", choices=BACKENDS, help="of fastlora (default: triton on a GPU, torch on a CPU)")
+    parser.add_argument(
+        "--only",
+        action="append",
+        choices=contenders.NAMES,
+        metavar="CONTENDER",
+        help="time this one beside the frozen linear and eager LoRA, and what else is named so (default: all that run here): "
+        + ", ".join(contenders.NAMES[2:]),
+    )
+    parser.add_argument(
+        "--compile", choices=contenders.COMPILERS, help="add the contenders under torch.compile with this backend"
+    )
     parser.add_argument(
         "--device", type=common.device, default=common.default_device(), help="cpu, cuda or cuda:N (default: %(default)s)"
     )
@@ -71,23 +81,29 @@ def run(args: argparse.Namespace) -> int:
     for module in ("rich", "matplotlib"):
         common.require(module)
     device: torch.device = args.device
-    if args.backend not in (None, "torch") and device.type == "cpu":
-        return common.refuse("bench", "the kernels run on a CPU only in Triton's interpreter, whose time means nothing")
     try:
         case = _case(args)
+        rivals = _rivals(case, args)
         args.output.mkdir(parents=True, exist_ok=True)
     except (ValueError, OSError) as error:
         return common.refuse("bench", str(error))
-    backend = args.backend or ("torch" if device.type == "cpu" else None)
     try:
-        measurements = _measure(benchmark.contenders(case, backend), case, args)
+        measurements = _measure(rivals, case, args)
     except benchmark.WrongResultError as error:
         common.consoles()[1].print(str(error), style="red", markup=False)
         return 1
-    rows = _rows(measurements)
-    facts = {**_facts(case), "repeats": args.repeats, "seed": args.seed, **benchmark.environment(device)}
-    _write_csv([{**row, **facts} for row in rows], args.output / "bench.csv")
-    _plot(rows, _title(case, facts), _conditions(facts), args.output / "bench.png")
+    ceilings = benchmark.measure_ceilings(case.dtype, device)
+    rows = results.rows_of(measurements, case, ceilings)
+    facts = {
+        **results.facts_of(case),
+        "repeats": args.repeats,
+        "seed": args.seed,
+        "gemm_tflops": ceilings.gemm / 1e12,
+        "copy_gbps": ceilings.copy / 1e9,
+        **results.environment(device),
+    }
+    results.write_csv([{**row, **facts} for row in rows], args.output / "bench.csv")
+    plot.bars(rows, _title(case, facts), _conditions(facts), args.output / "bench.png")
     if args.json:
         print(
             json.dumps(
@@ -112,8 +128,8 @@ def _measure(rivals: Sequence[benchmark.Contender], case: oracle.Case, args: arg
 
     _, stderr = common.consoles()
     with Progress(console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
-        task = progress.add_task("checking against float64", total=len(rivals) + benchmark.WARMUP + args.repeats)
-        return benchmark.measure(
+        task = progress.add_task("checking against float64", total=len(rivals) + clock.WARMUP + args.repeats)
+        return benchmark.run(
             rivals,
             case,
             args.device,
@@ -122,38 +138,15 @@ def _measure(rivals: Sequence[benchmark.Contender], case: oracle.Case, args: arg
         )
 
 
-def _rows(measurements: Sequence[benchmark.Measurement]) -> list[dict[str, Any]]:
-    """One row for each pass of each contender; bytes stand with forward + backward."""
-    frozen, eager = measurements[:2]
-    rows = []
-    for name in benchmark.PASSES:
-        for measurement in measurements:
-            p20, median, p80 = measurement.quantiles(name)
-            whole = name == benchmark.PASSES[-1]
-            rows.append(
-                {
-                    "contender": measurement.contender,
-                    "pass": name,
-                    "median_ms": median * 1e3,
-                    "p20_ms": p20 * 1e3,
-                    "p80_ms": p80 * 1e3,
-                    "over_frozen": median / frozen.quantiles(name)[1],
-                    "over_eager": median / eager.quantiles(name)[1],
-                    "saved_bytes": measurement.saved_bytes if whole else None,
-                    "peak_bytes": measurement.peak_bytes if whole else None,
-                }
-            )
-    return rows
-
-
-def _facts(case: oracle.Case) -> dict[str, Any]:
-    m, k, n = case.shape
-    dtypes = {"dtype": _name(case.dtype), "adapter_dtype": _name(case.adapters)}
-    return {"M": m, "K": k, "N": n, "r": case.rank, "p": case.dropout_p, **dtypes, "bias": case.bias}
-
-
-def _name(dtype: torch.dtype) -> str:
-    return str(dtype).removeprefix("torch.")
+def _rivals(case: oracle.Case, args: argparse.Namespace) -> list[benchmark.Contender]:
+    """The contenders asked for; ValueError for one that cannot compute the case here."""
+    rivals = benchmark.contenders_for(case, args.device, compiler=args.compile)
+    if args.only is None:
+        return rivals
+    if missing := set(args.only) - {contender.name for contender in rivals}:
+        here = ", ".join(contender.name for contender in rivals)
+        raise ValueError(f"{', '.join(sorted(missing))} cannot run {case} on {args.device} (can: {here})")
+    return [contender for contender in rivals if contender.name in {*contenders.NAMES[:2], *args.only}]
 
 
 def _title(case: oracle.Case, facts: dict[str, Any]) -> str:
@@ -172,8 +165,10 @@ def _print(rows: Sequence[dict[str, Any]], case: oracle.Case, facts: dict[str, A
     from rich import box
     from rich.table import Table
 
-    x_size = _three_digits(case.shape[0] * case.shape[1] * case.dtype.itemsize / 2**20)
-    caption = f"{_conditions(facts)}\nsaved for backward: all that autograd keeps but parameters; x is {x_size} MiB"
+    x_size = three_digits(case.shape[0] * case.shape[1] * case.dtype.itemsize / 2**20)
+    ceilings = f"measured here: matrix product {facts['gemm_tflops']:.3g} TFLOP/s, copy {facts['copy_gbps']:.3g} GB/s"
+    saved = f"saved for backward: all that autograd keeps but parameters; x is {x_size} MiB"
+    caption = f"{_conditions(facts)}\n{ceilings}\n{saved}"
     table = Table(title=_title(case, facts), caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("pass")
     table.add_column("contender")
@@ -183,6 +178,7 @@ def _print(rows: Sequence[dict[str, Any]], case: oracle.Case, facts: dict[str, A
         "p80\nms",
         "×\nfrozen",
         "×\neager",
+        "% of\nroofline",
         "saved for\nbackward\nMiB",
         "peak\nmemory\nMiB",
     ):
@@ -194,48 +190,14 @@ def _print(rows: Sequence[dict[str, Any]], case: oracle.Case, facts: dict[str, A
         table.add_row(
             row["pass"] if first else "",
             row["contender"],
-            *(_three_digits(row[key]) for key in ("median_ms", "p20_ms", "p80_ms")),
+            *(three_digits(row[key]) for key in ("median_ms", "p20_ms", "p80_ms")),
             f"{row['over_frozen']:.2f}",
             f"{row['over_eager']:.2f}",
-            *("" if row[key] is None else _three_digits(row[key] / 2**20) for key in ("saved_bytes", "peak_bytes")),
+            f"{row['roofline_percent']:.0f}",
+            *("" if row[key] is None else three_digits(row[key] / 2**20) for key in ("saved_bytes", "peak_bytes")),
         )
     stdout, _ = common.consoles()
     stdout.print(table)
     if any(row["p80_ms"] > WIDE_SPREAD * row["p20_ms"] for row in rows):
         stdout.print("[yellow]The times scatter widely: something else ran on this machine, and the ratios mean little.")
     stdout.print(f"Every contender was within its float64 bound before it was timed. Written: {folder}/bench.csv, bench.png")
-
-
-def _three_digits(value: float) -> str:
-    return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}" if value else "0"
-
-
-def _write_csv(rows: Sequence[dict[str, Any]], path: Path) -> None:
-    with path.open("w", newline="") as file:
-        writer = csv.DictWriter(file, rows[0])
-        writer.writeheader()
-        writer.writerows(rows)
-
-
-def _plot(rows: Sequence[dict[str, Any]], title: str, conditions: str, path: Path) -> None:
-    """Bars of the medians with whiskers from p20 to p80, one panel for each pass."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
-    from matplotlib.figure import Figure
-
-    figure = Figure(figsize=(9, 4.2), layout="constrained")
-    FigureCanvasAgg(figure)
-    colours = ("#9aa0a6", "#d98c3f", "#2a6fbb")
-    for axes, name in zip(figure.subplots(1, len(benchmark.PASSES)), benchmark.PASSES, strict=True):
-        bars = [row for row in rows if row["pass"] == name]
-        medians = [row["median_ms"] for row in bars]
-        spread = [[row["median_ms"] - row["p20_ms"] for row in bars], [row["p80_ms"] - row["median_ms"] for row in bars]]
-        drawn = axes.bar([row["contender"] for row in bars], medians, yerr=spread, capsize=5, color=colours[: len(bars)])
-        labels = [f"{_three_digits(row['median_ms'])} ms\n{row['over_frozen']:.2f} × frozen" for row in bars]
-        axes.bar_label(drawn, labels, padding=4, fontsize=9)
-        axes.set_title(name)
-        axes.set_ylabel("milliseconds")
-        axes.margins(y=0.2)
-        axes.spines[["top", "right"]].set_visible(False)
-    figure.suptitle(title)
-    figure.supxlabel(f"{conditions}; whiskers: 20th to 80th percentile", fontsize=8, color="#5f6368")
-    figure.savefig(path, dpi=150)

@@ -1,0 +1,38 @@
+"""Timing LoRA linears side by side, every contender held against float64 before it is timed.
+
+clock.py       `measure`: interleaved callables, device time, medians; also what `fastlora tune` times with
+contenders.py  who is compared; baselines.py: what others do
+trial.py       one size, every contender: checked, timed, bytes counted
+memory.py      bytes saved for backward, peak memory
+ceilings.py    what the machine can do, and the least time a pass could take
+results.py     rows, conditions, files
+"""
+
+from fastlora.benchmark.ceilings import Ceilings, measure_ceilings
+from fastlora.benchmark.clock import Prepared, Quantiles, copies_beyond_cache, host_clock, measure, quantiles
+from fastlora.benchmark.contenders import Contender, Weights, contenders_for
+from fastlora.benchmark.memory import peak_bytes, saved_bytes
+from fastlora.benchmark.trial import PASSES, Inputs, Measurement, WrongResultError, draw, run, verify
+
+__all__ = [
+    "PASSES",
+    "Ceilings",
+    "Contender",
+    "Inputs",
+    "Measurement",
+    "Prepared",
+    "Quantiles",
+    "Weights",
+    "WrongResultError",
+    "contenders_for",
+    "copies_beyond_cache",
+    "draw",
+    "host_clock",
+    "measure",
+    "measure_ceilings",
+    "peak_bytes",
+    "quantiles",
+    "run",
+    "saved_bytes",
+    "verify",
+]

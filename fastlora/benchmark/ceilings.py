@@ -1,0 +1,68 @@
+"""What the machine can do, measured in the same run, and the least time that a pass could take on it.
+
+    floor = max(operations / rate of the vendor's GEMM, compulsory bytes / rate of a large copy)
+
+Operations are those of the GEMMs and of the rank-r products; compulsory bytes are each input read once and each output written
+once, S among them.  No implementation does both halves perfectly at once, so 100 % is out of reach wherever they weigh alike.
+Where the frozen linear's own GEMM is faster than the square one measured here, a percentage can exceed 100.
+"""
+
+import itertools
+from dataclasses import dataclass
+
+import torch
+
+from fastlora import oracle
+from fastlora.benchmark.clock import copies_beyond_cache, measure
+
+REPEATS = 10
+#: device type -> (n of the n x n matrices multiplied, bytes copied)
+SIZES = {"cpu": (1024, 64 << 20), "cuda": (8192, 1 << 30)}
+
+
+@dataclass(frozen=True)
+class Ceilings:
+    """Measured rates: operations per second of the vendor's GEMM in `dtype`, bytes read plus written per second of a copy."""
+
+    dtype: torch.dtype
+    gemm: float
+    copy: float
+
+    def floor(self, case: oracle.Case, pass_: str, *, adapted: bool = True) -> float:
+        """Seconds below which no implementation of the pass can be, on this machine."""
+        return max(
+            operations(case, pass_, adapted=adapted) / self.gemm, compulsory_bytes(case, pass_, adapted=adapted) / self.copy
+        )
+
+
+def operations(case: oracle.Case, pass_: str, *, adapted: bool = True) -> int:
+    """Multiplications and additions of a pass; without `adapted` those of the frozen linear alone."""
+    m, k, n = case.shape
+    r = case.rank if adapted else 0
+    forward = 2 * m * (k * n + r * (k + n))  # x Wᵀ; drop(x) Aᵀ, S Bᵀ
+    backward = 2 * m * (k * n + 2 * r * (k + n))  # dy W; dy B, dyᵀ S, dSᵀ drop(x), dS A
+    return {"forward": forward, "backward": backward, "forward + backward": forward + backward}[pass_]
+
+
+def compulsory_bytes(case: oracle.Case, pass_: str, *, adapted: bool = True) -> int:
+    """Bytes of a pass that must cross the memory bus, each tensor once."""
+    m, k, n = case.shape
+    base, small = case.dtype.itemsize, case.adapters.itemsize
+    adapters, S = (case.rank * (k + n) * small, 4 * m * case.rank) if adapted else (0, 0)
+    frozen = base * (m * k + n * k + m * n)  # x, W, y; dy, W, dx
+    forward = frozen + adapters + S + (base * n if case.bias else 0)
+    backward = frozen + 2 * adapters + S + (base * m * k if adapted else 0)  # A, B, dA, dB, S and x
+    return {"forward": forward, "backward": backward, "forward + backward": forward + backward}[pass_]
+
+
+def measure_ceilings(dtype: torch.dtype, device: torch.device) -> Ceilings:
+    """The shortest time of a square GEMM and of a copy, on random data larger than the cache."""
+    size, nbytes = SIZES[device.type]
+    copies = copies_beyond_cache(2 * size * size * dtype.itemsize, device)
+    pairs = [tuple(torch.randn(size, size, device=device).to(dtype) for _ in range(2)) for _ in range(copies)]
+    source = torch.randint(0, 255, (nbytes,), dtype=torch.uint8, device=device)
+    target = torch.empty_like(source)
+    turn = itertools.cycle(pairs)
+    steps = {"gemm": lambda: torch.mm(*next(turn)), "copy": lambda: target.copy_(source)}
+    best = {name: min(times) for name, times in measure(steps, device, REPEATS).items()}
+    return Ceilings(dtype, 2 * size**3 / best["gemm"], 2 * nbytes / best["copy"])

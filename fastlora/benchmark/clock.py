@@ -1,0 +1,165 @@
+"""Timing callables side by side, so that their times can be compared.
+
+    measure({"ours": ours, "theirs": theirs}, device, repeats=20)    # {"ours": [seconds, ...], "theirs": [...]}
+
+All are warmed up before the first is timed, and each round visits all of them, in another order, so that a machine that slows
+down slows them alike.  On a GPU the clock is a pair of CUDA events.  Before the first event the device is kept waiting for as
+long as the host took to launch the step last time, so what lies between the events is the device's work and not the gaps
+between launches; `host_clock` measures those.
+
+Data that sits in a cache is not what training sees: let steps draw their inputs in turn from `copies_beyond_cache(...)` sets.
+"""
+
+import gc
+import math
+import random
+import statistics
+import time
+from collections.abc import Callable, Hashable, Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, NamedTuple, TypeVar
+
+import torch
+
+WARMUP = 3  # untimed rounds
+
+_CYCLES_PER_SECOND = 2e9  # no GPU's clock is much faster
+_LEAD = 1.5  # the device waits so many times longer than the host took
+_LONGEST_LEAD = 0.01  # seconds
+_FALLBACK_CACHE = 64 << 20  # bytes, where the machine does not say
+_CPU_CACHES = "/sys/devices/system/cpu/cpu0/cache"
+_MOST_COPIES = 32  # data smaller than that part of the cache waits for launches, not for memory
+
+Name = TypeVar("Name", bound=Hashable)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """A step in two halves, run(setup()), of which only `run` is timed: a backward pass, say."""
+
+    setup: Callable[[], Any]
+    run: Callable[[Any], object]
+
+    def __call__(self) -> object:
+        return self.run(self.setup())
+
+
+Step = Callable[[], object]
+Clock = Callable[[Hashable, Prepared], float]  # (name, step) -> seconds of the step's run
+
+
+class Quantiles(NamedTuple):
+    """Of a list of times, in its unit."""
+
+    p20: float
+    median: float
+    p80: float
+
+
+def quantiles(times: list[float]) -> Quantiles:
+    """20th percentile, median and 80th percentile; `times` must not be empty."""
+    fifths = statistics.quantiles(times, n=5, method="inclusive") if len(times) > 1 else times * 4
+    return Quantiles(fifths[0], statistics.median(times), fifths[3])
+
+
+def measure(
+    steps: Mapping[Name, Step],
+    device: torch.device,
+    repeats: int,
+    *,
+    warmup: int = WARMUP,
+    clock: Clock | None = None,
+    progress: Callable[[str], None] = lambda what: None,
+) -> dict[Name, list[float]]:
+    """Seconds of every step in each of `repeats` rounds, by name.
+
+    Args:
+        steps: what to time; of a `Prepared` step only its second half.
+        device: where the steps compute.
+        warmup: untimed rounds before the first timed one.
+        clock: default `device_clock(device)`.
+        progress: called with what was just done, warmup + repeats times.
+    """
+    clock = clock or device_clock(device)
+    prepared = {name: step if isinstance(step, Prepared) else _whole(step) for name, step in steps.items()}
+    seconds: dict[Name, list[float]] = {name: [] for name in steps}
+    with _no_garbage_collection():
+        for round_ in range(warmup):
+            for name, step in prepared.items():
+                clock(name, step)
+            progress(f"warm-up {round_ + 1} of {warmup}")
+        for round_ in range(repeats):
+            for name in random.Random(round_).sample(list(prepared), len(prepared)):
+                seconds[name].append(clock(name, prepared[name]))
+            progress(f"round {round_ + 1} of {repeats}")
+    return seconds
+
+
+def _whole(step: Step) -> Prepared:
+    return Prepared(lambda: None, lambda _: step())
+
+
+@contextmanager
+def _no_garbage_collection() -> Iterator[None]:
+    enabled = gc.isenabled()
+    gc.collect()
+    gc.disable()
+    try:
+        yield
+    finally:
+        if enabled:
+            gc.enable()
+
+
+def device_clock(device: torch.device) -> Clock:
+    """The time that `device` needs: between CUDA events on a GPU, on the wall on a CPU."""
+    return _cuda_clock(device) if device.type == "cuda" else host_clock(device)
+
+
+def host_clock(device: torch.device) -> Clock:
+    """The time until the call returns: on a GPU what Python and launching cost, on a CPU all of it."""
+
+    def clock(name: Hashable, step: Prepared) -> float:
+        prepared = step.setup()
+        if device.type == "cuda":
+            torch.cuda.synchronize(device)
+        start = time.perf_counter()
+        step.run(prepared)
+        return time.perf_counter() - start
+
+    return clock
+
+
+def _cuda_clock(device: torch.device) -> Clock:
+    launching: dict[Hashable, float] = {}  # seconds the host took to launch each step last time
+
+    def clock(name: Hashable, step: Prepared) -> float:
+        with torch.cuda.device(device):  # events are recorded on the current device's stream
+            begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
+            prepared = step.setup()
+            lead = min(_LEAD * launching.get(name, 0.0), _LONGEST_LEAD)
+            torch.cuda._sleep(int(lead * _CYCLES_PER_SECOND))
+            begin.record()
+            start = time.perf_counter()
+            step.run(prepared)
+            launching[name] = time.perf_counter() - start
+            end.record()
+            torch.cuda.synchronize(device)
+        return begin.elapsed_time(end) / 1e3
+
+    return clock
+
+
+def copies_beyond_cache(nbytes: int, device: torch.device) -> int:
+    """How many sets of `nbytes` bytes to take in turn so that none is still in the last-level cache when its turn comes."""
+    return min(max(2, math.ceil(2 * cache_bytes(device) / max(nbytes, 1))), _MOST_COPIES)
+
+
+def cache_bytes(device: torch.device) -> int:
+    """Size of the last-level cache: a GPU's L2, the largest that Linux reports for the first CPU."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).L2_cache_size or _FALLBACK_CACHE
+    kilobytes = [int(file.read_text().strip().removesuffix("K")) for file in Path(_CPU_CACHES).glob("index*/size")]
+    return max(kilobytes, default=_FALLBACK_CACHE >> 10) << 10

@@ -1,0 +1,139 @@
+"""Results as rows, the conditions they hold under, and their files.
+
+A row is one pass of one contender at one size: {"contender", "pass", "median_ms", "p20_ms", "p80_ms", "over_frozen",
+"over_eager", "roofline_percent", "launch_ms", "saved_bytes", "peak_bytes"} and the facts of the case.  Bytes stand with
+forward + backward, launch_ms on a GPU, roofline_percent where the ceilings were measured; elsewhere they are None.
+"""
+
+import csv
+import importlib.metadata
+import json
+import os
+import platform
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Mapping, Sequence
+from datetime import UTC, datetime
+from pathlib import Path
+from typing import Any
+
+import torch
+
+from fastlora import __version__, oracle
+from fastlora.benchmark.ceilings import Ceilings
+from fastlora.benchmark.clock import quantiles
+from fastlora.benchmark.trial import PASSES, Measurement
+
+Row = dict[str, Any]
+
+
+def rows_of(measurements: Sequence[Measurement], case: oracle.Case, ceilings: Ceilings | None = None) -> list[Row]:
+    """One row for each pass of each contender; the first two are the frozen linear and eager LoRA."""
+    frozen, eager = measurements[:2]
+    rows = []
+    for name in PASSES:
+        for measurement in measurements:
+            p20, median, p80 = measurement.quantiles(name)
+            whole = name == PASSES[-1]
+            floor = ceilings and ceilings.floor(case, name, adapted=measurement is not frozen)
+            launch = measurement.launch_seconds.get(name)
+            rows.append(
+                {
+                    "contender": measurement.contender,
+                    "pass": name,
+                    "median_ms": median * 1e3,
+                    "p20_ms": p20 * 1e3,
+                    "p80_ms": p80 * 1e3,
+                    "over_frozen": median / frozen.quantiles(name).median,
+                    "over_eager": median / eager.quantiles(name).median,
+                    "roofline_percent": floor and 100 * floor / median,
+                    "launch_ms": quantiles(launch).median * 1e3 if launch else None,
+                    "saved_bytes": measurement.saved_bytes if whole else None,
+                    "peak_bytes": measurement.peak_bytes if whole else None,
+                }
+            )
+    return rows
+
+
+def facts_of(case: oracle.Case) -> Row:
+    """What distinguishes the case, in plain values."""
+    m, k, n = case.shape
+    dtypes = {"dtype": _name(case.dtype), "adapter_dtype": _name(case.adapters)}
+    return {"M": m, "K": k, "N": n, "r": case.rank, "p": case.dropout_p, **dtypes, "bias": case.bias}
+
+
+def _name(dtype: torch.dtype) -> str:
+    return str(dtype).removeprefix("torch.")
+
+
+def environment(device: torch.device) -> dict[str, Any]:
+    """What a timing depends on besides the code, and which code it was."""
+    import triton
+
+    known = {"date": datetime.now(UTC).date().isoformat(), "commit": commit(), "fastlora": __version__}
+    known |= {"torch": torch.__version__, "triton": triton.__version__, "peft": _version("peft")}
+    known["python"] = platform.python_version()
+    if device.type == "cuda":
+        capability = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
+        return {
+            **known,
+            "device": torch.cuda.get_device_name(device),
+            "capability": capability,
+            "cuda": torch.version.cuda,
+            "driver": _driver(),
+        }
+    return {**known, "device": _processor(), "threads": torch.get_num_threads()}
+
+
+def commit() -> str | None:
+    """The commit of the source tree that is imported, with "+changes" where files differ from it; None outside of one."""
+    root = Path(__file__).parents[2]
+    git = shutil.which("git")
+    if git is None or not (root / ".git").exists():
+        return None
+    head, status = (
+        subprocess.run([git, "-C", str(root), *command], capture_output=True, text=True, check=False)
+        for command in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "--", "fastlora", "kernels"])
+    )
+    return head.stdout.strip() + ("+changes" if status.stdout.strip() else "") if head.returncode == 0 else None
+
+
+def _version(package: str) -> str | None:
+    try:
+        return importlib.metadata.version(package)
+    except importlib.metadata.PackageNotFoundError:
+        return None
+
+
+def _driver() -> str | None:
+    smi = shutil.which("nvidia-smi")
+    if smi is None:
+        return None
+    query = [smi, "--query-gpu=driver_version", "--format=csv,noheader"]
+    return next(iter(subprocess.run(query, capture_output=True, text=True, check=False).stdout.splitlines()), None)
+
+
+def _processor() -> str:
+    cpuinfo = Path("/proc/cpuinfo")
+    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
+    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
+    return models[0] if models else platform.machine()
+
+
+def write_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
+    """The rows, which need not have the same columns, under the union of their columns."""
+    columns = {column: None for row in rows for column in row}
+    with path.open("w", newline="") as file:
+        writer = csv.DictWriter(file, columns)
+        writer.writeheader()
+        writer.writerows(rows)
+
+
+def write_json(value: Mapping[str, Any], path: Path) -> None:
+    """Replace `path` at once: an interrupted run leaves the last whole file."""
+    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False) as file:
+        json.dump(value, file, indent=1)
+        file.write("\n")
+    os.chmod(file.name, 0o644)
+    os.replace(file.name, path)

@@ -1,0 +1,216 @@
+"""One size, every contender: draw, check against float64, time, count bytes.
+
+Random tensors, the same for all contenders, in as many sets as exceed the last-level cache, taken in turn.  Three passes:
+forward as in training, backward alone (its forward runs untimed before it), and both together.
+"""
+
+import itertools
+import math
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import dataclass, field, replace
+
+import torch
+from torch import Tensor, nn
+
+from fastlora import oracle
+from fastlora.benchmark.clock import Prepared, Quantiles, Step, copies_beyond_cache, host_clock, measure, quantiles
+from fastlora.benchmark.contenders import Contender, Mask, Weights
+from fastlora.benchmark.memory import peak_bytes, saved_bytes
+
+PASSES = ("forward", "backward", "forward + backward")
+LAUNCH_REPEATS = 10
+
+
+class WrongResultError(RuntimeError):
+    """A contender's result is further from float64 than the oracle allows, so there is nothing to time."""
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """One set of tensors: x (M, K), which requires a gradient, the weights, dy (M, N), and the seed of the masks."""
+
+    x: Tensor
+    weights: Weights
+    dy: Tensor
+    seed: int
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(t.nbytes for t in (self.x, self.dy, *self.weights) if t is not None)
+
+    def plain(self) -> oracle.Inputs:
+        """The same values as the oracle takes them."""
+        weight, lora_A, lora_B, bias = self.weights
+        return oracle.Inputs(self.x.detach(), weight, lora_A.detach(), lora_B.detach(), bias, self.dy, self.seed)
+
+
+def draw(case: oracle.Case, device: torch.device, index: int = 0) -> Inputs:
+    """Set number `index` of the case, drawn on `device`, with the variances of `oracle.draw`."""
+    m, k, n = case.shape
+    seed = (case.seed * 1_000_003 + index) % 2**63
+    generator = torch.Generator(device).manual_seed(seed)
+
+    def normal(*shape: int, dtype: torch.dtype, fan_in: int = 1) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device).div_(math.sqrt(fan_in)).to(dtype)
+
+    x = normal(m, k, dtype=case.dtype)
+    weight = normal(n, k, dtype=case.dtype, fan_in=k)
+    lora_A = nn.Parameter(normal(case.rank, k, dtype=case.adapters, fan_in=k))
+    lora_B = nn.Parameter(normal(n, case.rank, dtype=case.adapters, fan_in=case.rank))
+    bias = normal(n, dtype=case.dtype) if case.bias else None
+    return Inputs(x.requires_grad_(), Weights(weight, lora_A, lora_B, bias), normal(m, n, dtype=case.dtype), seed)
+
+
+@contextmanager
+def _seeded(seed: int, device: torch.device) -> Iterator[None]:
+    with torch.random.fork_rng([device] if device.type == "cuda" else []):
+        torch.manual_seed(seed)
+        yield
+
+
+class Judge:
+    """Holds contenders against float64 on one set of inputs; contenders with the same mask share the computation."""
+
+    def __init__(self, case: oracle.Case, inputs: Inputs) -> None:
+        self.case, self.inputs = case, inputs
+        self._expected: dict[tuple[Mask | None, Callable[[float], float], bool], list[dict[str, Tensor]]] = {}
+
+    def expected(self, contender: Contender) -> list[dict[str, Tensor]]:
+        """[results in float64, results of eager torch in the case's dtypes] with the mask that the contender draws."""
+        masked = contender.adapted and self.case.dropout_p > 0
+        key = contender.mask if masked else None, contender.keep_scale, contender.adapted
+        if key not in self._expected:
+            device = self.inputs.x.device
+
+            def mask(seed: int, rows: int, cols: int, p: float, device: torch.device = device) -> Tensor:
+                with _seeded(seed, device):
+                    return contender.mask(rows, cols, p, device)
+
+            case = self.case if contender.adapted else replace(self.case, scaling=0.0, dropout_p=0.0)
+            function = oracle.masked_reference(mask, contender.keep_scale)
+            outputs = ("y", "dx", "dA", "dB")
+            plain = self.inputs.plain()
+            both = [oracle.evaluate(function, case, inputs, outputs) for inputs in (plain.double(), plain)]
+            self._expected[key] = [{name: t for name, t in results.items() if t is not None} for results in both]
+        return self._expected[key]
+
+    def verify(self, contender: Contender) -> list[oracle.Row]:
+        """The oracle's verdict on y and each gradient.
+
+        Raises:
+            WrongResultError: an error over its bound, with the table of all of them.
+        """
+        outputs = ("y", *contender.gradients)
+        forward = contender.bind(self.inputs.weights, self.case.scaling, self.case.dropout_p)
+        with _seeded(self.inputs.seed, self.inputs.x.device):
+            y = forward(self.inputs.x)
+            results = [y.detach(), *torch.autograd.grad(y, trained(contender, self.inputs), self.inputs.dy, allow_unused=True)]
+        refs, eager = self.expected(contender)
+        rows = [self._row(name, result, refs[name], eager[name]) for name, result in zip(outputs, results, strict=True)]
+        if not all(row.passed for row in rows):
+            raise WrongResultError(f"{contender.name} is wrong on {self.case}, so it is not timed:\n{oracle.table(rows)}")
+        return rows
+
+    def _row(self, output: str, result: Tensor | None, ref: Tensor, eager: Tensor) -> oracle.Row:
+        dtype = self.case.dtype_of(output)
+        eager_error = oracle.relative_error(eager, ref)
+        floor = oracle.FLOOR[self.case.dtype, dtype]
+        bound = max(oracle.EAGER_FACTOR * eager_error, floor) if math.isfinite(eager_error) else floor
+        if result is None or result.dtype != dtype:
+            return oracle.Row(
+                self.case, output, math.inf, eager_error, bound, "no gradient" if result is None else str(result.dtype)
+            )
+        return oracle.Row(self.case, output, oracle.relative_error(result, ref), eager_error, bound)
+
+
+def verify(contender: Contender, case: oracle.Case, device: torch.device) -> list[oracle.Row]:
+    """Hold one contender against float64 on the case's first inputs; see `Judge.verify`."""
+    return Judge(case, draw(case, device)).verify(contender)
+
+
+def trained(contender: Contender, inputs: Inputs) -> list[Tensor]:
+    """The tensors whose gradients its backward computes."""
+    return [inputs.x, inputs.weights.lora_A, inputs.weights.lora_B] if contender.adapted else [inputs.x]
+
+
+@dataclass
+class Measurement:
+    """What was measured of one contender: seconds of each timed run by pass, of launching it, and bytes."""
+
+    contender: str
+    seconds: dict[str, list[float]] = field(default_factory=dict)
+    launch_seconds: dict[str, list[float]] = field(default_factory=dict)  # on a GPU only
+    saved_bytes: int = 0
+    peak_bytes: int = 0
+
+    def quantiles(self, name: str) -> Quantiles:
+        """Of a pass, in seconds."""
+        return quantiles(self.seconds[name])
+
+
+def steps_of(contender: Contender, case: oracle.Case, sets: Sequence[Inputs]) -> dict[str, Step]:
+    """The three passes of `contender`, each call on the next of `sets`."""
+    bound = [(inputs, contender.bind(inputs.weights, case.scaling, case.dropout_p)) for inputs in sets]
+    turn = itertools.cycle(bound)
+
+    def forward() -> Tensor:
+        inputs, function = next(turn)
+        return function(inputs.x)
+
+    def run_forward() -> tuple[Inputs, Tensor]:
+        inputs, function = next(turn)
+        return inputs, function(inputs.x)
+
+    def backward(state: tuple[Inputs, Tensor]) -> object:
+        inputs, y = state
+        return torch.autograd.grad(y, trained(contender, inputs), inputs.dy)
+
+    return dict(zip(PASSES, (forward, Prepared(run_forward, backward), lambda: backward(run_forward())), strict=True))
+
+
+def run(
+    rivals: Iterable[Contender],
+    case: oracle.Case,
+    device: torch.device,
+    *,
+    repeats: int,
+    copies: int | None = None,
+    progress: Callable[[str], None] = lambda what: None,
+) -> list[Measurement]:
+    """Check every contender, then time its passes against those of the others and count its bytes.
+
+    Args:
+        copies: sets of inputs to take in turn; default as many as exceed the cache.
+        progress: called with what was just done: len(rivals) + WARMUP + repeats times.
+
+    Raises:
+        WrongResultError: before anything is timed, when a contender's result is wrong.
+    """
+    rivals = list(rivals)
+    first = draw(case, device)
+    judge = Judge(case, first)
+    for contender in rivals:
+        judge.verify(contender)
+        progress(f"checked {contender.name}")
+    del judge
+    copies = copies or copies_beyond_cache(first.nbytes, device)
+    sets = [first, *(draw(case, device, index) for index in range(1, copies))]
+    passes = {contender.name: steps_of(contender, case, sets) for contender in rivals}
+    steps = {(contender, name): step for contender, by_pass in passes.items() for name, step in by_pass.items()}
+    seconds = measure(steps, device, repeats, progress=progress)
+    launching = measure(steps, device, LAUNCH_REPEATS, clock=host_clock(device)) if device.type == "cuda" else {}
+    parameters = [tensor for inputs in sets for tensor in inputs.weights]  # they live, saved or not
+    results = []
+    for name, by_pass in passes.items():
+        results.append(
+            Measurement(
+                name,
+                {pass_: seconds[name, pass_] for pass_ in PASSES},
+                {pass_: launching[name, pass_] for pass_ in PASSES if launching},
+                saved_bytes(by_pass["forward"], parameters),
+                peak_bytes(by_pass["forward + backward"], device),
+            )
+        )
+    return results
