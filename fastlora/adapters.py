@@ -42,6 +42,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         ImportError: safetensors is not installed.
     """
     safetensors = _safetensors()
+    model = _eager(model)
     layers = _lora_layers(model)
     _check_base(layers)
     options: LoraOptions | None = getattr(model, "lora_options", None)
@@ -72,6 +73,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """
     folder = Path(folder)
     safetensors = _safetensors()
+    model = _eager(model)
     layers = _lora_layers(model)
     _check_base(layers)
     if merged := [path for path, layer in layers.items() if layer.merged]:
@@ -119,6 +121,12 @@ def from_pretrained(
     install(model, planned)
     _copy(tensors, model, layers, planned.options)
     return model if is_trainable else model.requires_grad_(False).eval()
+
+
+def _eager(model: nn.Module) -> nn.Module:
+    """The module that torch.compile wrapped, whose names are the file's."""
+    original = getattr(model, "_orig_mod", model)
+    return original if isinstance(original, nn.Module) else model
 
 
 def _lora_layers(model: nn.Module) -> dict[str, FusedLoraLinear]:
