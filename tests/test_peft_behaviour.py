@@ -12,6 +12,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+from packaging.version import Version
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
 from peft_models import build, counted_calls, inputs_of, logits_of, randomise, run, wrap
 from torch import Tensor, nn
@@ -204,7 +205,7 @@ def test_auto_model_of_a_saved_base(tmp_path: Path) -> None:
 def test_adapters_on_the_meta_device_wait_until_they_are_loaded() -> None:
     eager = wrap(build(), target_modules=ATTENTION).eval()
     config = peft.LoraConfig(target_modules=ATTENTION, r=4, lora_alpha=6)
-    half = peft.inject_adapter_in_model(config, build().eval(), low_cpu_mem_usage=True)
+    half = peft.get_peft_model(build(), config, low_cpu_mem_usage=True).eval()
     report = fastlora.accelerate(half)
     assert not report.taken
     assert {reason for _, reason in report.waiting} == {"its base weight is on cpu, the adapter on meta and meta"}
@@ -262,6 +263,9 @@ def test_hotswap_with_scalings_in_tensors(tmp_path: Path) -> None:
     after = assert_fused(eager, fused, lambda model: hotswap_adapter(model, str(tmp_path), "default"))
     assert oracle.relative_error(after, before) > 100 * FLOOR
     assert oracle.relative_error(after, logits_of(other)) <= FLOOR
+    for model in (eager, fused):
+        layers_of = layers.find(model).values()  # PEFT 0.18 freezes what it pads
+        [half.requires_grad_() for layer in layers_of for half in (layer.lora_A, layer.lora_B)]
     results = [run(model, inputs_of()) for model in (eager, fused)]
     assert all(oracle.relative_error(tensor, results[0][name]) <= 2 * FLOOR for name, tensor in results[1].items())
 
@@ -288,10 +292,15 @@ def test_tied_weights(tied_adapters: bool) -> None:
     eager, fused = (tied_model(ensure_weight_tying=tied_adapters) for _ in range(2))
     report = fastlora.accelerate(fused)
     assert [reason for _, reason in report.left] == ["it is a peft.tuners.lora.layer.Embedding, not peft's lora.Linear"]
-    head, embedding = fused.base_model.model.lm_head, fused.base_model.model.model.embed_tokens
-    assert head.base_layer.weight.data_ptr() == embedding.base_layer.weight.data_ptr()
-    shared = head.lora_A["default"].weight.data_ptr() == embedding.lora_embedding_B["default"].data_ptr()
-    assert shared == tied_adapters
+    heads = [model.base_model.model.lm_head for model in (eager, fused)]
+    embeddings = [model.base_model.model.model.embed_tokens for model in (eager, fused)]
+    assert heads[1].base_layer.weight.data_ptr() == embeddings[1].base_layer.weight.data_ptr()
+    shared = [
+        head.lora_A["default"].weight.data_ptr() == embedding.lora_embedding_B["default"].data_ptr()
+        for head, embedding in zip(heads, embeddings, strict=True)
+    ]
+    assert shared[0] == shared[1]
+    assert shared[1] == tied_adapters or Version(peft.__version__) < Version("0.19")
     assert_fused(eager, fused, layers_run=3)
     results = [run(model, inputs_of()) for model in (eager, fused)]
     assert all(oracle.relative_error(tensor, results[0][name]) <= 2 * FLOOR for name, tensor in results[1].items())

@@ -45,7 +45,8 @@ def operands(layer: Any) -> Operands | str:
         return DISABLED
     if layer.merged:
         return MERGED
-    active = [name for name in layer.active_adapters if name in layer.lora_A]
+    all_A = layer.lora_A  # a look-up of a submodule costs as much as all else here
+    active = [name for name in layer.active_adapters if name in all_A]
     if not active:
         return INACTIVE
     if len(active) > 1:
@@ -55,7 +56,7 @@ def operands(layer: Any) -> Operands | str:
         return f"the adapter is a variant ({type(layer.lora_variant[name]).__name__})"
     if not layer.cast_input_dtype_enabled:
         return UNCAST
-    A, B, dropout, scaling = layer.lora_A[name], layer.lora_B[name], layer.lora_dropout[name], layer.scaling[name]
+    A, B, dropout = all_A[name], layer.lora_B[name], layer.lora_dropout[name]
     if type(A) is not nn.Linear or type(B) is not nn.Linear:
         return f"lora_A and lora_B are {type(A).__name__} and {type(B).__name__} instead of plain linears"
     if type(dropout) is not nn.Dropout and type(dropout) is not nn.Identity:
@@ -64,21 +65,23 @@ def operands(layer: Any) -> Operands | str:
         return "the adapter's modules have hooks, or a forward of their own"
     if A.bias is not None or B.bias is not None:
         return "the adapter has a bias (lora_bias)"
-    if type(A.weight) not in PLAIN_TENSORS or type(B.weight) not in PLAIN_TENSORS:
-        return f"the adapter's weights are a {type(A.weight).__name__} and a {type(B.weight).__name__}"
-    weight = weight_of(layer.base_layer)
+    lora_A, lora_B = A.weight, B.weight
+    if type(lora_A) not in PLAIN_TENSORS or type(lora_B) not in PLAIN_TENSORS:
+        return f"the adapter's weights are a {type(lora_A).__name__} and a {type(lora_B).__name__}"
+    base_layer = layer.base_layer
+    weight = weight_of(base_layer)
     if isinstance(weight, str):
         return weight
     if weight.requires_grad:
         return "its base weight is trainable"
-    if not weight.device == A.weight.device == B.weight.device:
-        return f"its base weight is on {weight.device}, the adapter on {A.weight.device} and {B.weight.device}"
-    lora_B = B.weight
+    if not weight.device == lora_A.device == lora_B.device:
+        return f"its base weight is on {weight.device}, the adapter on {lora_A.device} and {lora_B.device}"
+    scaling = layer.scaling[name]
     if isinstance(scaling, Tensor):
         # Made by prepare_model_for_compiled_hotswap to be refilled in place: read on the device, without a synchronisation.
         lora_B, scaling = (lora_B * scaling).to(lora_B.dtype), 1.0
     p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
-    return Operands(weight, A.weight, lora_B, layer.base_layer.bias, scaling, p)
+    return Operands(weight, lora_A, lora_B, base_layer.bias, scaling, p)
 
 
 def obstacle_of_input(x: Tensor, given: Operands) -> str | None:

@@ -5,7 +5,7 @@ from typing import Any
 from peft import LoraConfig, PeftType
 from peft.tuners.lora.layer import dispatch_default
 from peft.tuners.tuners_utils import BaseTunerLayer
-from torch import nn
+from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fastlora.peft.base import weight_of
@@ -27,7 +27,7 @@ class Dispatch:
         self, target: nn.Module, adapter_name: str, config: LoraConfig | None = None, **options: Any
     ) -> nn.Module | None:
         base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
-        if isinstance(weight_of(base_layer), str):
+        if not isinstance(weight_of(base_layer), Tensor):
             return None
         layer = dispatch_default(target, adapter_name, config or self.config, **options)
         if layer is not None and obstacle(layer) is None:
