@@ -11,7 +11,9 @@ from typing import Any
 import peft
 import pytest
 import torch
+import torch._dynamo.testing
 from peft.tuners.lora.layer import Linear
+from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 from peft_models import build, counted_calls, inputs_of, logits_of, run, wrap
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
@@ -253,6 +255,21 @@ def test_accelerating_after_compiling_takes_effect() -> None:
         False,
         True,
     ]  # the first graph again
+
+
+def test_scalings_in_tensors_change_without_a_new_graph() -> None:
+    torch._dynamo.reset()
+    model = one_layer(0.0)
+    prepare_model_for_compiled_hotswap(model)
+    fastlora.accelerate(model)
+    counter = torch._dynamo.testing.CompileCounter()
+    compiled = torch.compile(model, fullgraph=True, backend=counter)
+    x = torch.randn(5, 8)
+    base = model.base_model.model[0].base_layer(x)
+    term = compiled(x) - base
+    model.base_model.model[0].scaling["default"].mul_(3)
+    assert oracle.relative_error(compiled(x), (base + 3 * term).detach()) <= 2 * FLOOR
+    assert counter.frame_count == 1
 
 
 def test_switching_state_recompiles() -> None:

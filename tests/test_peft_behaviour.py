@@ -9,6 +9,7 @@ from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import peft
 import pytest
 import torch
@@ -172,6 +173,8 @@ def test_scaling_of_the_adapters() -> None:
         return lambda model: [layer.scale_layer(factor) for layer in layers.find(model).values()]
 
     assert oracle.relative_error(assert_fused(eager, fused, scale(3.0)), before) > 100 * FLOOR
+    both(eager, fused, lambda model: [layer.scaling.update(default=np.float32(0.7)) for layer in layers.find(model).values()])
+    assert_fused(eager, fused)
     assert_fused(eager, fused, scale(0.0))
 
 

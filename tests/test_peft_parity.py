@@ -6,6 +6,7 @@ from typing import Any
 
 import pytest
 import torch
+from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 from peft_models import MODELS, bound_of, build, counted_calls, inputs_of, logits_of, run, with_masked_dropout, wrap
 from torch import Tensor, nn
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -100,9 +101,13 @@ def test_scaling_rules_and_patterns(options: dict[str, Any]) -> None:
     assert not judged("llama", "float32", lora_dropout=0.2, **options)[1]
 
 
-def test_half_precision_adapters() -> None:
+@pytest.mark.parametrize("scalings", ["floats", "tensors"])
+def test_half_precision_adapters(scalings: str) -> None:
     dtype = torch.bfloat16
-    judge = Judged(wrap(build("llama", dtype), autocast_adapter_dtype=False, lora_dropout=0.2))
+    model = wrap(build("llama", dtype), autocast_adapter_dtype=False, lora_dropout=0.2, lora_alpha=7)
+    if scalings == "tensors":
+        prepare_model_for_compiled_hotswap(model)
+    judge = Judged(model)
     for draw in range(DRAWS):
         judge.add(inputs_of("llama", seed=draw), seed=draw)
     assert not judge.failures(oracle.FLOOR[dtype, dtype])

@@ -80,6 +80,8 @@ def operands(layer: Any) -> Operands | str:
     if isinstance(scaling, Tensor):
         # Made by prepare_model_for_compiled_hotswap to be refilled in place: read on the device, without a synchronisation.
         lora_B, scaling = (lora_B * scaling).to(lora_B.dtype), 1.0
+    else:
+        scaling = float(scaling)  # NumPy's numbers serve PEFT too
     p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
     return Operands(weight, lora_A, lora_B, base_layer.bias, scaling, p)
 
