@@ -40,7 +40,8 @@ def lora_linear(
     Args:
         x: (..., in), any strides.  weight: (out, in), must not require grad; or a `fastlora.quantized.QuantizedWeight`, made
             dense in x's dtype where a product needs it and saved packed.  lora_A: (r, in).  lora_B: (out, r).
-        bias: (out,) or None; may require grad.
+        bias: (out,) or None; may require grad.  With a quantised weight of any floating dtype: it is cast to x's, as
+            bitsandbytes does.
         scaling: alpha / r, or alpha / √r with rsLoRA.
         dropout_p: drop probability in [0, 1]; realised in steps of 1/65536.
         training: without it there is no dropout, whatever dropout_p and seed say.
@@ -75,7 +76,8 @@ def lora_linear(
     if autocast_dtype is not None:
         x, lora_A, lora_B = (t.to(validation.autocast_target(t, autocast_dtype)) for t in (x, lora_A, lora_B))
         weight = weight if quantization else weight.to(dtype)
-        bias = None if bias is None else bias.to(dtype)
+    if bias is not None:
+        bias = bias.to(dtype)
     if lora_A.shape[0] == 0 and not quantization:
         return F.linear(x, weight, bias)
     if not training or threshold(dropout_p) == 0:

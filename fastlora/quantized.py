@@ -114,8 +114,26 @@ _LIBRARY.impl("dequantize", _dequantize, "CompositeExplicitAutograd")
 
 
 def is_quantized(linear: nn.Module) -> bool:
-    """Whether `linear` is a 4-bit or 8-bit layer of bitsandbytes, its weight quantised already or not."""
-    return _bits(linear) != 0
+    """Whether `linear` is a Linear4bit or Linear8bitLt with bitsandbytes' own forward, its weight quantised already or not."""
+    bitsandbytes = sys.modules.get("bitsandbytes")
+    if bitsandbytes is None:
+        return False
+    kinds = bitsandbytes.nn.Linear4bit, bitsandbytes.nn.Linear8bitLt
+    return any(isinstance(linear, kind) and type(linear).forward is kind.forward for kind in kinds)
+
+
+def obstacle(linear: Any) -> str | None:
+    """Why the weight of a quantised layer cannot be read, as the end of a sentence about the layer; None where it can."""
+    unquantised = "is not quantised yet: move it to a device first"
+    if _is_8bit(linear):
+        if linear.state.has_fp16_weights:
+            return "keeps its weight in 16 bits (has_fp16_weights=True)"
+        CB, SCB = _int8_codes(linear)
+        return unquantised if CB is None or SCB is None else None
+    state = _state4(linear)
+    if getattr(state, "packing_format_for_cpu", False):
+        return "has laid its weight out for inference on this CPU"
+    return unquantised if state is None else None
 
 
 def weight_of(linear: nn.Module) -> QuantizedWeight:
@@ -125,12 +143,11 @@ def weight_of(linear: nn.Module) -> QuantizedWeight:
         TypeError: `linear` is no such layer.
         ValueError: its weight is not quantised yet, or laid out for bitsandbytes' own products only.
     """
-    bits = _bits(linear)
-    if not bits:
+    if not is_quantized(linear):
         raise TypeError(f"linear must be a bitsandbytes Linear4bit or Linear8bitLt, got {type(linear).__name__}")
-    if obstacle := _obstacle(linear):
-        raise ValueError(f"linear is a {type(linear).__name__} that {obstacle}")
-    if bits == 8:
+    if reason := obstacle(linear):
+        raise ValueError(f"linear is a {type(linear).__name__} that {reason}")
+    if _is_8bit(linear):
         codes, row_scale = _int8_codes(linear)
         return QuantizedWeight(codes, (row_scale,), Scheme("int8", (codes.shape[0], codes.shape[1])))
     state = _state4(linear)
@@ -149,8 +166,8 @@ def why_not(linear: nn.Module, x: Tensor) -> str | None:
     its own dtype, or in autocast's.  The two meet in one dtype where x has the compute dtype, and also under autocast where the
     compute dtype is autocast's and x is float32: base and adapter then both see x rounded to it.
     """
-    if obstacle := _obstacle(linear):
-        return obstacle
+    if reason := obstacle(linear):
+        return reason
     kind = x.device.type
     # On a CPU bitsandbytes would lay the weight out anew for that, and training could not go on from there.
     if kind != "cpu" and not torch.is_grad_enabled() and x.numel() <= FEW_ROWS * x.shape[-1]:
@@ -171,29 +188,8 @@ def _autocasts(kind: str) -> bool:
     return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)
 
 
-def _bits(linear: nn.Module) -> int:
-    """4 or 8 for a layer of bitsandbytes with bitsandbytes' own forward, otherwise 0."""
-    bitsandbytes = sys.modules.get("bitsandbytes")
-    if bitsandbytes is None:
-        return 0
-    for bits, layer in ((4, bitsandbytes.nn.Linear4bit), (8, bitsandbytes.nn.Linear8bitLt)):
-        if isinstance(linear, layer) and type(linear).forward is layer.forward:
-            return bits
-    return 0
-
-
-def _obstacle(linear: Any) -> str | None:
-    """Why the packed weight of a layer of bitsandbytes cannot be read; None where it can."""
-    unquantised = "is not quantised yet: move it to a device first"
-    if hasattr(linear, "state"):
-        if linear.state.has_fp16_weights:
-            return "keeps its weight in 16 bits (has_fp16_weights=True)"
-        CB, SCB = _int8_codes(linear)
-        return unquantised if CB is None or SCB is None else None
-    state = _state4(linear)
-    if getattr(state, "packing_format_for_cpu", False):
-        return "has laid its weight out for inference on this CPU"
-    return unquantised if state is None else None
+def _is_8bit(linear: nn.Module) -> bool:
+    return hasattr(linear, "state")
 
 
 def _state4(linear: Any) -> Any:

@@ -142,7 +142,7 @@ def check_inputs(
     if packed is not None:
         if dtypes["x"] not in quantized.DTYPES:
             raise TypeError(f"x is {x.dtype}, but a quantised weight can be made in {quantized.DTYPES} only")
-        dtypes["weight"] = dtypes["x"]
+        dtypes["weight"] = dtypes["bias"] = dtypes["x"]  # what both are brought to
     _check_dtypes("x", dtypes)
     if tensors["weight"].requires_grad:
         raise ValueError(
