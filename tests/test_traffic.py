@@ -29,7 +29,7 @@ MANY = Target(90, 64, INTERPRETER.shared_memory)  # more than there is work for:
 AMPERE = Target(80, 4, INTERPRETER.shared_memory)  # no tensor descriptors
 OPERANDS = {
     "aligned": Case(256, 384, 1024),
-    "split": Case(512, 512, 640, r=8, target=MANY),
+    "split": Case(256, 512, 320, r=8, target=MANY),
     "ragged": Case(131, 205, 333, r=5, bias=False),
     "ragged-split": Case(263, 517, 391, r=20, dtype="float16+float32", target=MANY),
     "small": Case(3, 40, 24, r=2, dtype="float32"),
