@@ -6,6 +6,7 @@ The file holds, each in the dtype it trains in, under base_model.model.<path>, w
     <path>.base_layer.bias                                        of LoRA linears, with bias "lora_only" or "all"
     <path>.bias                                                   of all other modules, with bias "all"
     <path>.<name>                                                 the whole state of the modules to save
+    <path>.weight or <path>.base_layer.weight                     of embeddings: where PEFT added them, they are loaded as well
 
 PEFT's `PeftModel.from_pretrained` reads what `save_adapter` writes, `load_adapter` and `from_pretrained` what PEFT writes.
 """
@@ -216,6 +217,11 @@ def _check_tensors(
         raise ValueError(f"{str(path)!r} {', and '.join(faults)}")
     expected = {key: tensor for key, tensor in (optional | parameters).items() if key in tensors}
     _check_loaded(expected)
+    first: dict[Tensor, str] = {}
+    for key in expected.keys() - parameters.keys():
+        other = first.setdefault(expected[key], key)
+        if not torch.equal(tensors[other], tensors[key]):
+            raise ValueError(f"{str(path)!r}: {other!r} and {key!r} differ, but are tied in this model")
     for key, parameter in expected.items():
         tensor = tensors[key]
         if tensor.shape != parameter.shape:

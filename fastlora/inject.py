@@ -21,6 +21,7 @@ from fastlora.modules import FusedLoraLinear
 
 __all__ = ["ALL_LINEAR", "BIASES", "LoraOptions", "Plan", "inject", "install", "match_targets", "plan"]
 
+Holders = list[tuple[nn.Module, str]]  # the modules that hold one parameter, with its full name in each
 BIASES = ("none", "all", "lora_only")
 
 
@@ -134,11 +135,12 @@ def inject(
 
 @dataclass(frozen=True)
 class Plan:
-    """What `install` will do to a model: the new layers and the modules to save, by name."""
+    """What `install` will do to a model: new layers and modules to save, by name, and what of those is to be untied first."""
 
     options: LoraOptions
     layers: dict[str, FusedLoraLinear]
     saved: dict[str, nn.Module]
+    untied: list[Holders]
 
 
 def plan(model: nn.Module, options: LoraOptions, layer: type[FusedLoraLinear] = FusedLoraLinear) -> Plan:
@@ -168,19 +170,21 @@ def plan(model: nn.Module, options: LoraOptions, layer: type[FusedLoraLinear] = 
                 fan_in_fan_out=is_conv1d(linear),
                 adapter_dtype=options.adapter_dtype,
             )
-    return Plan(options, {name: made[linear] for name, linear in targets.items()}, saved)
+    owners = _owners(model)
+    untied = [holders for path, module in saved.items() for holders in _to_untie(path, module, owners)]
+    for name, linear in targets.items():
+        if others := [other for _, other in owners[linear.get_parameter("weight")] if other.rpartition(".")[0] not in targets]:
+            warn(f"the weight of {name!r} is tied to {others[0]!r}: the adapter changes {name!r} alone, merging will untie it")
+    return Plan(options, {name: made[linear] for name, linear in targets.items()}, saved, untied)
 
 
 def install(model: nn.Module, plan: Plan) -> nn.Module:
     """Put the layers of `plan` in place and set what is trained."""
-    options = plan.options
-    owners = _owners(model)
-    for name in plan.layers:
-        weight = model.get_submodule(name).get_parameter("weight")
-        if others := [other for _, other in owners[weight] if other.rpartition(".")[0] not in plan.layers]:
-            warn(f"the weight of {name!r} is tied to {others[0]!r}: the adapter changes {name!r} alone, merging will untie it")
-    for path, module in plan.saved.items():
-        _own_parameters(path, module, owners)
+    for holders in plan.untied:
+        module, name = holders[0]
+        copy = nn.Parameter(module.get_parameter(name.rpartition(".")[2]).detach().clone())
+        for module, name in holders:
+            setattr(module, name.rpartition(".")[2], copy)
     model.requires_grad_(False)
     for name, layer in plan.layers.items():
         parent, _, child = name.rpartition(".")
@@ -190,9 +194,9 @@ def install(model: nn.Module, plan: Plan) -> nn.Module:
         setattr(model.get_submodule(parent), child, layer)
     for module in plan.saved.values():
         module.requires_grad_(True)
-    for parameter in _trained_biases(model, options.bias, plan.layers):
+    for parameter in _trained_biases(model, plan.options.bias, plan.layers):
         parameter.requires_grad_(True)
-    model.lora_options = options  # type: ignore[assignment]  # not a submodule: an attribute for save_adapter
+    model.lora_options = plan.options  # type: ignore[assignment]  # not a submodule: an attribute for save_adapter
     return model
 
 
@@ -238,8 +242,8 @@ def _check_patterns(options: LoraOptions, targets: Mapping[str, nn.Module]) -> N
         warn(f"fan_in_fan_out is {options.fan_in_fan_out}, but a target is a {kind}: taken as {not options.fan_in_fan_out}")
 
 
-def _owners(model: nn.Module) -> dict[nn.Parameter, list[tuple[nn.Module, str]]]:
-    """Where each parameter is: the modules that hold it, and its full name there."""
+def _owners(model: nn.Module) -> dict[nn.Parameter, Holders]:
+    """Where each parameter is."""
     owners = defaultdict(list)
     for path, module in model.named_modules():
         for name, parameter in module._parameters.items():
@@ -248,16 +252,18 @@ def _owners(model: nn.Module) -> dict[nn.Parameter, list[tuple[nn.Module, str]]]
     return owners
 
 
-def _own_parameters(path: str, saved: nn.Module, owners: dict[nn.Parameter, list[tuple[nn.Module, str]]]) -> None:
-    """Copy the parameters that `saved` shares with other modules of the model, so that its training leaves those alone."""
-    parts = set(saved.modules())
-    for parameter in list(saved.parameters()):
-        inside = [(module, name) for module, name in owners[parameter] if module in parts]
-        outside = [(module, name) for module, name in owners[parameter] if module not in parts]
-        if not outside or not inside:
-            continue
-        warn(f"modules_to_save: {inside[0][1]!r} is tied to {outside[0][1]!r}; {path!r} gets a copy of its own to train")
-        copy = nn.Parameter(parameter.detach().clone())
-        for module, name in inside:
-            setattr(module, name.rpartition(".")[2], copy)
-        owners[parameter], owners[copy] = outside, inside
+def _to_untie(path: str, saved: nn.Module, owners: dict[nn.Parameter, Holders]) -> list[Holders]:
+    """What in `saved` holds parameters that other modules hold too, so that training a copy leaves those alone.
+
+    `owners` then no longer counts it: where two modules to save are tied, the first gets a copy.
+    """
+    parts, found = set(saved.modules()), []
+    for parameter in saved.parameters():
+        inside, outside = [], []
+        for module, name in owners[parameter]:
+            (inside if module in parts else outside).append((module, name))
+        if inside and outside:
+            warn(f"modules_to_save: {inside[0][1]!r} is tied to {outside[0][1]!r}; {path!r} gets a copy of its own to train")
+            found.append(inside)
+            owners[parameter] = outside
+    return found

@@ -11,7 +11,7 @@ from typing import Any
 import peft
 import pytest
 import torch
-from adapted import gpt2, llama, logits, randomise, roberta
+from adapted import gpt2, llama, logits, randomise, roberta, tied_llama
 from hypothesis import HealthCheck, given, settings
 from hypothesis import strategies as st
 from torch import Tensor, nn
@@ -214,6 +214,20 @@ def test_no_path_inside_the_config_is_followed(folder: Path, monkeypatch: pytest
     from_pretrained(roberta(), folder)
     assert {Path(path).name for path in opened} == {CONFIG, WEIGHTS}
     assert {Path(path).parent for path in opened} == {folder}
+
+
+def test_embeddings_that_differ_but_are_tied_here_are_refused(tmp_path: Path) -> None:
+    save_adapter(inject(tied_llama(), target_modules=["q_proj"], r=4), tmp_path)
+    embeddings = {PREFIX + "model.embed_tokens.weight": torch.ones(40, 16), PREFIX + "lm_head.weight": torch.zeros(40, 16)}
+    tensors(lambda t: t.update(embeddings))(tmp_path)
+    model = tied_llama()
+    before = state(model)
+    with pytest.raises(ValueError, match="differ, but are tied in this model"):
+        from_pretrained(model, tmp_path)
+    assert state(model) == before
+    untied = from_pretrained(llama(), tmp_path)
+    assert torch.equal(untied.lm_head.weight, torch.zeros(40, 16))
+    assert torch.equal(untied.model.embed_tokens.weight, torch.ones(40, 16))
 
 
 def test_from_pretrained_of_an_injected_model_is_refused(folder: Path) -> None:

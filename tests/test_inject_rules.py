@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 from adapted import CASES, llama, our_name, roberta, tied_llama
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from torch import nn
 
@@ -51,6 +51,37 @@ def test_trains_what_peft_trains(case: str) -> None:
     assert total == total_there - sum(p.numel() for p in originals - outside)
 
 
+SMALL: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
+ARCHITECTURES: dict[str, tuple[str, dict[str, Any]]] = {
+    "Qwen2ForCausalLM": ("Qwen2Config", SMALL | {"vocab_size": 40, "num_key_value_heads": 1}),
+    "Qwen3ForCausalLM": ("Qwen3Config", SMALL | {"vocab_size": 40, "num_key_value_heads": 1, "head_dim": 8}),
+    "MistralForCausalLM": ("MistralConfig", SMALL | {"vocab_size": 40, "num_key_value_heads": 1}),
+    "GemmaForCausalLM": ("GemmaConfig", SMALL | {"vocab_size": 40, "num_key_value_heads": 1, "head_dim": 8}),
+    "T5ForConditionalGeneration": (
+        "T5Config",
+        {"vocab_size": 40, "d_model": 16, "d_kv": 8, "d_ff": 24, "num_layers": 2, "num_heads": 2},
+    ),
+    "ViTForImageClassification": ("ViTConfig", SMALL | {"image_size": 8, "patch_size": 4}),
+}
+
+
+@pytest.mark.parametrize("architecture", ARCHITECTURES)
+@pytest.mark.parametrize("bias", ["none", "all"])
+@pytest.mark.filterwarnings("ignore")
+def test_all_linear_of_many_architectures(architecture: str, bias: str) -> None:
+    config, sizes = ARCHITECTURES[architecture]
+
+    def build() -> nn.Module:
+        return getattr(transformers, architecture)(getattr(transformers, config)(**sizes))
+
+    expected = peft.get_peft_model(build(), peft.LoraConfig(target_modules="all-linear", r=4, bias=bias))
+    model = inject(build(), target_modules="all-linear", r=4, bias=bias)
+    assert {n for n, p in model.named_parameters() if p.requires_grad} == {
+        our_name(n) for n, p in expected.named_parameters() if p.requires_grad
+    }
+    assert fastlora.get_nb_trainable_parameters(model) == expected.get_nb_trainable_parameters()
+
+
 @settings(max_examples=300)
 @given(
     name=paths,
@@ -60,6 +91,8 @@ def test_trains_what_peft_trains(case: str) -> None:
     layers=st.one_of(st.none(), st.integers(0, 1), st.lists(st.integers(0, 1))),
     pattern=st.one_of(st.none(), st.sampled_from(["layers", "mlp", ["proj", "layers"]])),
 )
+@example(name="mlp.layers.1.mlp.0.q", targets=["q"], exclude=None, saved=[], layers=1, pattern=None)  # the first number counts
+@example(name="mlp.layers.1.layers.0.q", targets=["q"], exclude=None, saved=[], layers=1, pattern="layers")
 def test_matches_as_peft(name: str, targets: list[str], exclude: Any, saved: list[str], layers: Any, pattern: Any) -> None:
     pattern = pattern if layers is not None else None
     options = {"exclude_modules": exclude, "modules_to_save": saved, "layers_to_transform": layers, "layers_pattern": pattern}
