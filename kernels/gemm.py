@@ -135,15 +135,16 @@ def gemm(
     """P Q + bias + mask(alpha · U V), (M, N) in P's dtype; P (M, K) and Q (K, N) of any strides, U (M, r) float32, V (r, N).
 
     P, Q and C go through tensor descriptors where all three can, otherwise through pointers.  `config` is chosen from the
-    shape when not given.
+    shape when it is not given, or not valid for these operands: a tile that was measured with descriptors, say.
     """
     (M, K), N = P.shape, Q.shape[1]
     C = torch.empty((M, N), dtype=P.dtype, device=P.device)
     transposed = Q.stride(0) == 1 and Q.stride(1) != 1
     stored_q = Q.t() if transposed else Q
     descriptors = target.has_descriptors and all(fits_descriptor(matrix) for matrix in (P, stored_q, C))
-    if config is None:
-        config = gemm_config(M, N, P.dtype, matmul_precision(P.dtype), target, descriptors)
+    precision = matmul_precision(P.dtype)
+    if config is None or not config.is_valid(target, P.dtype, precision, descriptors):
+        config = gemm_config(M, N, P.dtype, precision, target, descriptors)
     operands: tuple[Any, ...] = (P, Q, C)
     if descriptors:
         block_q = [config.block_n, config.block_k] if transposed else [config.block_k, config.block_n]
@@ -162,7 +163,7 @@ def gemm(
         Q_TRANSPOSED=transposed,
         EVEN_K=K % config.block_k == 0,
         WIDE=needs_int64(P, Q, C, U, V, *(() if bias is None else (bias,))),
-        PRECISION=matmul_precision(P.dtype),
+        PRECISION=precision,
     )
     return C
 

@@ -1,4 +1,4 @@
-"""What the kernels need to know of a GPU: its capability and limits, as named predicates, never its name."""
+"""What the kernels need to know of a GPU: its capability and limits, as named predicates; its name decides nothing."""
 
 import functools
 from dataclasses import dataclass
@@ -10,11 +10,15 @@ from triton.runtime import driver
 
 @dataclass(frozen=True)
 class Target:
-    """capability: 10 · major + minor.  sms: multiprocessors.  shared_memory: bytes one program may use."""
+    """capability: 10 · major + minor.  sms: multiprocessors.  shared_memory: bytes one program may use.
+
+    name: as the driver gives it, under which measured choices are kept; "" where there are none.  Nothing else may ask for it.
+    """
 
     capability: int
     sms: int
     shared_memory: int
+    name: str = ""
 
     @property
     def has_descriptors(self) -> bool:
@@ -39,7 +43,7 @@ INTERPRETER = Target(capability=90, sms=4, shared_memory=232448)
 def _cuda_target(index: int) -> Target:
     properties = torch.cuda.get_device_properties(index)
     limit = driver.active.utils.get_device_properties(index)["max_shared_mem"]  # what Triton checks a launch against
-    return Target(10 * properties.major + properties.minor, properties.multi_processor_count, limit)
+    return Target(10 * properties.major + properties.minor, properties.multi_processor_count, limit, properties.name)
 
 
 def target_of(device: torch.device) -> Target:
