@@ -7,6 +7,7 @@ from torch import Tensor
 from triton import knobs
 
 from fastlora.kernels import launch
+from fastlora.kernels.config import cdiv
 
 TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
@@ -110,7 +111,7 @@ def sum_partials(partials: Tensor, dtype: torch.dtype) -> Tensor:
     block = 1024
     launch.launch(
         sum_partials_kernel,
-        (triton.cdiv(out.numel(), block),),
+        (cdiv(out.numel(), block),),
         (partials, out, out.numel(), partials.shape[0]),
         BLOCK=block,
         num_warps=4,

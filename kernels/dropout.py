@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastlora.dropout import threshold
 from fastlora.kernels import launch
+from fastlora.kernels.config import cdiv
 
 
 def lane_limit(dropout_p: float) -> int:
@@ -73,7 +74,7 @@ def pack_bits(seed: Tensor, rows: int, cols: int, dropout_p: float) -> Tensor:
     block_m, block_k = 32, 256
     launch.launch(
         pack_bits_kernel,
-        (triton.cdiv(rows, block_m), triton.cdiv(cols, block_k)),
+        (cdiv(rows, block_m), cdiv(cols, block_k)),
         (bits, seed, rows, bits.shape[1], lane_limit(dropout_p)),
         BLOCK_M=block_m,
         BLOCK_K=block_k,

@@ -12,9 +12,8 @@ epilogue).  So fused wins while Triton's GEMM is within (BALANCE − r) / L of t
 from dataclasses import dataclass
 
 import torch
-import triton
 
-from fastlora.kernels.config import GemmConfig
+from fastlora.kernels.config import GemmConfig, cdiv
 from fastlora.kernels.target import Target
 
 FORMS = ("fused", "prefill", "torch")
@@ -56,7 +55,7 @@ class Choice:
 
 def bucket(rows: int) -> int:
     """The power of two that `rows` is counted as: the next one up."""
-    return triton.next_power_of_2(max(rows, 1))
+    return 1 << max(rows - 1, 0).bit_length()
 
 
 def default_choice(problem: Problem, target: Target) -> Choice:
@@ -66,6 +65,6 @@ def default_choice(problem: Problem, target: Target) -> Choice:
         return Choice("torch")
     length, width = (problem.in_features, problem.out_features)[:: 1 if forward else -1]
     # float32 without tensor cores, and tiles too few for the chip, are where the vendor's GEMM is furthest ahead.
-    fills_chip = triton.cdiv(problem.rows, 128) * triton.cdiv(width, 256) >= target.sms
+    fills_chip = cdiv(problem.rows, 128) * cdiv(width, 256) >= target.sms
     within_reach = length * ASSUMED_SLOWDOWN <= BALANCE - problem.r
     return Choice("fused" if problem.dtype.itemsize == 2 and fills_chip and within_reach else "prefill")

@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastlora.kernels import launch
-from fastlora.kernels.config import GemmConfig, gemm_config, prefill_config, rank_block
+from fastlora.kernels.config import GemmConfig, cdiv, gemm_config, prefill_config, rank_block
 from fastlora.kernels.dot import TRITON_DTYPES, dot, matmul_precision, rank_term, round_to
 from fastlora.kernels.target import Target, fits_descriptor, needs_int64
 
@@ -210,7 +210,7 @@ def _launch(
 ) -> None:
     """Launch over the tiles of C, at most `tiles_at_once` programs; operands = P, Q, C; sizes = M, N, K and strides of P, Q."""
     U, V, bias, bits = small
-    tiles = triton.cdiv(sizes[0], config.block_m) * triton.cdiv(sizes[1], config.block_n)
+    tiles = cdiv(sizes[0], config.block_m) * cdiv(sizes[1], config.block_n)
     launch.launch(
         gemm_kernel,
         (min(tiles, tiles_at_once or tiles),),

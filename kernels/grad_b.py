@@ -1,12 +1,14 @@
 """dS = scaling · dy B and dB = scaling · dyᵀ S together: one pass over dy, reduced along both its axes."""
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
 
 from fastlora.kernels import launch
-from fastlora.kernels.config import split_steps, super_tile_config
+from fastlora.kernels.config import StreamConfig, cdiv, split_steps, super_tile_config
 from fastlora.kernels.dot import dot_wide, matmul_precision, round_to, sum_partials
 from fastlora.kernels.target import Target, needs_int64
 
@@ -64,14 +66,21 @@ def grad_b_kernel(
     tl.store(dB + offs_n[:, None] * R + ranks[None, :], round_to(acc * scale, dB.dtype.element_ty), mask=nr_mask)
 
 
+@functools.lru_cache(maxsize=4096)
+def _plan(M: int, N: int, r: int, dtype: torch.dtype, target: Target) -> tuple[StreamConfig, tuple[int, int], int]:
+    """(tile, grid, steps of a program)."""
+    config = super_tile_config((M, N), r, dtype, target)
+    col_blocks = max(1, cdiv(N, config.block_k))  # of no columns, one program still writes dS = 0
+    parts, steps = split_steps(cdiv(M, config.block_m), col_blocks, target)
+    return config, (col_blocks, parts), steps
+
+
 def grad_s_and_b(
     dy: Tensor, B: Tensor, S: Tensor, dtype: torch.dtype, target: Target, *, scaling: float
 ) -> tuple[Tensor, Tensor]:
     """(dS float32 (M, r), dB (N, r) in `dtype`) from dy (M, N), B (N, r), S float32 (M, r); r at most MAX_RANK."""
     (M, N), r = dy.shape, B.shape[1]
-    config = super_tile_config((M, N), r, dy.dtype, target)
-    col_blocks = max(1, triton.cdiv(N, config.block_k))  # of no columns, one program still writes dS = 0
-    parts, steps = split_steps(triton.cdiv(M, config.block_m), col_blocks, target)
+    config, (col_blocks, parts), steps = _plan(M, N, r, dy.dtype, target)
     dS = torch.empty((col_blocks, M, r), dtype=torch.float32, device=dy.device)
     dB = torch.empty((parts, N, r), dtype=dtype if parts == 1 else torch.float32, device=dy.device)
     launch.launch(

@@ -4,6 +4,8 @@ While the mask of dA is at hand, the same pass packs it to bits for the GEMM of 
 dy W, writes the masked term dx = c · mask(dS A) itself.
 """
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -11,7 +13,7 @@ from torch import Tensor
 
 from fastlora.dropout import keep_scale
 from fastlora.kernels import launch
-from fastlora.kernels.config import rank_block, split_steps, stream_config
+from fastlora.kernels.config import StreamConfig, cdiv, rank_block, split_steps, stream_config
 from fastlora.kernels.dot import TRITON_DTYPES, dot_wide, matmul_precision, rank_term, round_to, sum_partials
 from fastlora.kernels.dropout import keep_tile, keep_words, lane_limit, store_bytes
 from fastlora.kernels.target import Target, fits_descriptor, needs_int64
@@ -98,6 +100,17 @@ def outer_kernel(
     )
 
 
+@functools.lru_cache(maxsize=4096)
+def _plan(
+    M: int, K: int, r: int, dtype: torch.dtype, small_dtype: torch.dtype, target: Target, aligned: bool
+) -> tuple[StreamConfig, tuple[int, int, int], int]:
+    """(tile, grid, steps of a program)."""
+    config = stream_config((M, K), r, dtype, small_dtype, target, aligned)
+    col_blocks, rank_blocks = cdiv(K, config.block_k), cdiv(r, config.block_r)
+    parts, steps = split_steps(cdiv(M, config.block_m), col_blocks * rank_blocks, target)
+    return config, (col_blocks, parts, rank_blocks), steps
+
+
 def outer(
     x: Tensor,
     U: Tensor,
@@ -119,9 +132,8 @@ def outer(
     accumulate onto.
     """
     (M, K), r = x.shape, U.shape[1]
-    config = stream_config((M, K), r, x.dtype, U.dtype, target, fits_descriptor(x))
-    col_blocks, rank_blocks = triton.cdiv(K, config.block_k), triton.cdiv(r, config.block_r)
-    parts, steps = split_steps(triton.cdiv(M, config.block_m), col_blocks * rank_blocks, target)
+    config, grid, steps = _plan(M, K, r, x.dtype, U.dtype, target, fits_descriptor(x))
+    parts = grid[1]
     out_shape, out_strides = ((K, r), (1, r)) if transposed else ((r, K), (K, 1))
     partials = torch.empty((parts, *out_shape), dtype=dtype if parts == 1 else torch.float32, device=x.device)
     row_bytes = 0 if bits is None else bits.shape[1]
@@ -129,7 +141,7 @@ def outer(
     scale = keep_scale(dropout_p)
     launch.launch(
         outer_kernel,
-        (col_blocks, parts, rank_blocks),
+        grid,
         (
             *(x, U, partials, bits, V, C, seed, M, K, steps, row_bytes, *strides),
             *(scaling * scale, scale, lane_limit(dropout_p) if seed is not None else 0),

@@ -1,5 +1,7 @@
 """S = drop(x) Aᵀ and dS = scaling · dy B: one pass over a tall matrix, reduced along its columns."""
 
+import functools
+
 import torch
 import triton
 import triton.language as tl
@@ -7,7 +9,7 @@ from torch import Tensor
 
 from fastlora.dropout import keep_scale
 from fastlora.kernels import launch
-from fastlora.kernels.config import split_steps, stream_config
+from fastlora.kernels.config import StreamConfig, cdiv, split_steps, stream_config
 from fastlora.kernels.dot import dot_wide, matmul_precision, sum_partials
 from fastlora.kernels.dropout import keep_tile, keep_words, lane_limit
 from fastlora.kernels.target import Target, fits_descriptor, needs_int64
@@ -61,6 +63,17 @@ def project_kernel(
     tl.store(out + out_rows[:, None] + ranks[None, :], acc * scale, mask=out_mask)
 
 
+@functools.lru_cache(maxsize=4096)
+def _plan(
+    M: int, K: int, r: int, dtype: torch.dtype, small_dtype: torch.dtype, target: Target, aligned: bool
+) -> tuple[StreamConfig, tuple[int, int, int], int]:
+    """(tile, grid, steps of a program)."""
+    config = stream_config((M, K), r, dtype, small_dtype, target, aligned)
+    row_blocks, rank_blocks = cdiv(M, config.block_m), cdiv(r, config.block_r)
+    parts, steps = split_steps(cdiv(K, config.block_k), row_blocks * rank_blocks, target)
+    return config, (row_blocks, parts, rank_blocks), steps
+
+
 def project(
     x: Tensor,
     A: Tensor,
@@ -72,13 +85,11 @@ def project(
 ) -> Tensor:
     """scaling · drop(x) Aᵀ, float32 (M, r), from x (M, K) and A (r, K) of any strides; without a seed there is no dropout."""
     (M, K), r = x.shape, A.shape[0]
-    config = stream_config((M, K), r, x.dtype, A.dtype, target, fits_descriptor(x))
-    row_blocks, rank_blocks = triton.cdiv(M, config.block_m), triton.cdiv(r, config.block_r)
-    parts, steps = split_steps(triton.cdiv(K, config.block_k), row_blocks * rank_blocks, target)
-    partials = torch.empty((parts, M, r), dtype=torch.float32, device=x.device)
+    config, grid, steps = _plan(M, K, r, x.dtype, A.dtype, target, fits_descriptor(x))
+    partials = torch.empty((grid[1], M, r), dtype=torch.float32, device=x.device)
     launch.launch(
         project_kernel,
-        (row_blocks, parts, rank_blocks),
+        grid,
         (
             x,
             A,

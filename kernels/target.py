@@ -56,11 +56,13 @@ def target_of(device: torch.device) -> Target:
 
 def needs_int64(*tensors: torch.Tensor) -> bool:
     """Whether an element's offset in one of the tensors exceeds 2**31 - 1, so that 32-bit offsets would wrap."""
-    return any(
-        sum((size - 1) * stride for size, stride in zip(t.shape, t.stride(), strict=True)) >= 2**31
-        for t in tensors
-        if t.numel()
-    )
+    for tensor in tensors:
+        last = 0
+        for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
+            last += (size - 1) * stride
+        if last >= 2**31 and tensor.numel():
+            return True
+    return False
 
 
 def fits_descriptor(tensor: torch.Tensor) -> bool:
