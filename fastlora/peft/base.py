@@ -5,24 +5,32 @@ from typing import cast
 from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
+from fastlora import quantized
+from fastlora.quantized import QuantizedWeight
+
 PLAIN_TENSORS = (Tensor, nn.Parameter)
 
 
-def weight_of(base_layer: nn.Module) -> Tensor | str:
+def weight_of(base_layer: nn.Module) -> Tensor | QuantizedWeight | str:
     """W (out, in) with base_layer(x) = x Wᵀ + base_layer.bias, or the reason why that cannot be told from outside.
 
     A Conv1D stores Wᵀ: its W is a view.
     """
     kind = type(base_layer)
-    if kind is not nn.Linear and kind is not Conv1D:
+    plain = kind is nn.Linear or kind is Conv1D
+    packed = not plain and quantized.is_quantized(base_layer)
+    if not plain and not packed:
         return f"its base layer is a {kind.__module__}.{kind.__name__}"
     if is_altered(base_layer):
         return "its base layer has hooks, or a forward of its own"
     weight, bias = cast(Tensor, base_layer.weight), base_layer.bias
-    if type(weight) not in PLAIN_TENSORS:
+    if type(weight) not in PLAIN_TENSORS and not packed:
         return f"its base weight is a {type(weight).__name__}"
     if bias is not None and type(bias) not in PLAIN_TENSORS:
         return f"its base bias is a {type(bias).__name__}"
+    if packed:
+        reason = quantized.obstacle(base_layer)
+        return f"its base layer {reason}" if reason else quantized.weight_of(base_layer)
     return weight if kind is nn.Linear else weight.t()
 
 

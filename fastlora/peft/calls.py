@@ -4,7 +4,8 @@ A call is fused when exactly one active adapter has weights in the layer, and
 
     the layer     is neither merged nor disabled, and casts its input as PEFT does by default
     the adapter   is no variant (DoRA, aLoRA, ...); A and B are linears without bias, its dropout is nn.Dropout or nn.Identity
-    the base      is an nn.Linear or Conv1D that does nothing else, with a frozen weight
+    the base      is an nn.Linear or Conv1D that does nothing else, with a frozen weight; or a 4-bit or 8-bit linear of
+                  bitsandbytes, whose dtypes `fastlora.quantized.why_not` judges
     the call      passes x alone, a dense tensor, with no functorch transform around it
     the dtypes    x, W and bias share one; A and B share that one, or are float32 while it is 16-bit (as autocast leaves them)
 """
@@ -14,8 +15,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
+from fastlora import quantized
 from fastlora.functional import _autocast_dtype
 from fastlora.peft.base import PLAIN_TENSORS, is_altered, weight_of
+from fastlora.quantized import QuantizedWeight
 from fastlora.validation import FLOAT_DTYPES, HALF_DTYPES, autocast_target
 
 DISABLED = "adapters are disabled"
@@ -31,7 +34,7 @@ INTENDED = frozenset({DISABLED, MERGED, INACTIVE, MIXED_BATCH, UNCAST})
 class Operands(NamedTuple):
     """The arguments of `lora_linear` beside x: weight (out, in), A (r, in), B (out, r), bias (out,) or None."""
 
-    weight: Tensor
+    weight: Tensor | QuantizedWeight
     lora_A: Tensor
     lora_B: Tensor
     bias: Tensor | None
@@ -72,7 +75,7 @@ def operands(layer: Any) -> Operands | str:
     weight = weight_of(base_layer)
     if isinstance(weight, str):
         return weight
-    if weight.requires_grad:
+    if isinstance(weight, Tensor) and weight.requires_grad:
         return "its base weight is trainable"
     if not weight.device == lora_A.device == lora_B.device:
         return f"its base weight is on {weight.device}, the adapter on {lora_A.device} and {lora_B.device}"
@@ -86,7 +89,7 @@ def operands(layer: Any) -> Operands | str:
     return Operands(weight, lora_A, lora_B, base_layer.bias, scaling, p)
 
 
-def obstacle_of_input(x: Tensor, given: Operands) -> str | None:
+def obstacle_of_input(x: Tensor, given: Operands, layer: Any) -> str | None:
     """Why `lora_linear` cannot compute with this x, or None."""
     if type(x) not in PLAIN_TENSORS or x.layout != torch.strided or x.is_nested:
         return f"x is a {type(x).__name__} that is not dense"
@@ -96,16 +99,21 @@ def obstacle_of_input(x: Tensor, given: Operands) -> str | None:
         return "a functorch transform (torch.func) is active"
     autocast = _autocast_dtype(x.device)
     base, adapter = autocast_target(x, autocast), autocast_target(given.lora_A, autocast)
+    if isinstance(given.weight, Tensor):
+        frozen, stored = [t for t in (given.weight, given.bias) if t is not None], str(given.weight.dtype)
+    elif reason := quantized.why_not(layer.base_layer, x):
+        return f"its base layer {reason}"
+    else:
+        frozen, stored = [], given.weight.scheme.kind
     fits = (
         base in FLOAT_DTYPES
-        and base == autocast_target(given.weight, autocast)
-        and (given.bias is None or base == autocast_target(given.bias, autocast))
+        and all(base == autocast_target(t, autocast) for t in frozen)
         and adapter == autocast_target(given.lora_B, autocast)
         and (adapter == base or (adapter == torch.float32 and base in HALF_DTYPES))
     )
     if fits:
         return None
-    return f"x is {x.dtype}, the base weight {given.weight.dtype}, the adapter {given.lora_A.dtype} (autocast: {autocast})"
+    return f"x is {x.dtype}, the base weight {stored}, the adapter {given.lora_A.dtype} (autocast: {autocast})"
 
 
 def decide(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operands | str:
@@ -117,4 +125,4 @@ def decide(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any])
     given = operands(layer)
     if isinstance(given, str):
         return given
-    return obstacle_of_input(x, given) or given
+    return obstacle_of_input(x, given, layer) or given

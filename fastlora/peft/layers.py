@@ -1,5 +1,6 @@
 """The accelerated layer, and how PEFT's layer becomes one and PEFT's again."""
 
+import sys
 from collections.abc import Iterable, Mapping
 from typing import Any
 
@@ -11,12 +12,13 @@ from fastlora.functional import lora_linear
 from fastlora.peft.base import weight_of
 from fastlora.peft.calls import INTENDED, decide, operands
 from fastlora.peft.report import Report, Tally
+from fastlora.quantized import QuantizedWeight
 
 
-class FusedLinear(Linear):
-    """PEFT's LoRA linear whose forward is `lora_linear` wherever that computes the same.
+class Fused(nn.Module):
+    """Put before a LoRA linear of PEFT's: its forward is `lora_linear` wherever that computes the same.
 
-    Instances are made by giving an instance of `peft.tuners.lora.layer.Linear` this class.
+    Instances are made by giving an instance of PEFT's class the class made of both.
     """
 
     _fastlora_tally: Tally
@@ -27,13 +29,29 @@ class FusedLinear(Linear):
         if isinstance(given, str):
             _note(self, given)
             return super().forward(x, *args, **kwargs)
-        return lora_linear(
+        y = lora_linear(
             x, given.weight, given.lora_A, given.lora_B, given.bias, scaling=given.scaling, dropout_p=given.dropout_p
         )
+        return y.to(x.dtype) if isinstance(given.weight, QuantizedWeight) else y
+
+
+class FusedLinear(Fused, Linear):
+    """`peft.tuners.lora.layer.Linear`, fused."""
+
+
+def _fused_class(layer: nn.Module) -> type[Fused] | None:
+    """The fused class for an instance of one of PEFT's, if there is one."""
+    if type(layer) is Linear:
+        return FusedLinear
+    if "peft.tuners.lora.bnb" in sys.modules:  # it imports bitsandbytes
+        from fastlora.peft import bnb
+
+        return bnb.FUSED.get(type(layer))
+    return None
 
 
 @torch.compiler.assume_constant_result  # so that torch.compile runs it while tracing, and neither breaks nor guards on counters
-def _note(layer: FusedLinear, reason: str) -> None:
+def _note(layer: Fused, reason: str) -> None:
     layer._fastlora_tally.note(reason, warn=layer.training and torch.is_grad_enabled() and reason not in INTENDED)
 
 
@@ -53,21 +71,21 @@ def find(model: nn.Module) -> dict[str, Any]:
 
 def is_fused(layer: Any) -> bool:
     """Whether the layer is accelerated."""
-    return isinstance(layer, FusedLinear)
+    return isinstance(layer, Fused)
 
 
 def obstacle(layer: Any) -> str | None:
     """Why the layer cannot be accelerated, whatever its adapters are; None where it can."""
     if is_fused(layer):
         return "already accelerated"
-    if type(layer) is not Linear:
+    if _fused_class(layer) is None:
         return f"it is a {type(layer).__module__}.{type(layer).__name__}, not peft's lora.Linear"
     if "forward" in layer.__dict__:
         return "its forward is replaced on the instance"
     weight = weight_of(layer.base_layer)
     if isinstance(weight, str):
         return weight
-    return "its base weight is on the meta device: load it first" if weight.is_meta else None
+    return "its base weight is on the meta device: load it first" if weight.device.type == "meta" else None
 
 
 def describe(layers: Mapping[str, Any], obstacles: Mapping[str, str | None]) -> Report:
@@ -96,10 +114,10 @@ def tally_of(layer: Any) -> Tally:
 def fuse(layer: Any, warned: set[str]) -> None:
     """Make a layer without an obstacle an accelerated one."""
     layer._fastlora_tally = Tally(warned)
-    layer.__class__ = FusedLinear
+    layer.__class__ = _fused_class(layer)
 
 
 def restore(layer: Any) -> None:
     """Give an accelerated layer its class back."""
-    layer.__class__ = Linear
+    layer.__class__ = type(layer).__bases__[1]
     del layer._fastlora_tally
