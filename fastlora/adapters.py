@@ -13,22 +13,19 @@ PEFT's `PeftModel.from_pretrained` reads what `save_adapter` writes, `load_adapt
 
 import os
 from collections.abc import Iterable, Mapping
-from contextlib import suppress
-from functools import reduce
 from pathlib import Path
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastlora import adapter_config
+from fastlora import adapter_config, adapter_tensors
 from fastlora.adapter_config import CONFIG_NAME
 from fastlora.inject import LoraOptions, install, plan
-from fastlora.matching import match_modules_to_save, warn
+from fastlora.matching import warn
 from fastlora.modules import FusedLoraLinear
 
 WEIGHTS_NAME = "adapter_model.safetensors"
-_PREFIX = "base_model.model."
 
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
@@ -47,8 +44,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     layers = _lora_layers(model)
     _check_base(layers)
     options: LoraOptions | None = getattr(model, "lora_options", None)
-    contents = _contents(model, layers, options)
-    _check_loaded(contents)
+    contents = adapter_tensors.contents(model, layers, options)
+    adapter_tensors.check_loaded(contents)
     config = adapter_config.describe(model, layers, options)
     _warn_unsaved(model, contents.values())
     tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in contents.items()}
@@ -83,8 +80,8 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     options: LoraOptions | None = getattr(model, "lora_options", None)
     adapter_config.check(config, model, layers, options)
     tensors = _read(folder / WEIGHTS_NAME, safetensors)
-    _check_tensors(model, layers, options, tensors, folder / WEIGHTS_NAME)
-    _copy(tensors, model, layers, options)
+    adapter_tensors.check(model, layers, options, tensors, folder / WEIGHTS_NAME)
+    adapter_tensors.copy(tensors, model, layers, options)
 
 
 def from_pretrained(
@@ -113,14 +110,14 @@ def from_pretrained(
     config = adapter_config.read(folder / CONFIG_NAME)
     tensors = _read(folder / WEIGHTS_NAME, safetensors)
     if adapter_dtype is None:
-        adapter_dtype = _common_dtype(model, tensors)
+        adapter_dtype = adapter_tensors.common_dtype(model, tensors)
     planned = plan(model, adapter_config.options_of(config, model, adapter_dtype), layer)
     layers = _unique(planned.layers)
     _check_base(layers)
     adapter_config.check(config, model, layers, planned.options)
-    _check_tensors(model, layers, planned.options, tensors, folder / WEIGHTS_NAME)
+    adapter_tensors.check(model, layers, planned.options, tensors, folder / WEIGHTS_NAME)
     install(model, planned)
-    _copy(tensors, model, layers, planned.options)
+    adapter_tensors.copy(tensors, model, layers, planned.options)
     return model if is_trainable else model.requires_grad_(False).eval()
 
 
@@ -149,103 +146,12 @@ def _check_base(layers: Mapping[str, FusedLoraLinear]) -> None:
             raise ValueError(f"the weight of {path!r} is on the meta device: load the base model first")
 
 
-def _contents(model: nn.Module, layers: Mapping[str, FusedLoraLinear], options: LoraOptions | None) -> dict[str, Tensor]:
-    """The parameters and buffers that the file holds, by key.  `layers` may be planned and not yet installed."""
-    tensors: dict[str, Any] = {f"{path}.{name}.weight": getattr(m, name) for path, m in layers.items() for name in _ADAPTER}
-    if options and options.bias != "none":
-        for name, parameter in model.named_parameters(remove_duplicate=False):
-            path, _, kind = name.rpartition(".")
-            if kind == "bias" and path in layers:
-                tensors[f"{path}.base_layer.bias"] = parameter
-            elif kind == "bias" and options.bias == "all":
-                tensors[name] = parameter
-    for path, module in match_modules_to_save(model, options.modules_to_save if options else ()).items():
-        tensors |= {f"{path}.{name}": tensor for name, tensor in module.state_dict(keep_vars=True).items()}
-    return {_PREFIX + key: tensor for key, tensor in tensors.items()}
-
-
-_ADAPTER = ("lora_A", "lora_B")
-
-
 def _unique(layers: Mapping[str, FusedLoraLinear]) -> dict[str, FusedLoraLinear]:
     """A layer under several names has its tensors in the file once, under the first."""
     names: dict[FusedLoraLinear, str] = {}
     for name, layer in layers.items():
         names.setdefault(layer, name)
     return {name: layer for layer, name in names.items()}
-
-
-def _optional(model: nn.Module, layers: Mapping[str, FusedLoraLinear]) -> dict[str, Tensor]:
-    """The embeddings' weights, by key: PEFT adds them to the file when they are targets or were resized."""
-    embeddings = []
-    for side in ("input", "output"):
-        with suppress(AttributeError, NotImplementedError):  # a model without embeddings
-            embeddings.append(getattr(model, f"get_{side}_embeddings")())
-    return {
-        f"{_PREFIX}{path}{'.base_layer' if path in layers else ''}.weight": module.weight
-        for path, module in model.named_modules(remove_duplicate=False)
-        if module in embeddings and isinstance(module.weight, Tensor)
-    }
-
-
-def _ignored(key: str, model: nn.Module, options: LoraOptions | None) -> bool:
-    """With bias "all" PEFT also writes the biases of the two copies that it has of a module to save, and does not load them."""
-    saved = match_modules_to_save(model, options.modules_to_save) if options and options.bias == "all" else ()
-    copies = tuple(f"{_PREFIX}{path}.{copy}." for path in saved for copy in ("original_module", "modules_to_save"))
-    return key.startswith(copies) and key.endswith(".bias")
-
-
-def _check_tensors(
-    model: nn.Module,
-    layers: Mapping[str, FusedLoraLinear],
-    options: LoraOptions | None,
-    tensors: Mapping[str, Tensor],
-    path: Path,
-) -> None:
-    """What the file holds is what the model needs, in keys, shapes and dtypes."""
-    parameters, optional = _contents(model, layers, options), _optional(model, layers)
-    missing = sorted(parameters.keys() - tensors.keys())
-    unexpected = sorted(
-        key for key in tensors.keys() - parameters.keys() - optional.keys() if not _ignored(key, model, options)
-    )
-    faults = [
-        f"{verb} {len(keys)} keys that this model {than}, such as {keys[0]!r}"
-        for verb, keys, than in (("lacks", missing, "has"), ("has", unexpected, "lacks"))
-        if keys
-    ]
-    if faults:
-        raise ValueError(f"{str(path)!r} {', and '.join(faults)}")
-    expected = {key: tensor for key, tensor in (optional | parameters).items() if key in tensors}
-    _check_loaded(expected)
-    first: dict[Tensor, str] = {}
-    for key in expected.keys() - parameters.keys():
-        other = first.setdefault(expected[key], key)
-        if not torch.equal(tensors[other], tensors[key]):
-            raise ValueError(f"{str(path)!r}: {other!r} and {key!r} differ, but are tied in this model")
-    for key, parameter in expected.items():
-        tensor = tensors[key]
-        if tensor.shape != parameter.shape:
-            raise ValueError(f"{str(path)!r}: {key!r} has shape {tuple(tensor.shape)}, expected {tuple(parameter.shape)}")
-        floating = tensor.is_floating_point() and parameter.is_floating_point()
-        if tensor.dtype != parameter.dtype and not (
-            floating and torch.promote_types(tensor.dtype, parameter.dtype) == parameter.dtype
-        ):
-            raise ValueError(f"{str(path)!r}: {key!r} is {tensor.dtype}, which {parameter.dtype} cannot hold exactly")
-
-
-def _copy(
-    tensors: Mapping[str, Tensor], model: nn.Module, layers: Mapping[str, FusedLoraLinear], options: LoraOptions | None
-) -> None:
-    """Copy the tensors of the file, which have been checked, to where they belong."""
-    parameters = _optional(model, layers) | _contents(model, layers, options)
-    with torch.no_grad():
-        for key in parameters.keys() & tensors.keys():
-            parameters[key].copy_(tensors[key])
-
-
-def _check_loaded(tensors: Mapping[str, Tensor]) -> None:
-    if meta := [key for key, tensor in tensors.items() if tensor.is_meta]:
-        raise ValueError(f"the model is half loaded: {len(meta)} tensors such as {meta[0]!r} are on the meta device")
 
 
 def _warn_unsaved(model: nn.Module, saved: Iterable[Tensor]) -> None:
@@ -256,17 +162,6 @@ def _warn_unsaved(model: nn.Module, saved: Iterable[Tensor]) -> None:
             f"{len(unsaved)} trainable parameters such as {unsaved[0]!r} are not part of the adapter and are not saved: "
             "name their modules in inject's modules_to_save, or save the model's state_dict as well"
         )
-
-
-def _common_dtype(model: nn.Module, tensors: Mapping[str, Tensor]) -> torch.dtype | None:
-    """float32 where the file or a target needs it, otherwise the targets' own dtype."""
-    dtypes = set()
-    modules = dict(model.named_modules())
-    for key, tensor in tensors.items():
-        path, _, name = key.removeprefix(_PREFIX).rpartition(".lora_")
-        if name and path in modules and isinstance(weight := getattr(modules[path], "weight", None), Tensor):
-            dtypes |= {tensor.dtype, weight.dtype}
-    return torch.float32 if dtypes and reduce(torch.promote_types, dtypes) == torch.float32 else None
 
 
 def _read(path: Path, safetensors: Any) -> dict[str, Tensor]:

@@ -259,7 +259,8 @@ def _to_untie(path: str, saved: nn.Module, owners: dict[nn.Parameter, Holders]) 
     """
     parts, found = set(saved.modules()), []
     for parameter in saved.parameters():
-        inside, outside = [], []
+        inside: Holders = []
+        outside: Holders = []
         for module, name in owners[parameter]:
             (inside if module in parts else outside).append((module, name))
         if inside and outside:
