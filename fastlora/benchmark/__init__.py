@@ -9,7 +9,7 @@ results.py     rows, conditions, files
 """
 
 from fastlora.benchmark.ceilings import Ceilings, measure_ceilings
-from fastlora.benchmark.clock import Prepared, Quantiles, copies_beyond_cache, host_clock, measure, quantiles
+from fastlora.benchmark.clock import Prepared, Quantiles, Step, copies_beyond_cache, measure, quantiles
 from fastlora.benchmark.contenders import Contender, Weights, contenders_for
 from fastlora.benchmark.memory import peak_bytes, saved_bytes
 from fastlora.benchmark.trial import PASSES, Inputs, Measurement, WrongResultError, draw, run, verify
@@ -22,12 +22,12 @@ __all__ = [
     "Measurement",
     "Prepared",
     "Quantiles",
+    "Step",
     "Weights",
     "WrongResultError",
     "contenders_for",
     "copies_beyond_cache",
     "draw",
-    "host_clock",
     "measure",
     "measure_ceilings",
     "peak_bytes",

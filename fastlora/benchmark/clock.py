@@ -5,7 +5,7 @@
 All are warmed up before the first is timed, and each round visits all of them, in another order, so that a machine that slows
 down slows them alike.  On a GPU the clock is a pair of CUDA events.  Before the first event the device is kept waiting for as
 long as the host took to launch the step last time, so what lies between the events is the device's work and not the gaps
-between launches; `host_clock` measures those.
+between launches; what launching took stands in `CudaClock.launches`.
 
 Data that sits in a cache is not what training sees: let steps draw their inputs in turn from `copies_beyond_cache(...)` sets.
 """
@@ -24,6 +24,7 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 WARMUP = 3  # untimed rounds
+FEWEST_ROUNDS = 5  # with a limit on the time
 
 _CYCLES_PER_SECOND = 2e9  # no GPU's clock is much faster
 _LEAD = 1.5  # the device waits so many times longer than the host took
@@ -70,17 +71,20 @@ def measure(
     repeats: int,
     *,
     warmup: int = WARMUP,
+    limit: float = math.inf,
     clock: Clock | None = None,
     progress: Callable[[str], None] = lambda what: None,
 ) -> dict[Name, list[float]]:
-    """Seconds of every step in each of `repeats` rounds, by name.
+    """Seconds of every step in each round, by name.
 
     Args:
         steps: what to time; of a `Prepared` step only its second half.
         device: where the steps compute.
+        repeats: timed rounds.
         warmup: untimed rounds before the first timed one.
+        limit: seconds after which no further round begins, once FEWEST_ROUNDS are done.
         clock: default `device_clock(device)`.
-        progress: called with what was just done, warmup + repeats times.
+        progress: called with what was just done, after each round.
     """
     clock = clock or device_clock(device)
     prepared = {name: step if isinstance(step, Prepared) else _whole(step) for name, step in steps.items()}
@@ -90,7 +94,10 @@ def measure(
             for name, step in prepared.items():
                 clock(name, step)
             progress(f"warm-up {round_ + 1} of {warmup}")
+        start = time.perf_counter()
         for round_ in range(repeats):
+            if round_ >= FEWEST_ROUNDS and time.perf_counter() - start > limit:
+                break
             for name in random.Random(round_).sample(list(prepared), len(prepared)):
                 seconds[name].append(clock(name, prepared[name]))
             progress(f"round {round_ + 1} of {repeats}")
@@ -115,41 +122,37 @@ def _no_garbage_collection() -> Iterator[None]:
 
 def device_clock(device: torch.device) -> Clock:
     """The time that `device` needs: between CUDA events on a GPU, on the wall on a CPU."""
-    return _cuda_clock(device) if device.type == "cuda" else host_clock(device)
+    return CudaClock(device) if device.type == "cuda" else _cpu_clock
 
 
-def host_clock(device: torch.device) -> Clock:
-    """The time until the call returns: on a GPU what Python and launching cost, on a CPU all of it."""
-
-    def clock(name: Hashable, step: Prepared) -> float:
-        prepared = step.setup()
-        if device.type == "cuda":
-            torch.cuda.synchronize(device)
-        start = time.perf_counter()
-        step.run(prepared)
-        return time.perf_counter() - start
-
-    return clock
+def _cpu_clock(name: Hashable, step: Prepared) -> float:
+    prepared = step.setup()
+    start = time.perf_counter()
+    step.run(prepared)
+    return time.perf_counter() - start
 
 
-def _cuda_clock(device: torch.device) -> Clock:
-    launching: dict[Hashable, float] = {}  # seconds the host took to launch each step last time
+class CudaClock:
+    """Seconds between CUDA events around a step's run; `launches`: seconds that the host took for it each time, by name."""
 
-    def clock(name: Hashable, step: Prepared) -> float:
-        with torch.cuda.device(device):  # events are recorded on the current device's stream
+    def __init__(self, device: torch.device) -> None:
+        self.device = device
+        self.launches: dict[Hashable, list[float]] = {}
+
+    def __call__(self, name: Hashable, step: Prepared) -> float:
+        launches = self.launches.setdefault(name, [])
+        with torch.cuda.device(self.device):  # events are recorded on the current device's stream
             begin, end = (torch.cuda.Event(enable_timing=True) for _ in range(2))
             prepared = step.setup()
-            lead = min(_LEAD * launching.get(name, 0.0), _LONGEST_LEAD)
+            lead = min(_LEAD * launches[-1], _LONGEST_LEAD) if launches else 0.0
             torch.cuda._sleep(int(lead * _CYCLES_PER_SECOND))
             begin.record()
             start = time.perf_counter()
             step.run(prepared)
-            launching[name] = time.perf_counter() - start
+            launches.append(time.perf_counter() - start)
             end.record()
-            torch.cuda.synchronize(device)
+            torch.cuda.synchronize(self.device)
         return begin.elapsed_time(end) / 1e3
-
-    return clock
 
 
 def copies_beyond_cache(nbytes: int, device: torch.device) -> int:

@@ -88,6 +88,7 @@ class Contender:
     mask: Mask = fastlora_mask
     keep_scale: Callable[[float], float] = dropout.keep_scale
     adapted: bool = True
+    compiled: bool = False
 
     @property
     def gradients(self) -> tuple[str, ...]:
@@ -124,7 +125,7 @@ def compiled(contender: Contender, name: str, compiler: str) -> Contender:
             return torch.compile(contender.mask, **options)(rows, cols, p, device)
         return dropout.dropout_mask(torch.compile(dropout.draw_seed, **options)(device), rows, cols, p)
 
-    return replace(contender, name=name, bind=bind, mask=mask)
+    return replace(contender, name=name, bind=bind, mask=mask, compiled=True)
 
 
 def contenders_for(case: oracle.Case, device: torch.device, *, compiler: str | None = None) -> list[Contender]:

@@ -137,3 +137,8 @@ def write_json(value: Mapping[str, Any], path: Path) -> None:
         file.write("\n")
     os.chmod(file.name, 0o644)
     os.replace(file.name, path)
+
+
+def read_json(path: Path) -> dict[str, Any] | None:
+    """What `write_json` wrote; None where there is no such file."""
+    return json.loads(path.read_text()) if path.exists() else None

@@ -14,12 +14,21 @@ import torch
 from torch import Tensor, nn
 
 from fastlora import oracle
-from fastlora.benchmark.clock import Prepared, Quantiles, Step, copies_beyond_cache, host_clock, measure, quantiles
+from fastlora.benchmark.clock import (
+    WARMUP,
+    CudaClock,
+    Prepared,
+    Quantiles,
+    Step,
+    copies_beyond_cache,
+    device_clock,
+    measure,
+    quantiles,
+)
 from fastlora.benchmark.contenders import Contender, Mask, Weights
 from fastlora.benchmark.memory import peak_bytes, saved_bytes
 
 PASSES = ("forward", "backward", "forward + backward")
-LAUNCH_REPEATS = 10
 
 
 class WrongResultError(RuntimeError):
@@ -176,41 +185,53 @@ def run(
     device: torch.device,
     *,
     repeats: int,
+    limit: float = math.inf,
     copies: int | None = None,
+    excluded: dict[str, RuntimeError] | None = None,
     progress: Callable[[str], None] = lambda what: None,
 ) -> list[Measurement]:
     """Check every contender, then time its passes against those of the others and count its bytes.
 
     Args:
+        repeats, limit: see `measure`.
         copies: sets of inputs to take in turn; default as many as exceed the cache.
-        progress: called with what was just done: len(rivals) + WARMUP + repeats times.
+        excluded: where a contender that is wrong, or that torch.compile or the memory fails, is put by name with its error,
+            to be left out; by default its error is raised.
+        progress: called with what was just done: len(rivals) + WARMUP times, and after each timed round.
 
     Raises:
         WrongResultError: before anything is timed, when a contender's result is wrong.
     """
     rivals = list(rivals)
+    if any(contender.compiled for contender in rivals):
+        torch.compiler.reset()  # what was compiled for other cases counts against the limit of recompilations
     first = draw(case, device)
     judge = Judge(case, first)
     for contender in rivals:
-        judge.verify(contender)
+        try:
+            judge.verify(contender)
+        except RuntimeError as error:
+            if excluded is None:
+                raise
+            excluded[contender.name] = error
         progress(f"checked {contender.name}")
     del judge
+    rivals = [contender for contender in rivals if contender.name not in (excluded or {})]
     copies = copies or copies_beyond_cache(first.nbytes, device)
     sets = [first, *(draw(case, device, index) for index in range(1, copies))]
     passes = {contender.name: steps_of(contender, case, sets) for contender in rivals}
     steps = {(contender, name): step for contender, by_pass in passes.items() for name, step in by_pass.items()}
-    seconds = measure(steps, device, repeats, progress=progress)
-    launching = measure(steps, device, LAUNCH_REPEATS, clock=host_clock(device)) if device.type == "cuda" else {}
+    clock = device_clock(device)
+    seconds = measure(steps, device, repeats, limit=limit, clock=clock, progress=progress)
+    launches = clock.launches if isinstance(clock, CudaClock) else {}
     parameters = [tensor for inputs in sets for tensor in inputs.weights]  # they live, saved or not
-    results = []
-    for name, by_pass in passes.items():
-        results.append(
-            Measurement(
-                name,
-                {pass_: seconds[name, pass_] for pass_ in PASSES},
-                {pass_: launching[name, pass_] for pass_ in PASSES if launching},
-                saved_bytes(by_pass["forward"], parameters),
-                peak_bytes(by_pass["forward + backward"], device),
-            )
+    return [
+        Measurement(
+            name,
+            {pass_: seconds[name, pass_] for pass_ in PASSES},
+            {pass_: launches[name, pass_][WARMUP:] for pass_ in PASSES if launches},
+            saved_bytes(by_pass["forward"], parameters),
+            peak_bytes(by_pass["forward + backward"], device),
         )
-    return results
+        for name, by_pass in passes.items()
+    ]

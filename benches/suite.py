@@ -1,0 +1,199 @@
+"""One run of the suite: measures each size once, within a time budget, and keeps the results in a file that can be resumed."""
+
+import math
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import decoder
+import torch
+from grid import Size
+
+from fastlora import benchmark
+from fastlora.benchmark import results
+from fastlora.benchmark.contenders import NAMES
+
+SECONDS_PER_SIZE = {"cuda": 1.5, "cpu": 30.0}  # of timed rounds, see `benchmark.measure`
+BUDGETS = {"quick": 120.0, "full": 480.0}  # seconds on a GPU
+WHOLE = (benchmark.PASSES[-1], decoder.TRAINING_STEP)
+
+
+class NotMeasuredError(Exception):
+    """Why there are no times: the budget is spent, or the size was measured by the run that this one resumes."""
+
+
+class Suite:
+    """Measures on demand what the tests ask for.
+
+    Args:
+        path: the results, a JSON file {"facts", "ceilings", "rows", "not_reached"}, rewritten after each size; beside it the
+            rows as CSV, with the facts in every row.
+        compiler: of the contenders under torch.compile; None leaves them out.
+        budget: seconds after which no further size is begun.
+        resume: keep the rows that the file holds from the same machine, versions and commit, and measure only the others.
+        copies: sets of inputs, see `benchmark.run`.
+        tell: shows a line to the user.
+    """
+
+    def __init__(
+        self,
+        path: Path,
+        device: torch.device,
+        *,
+        repeats: int,
+        compiler: str | None,
+        budget: float,
+        resume: bool = False,
+        copies: int | None = None,
+        tell: Callable[[str], None] = lambda line: None,
+    ) -> None:
+        self.path, self.device, self.repeats, self.compiler = path, device, repeats, compiler
+        self.copies, self.tell = copies, tell
+        self.deadline = time.monotonic() + budget
+        self.facts = results.environment(device)
+        self.content: dict[str, Any] = {"facts": self.facts, "ceilings": {}, "rows": [], "not_reached": []}
+        if resume:
+            self._resume()
+        self.resumed = {row["id"] for row in self.content["rows"]}
+        #: id -> what was measured under it, by contender; or contender -> why it was left out, None for all of them
+        self._linears: dict[str, dict[str, benchmark.Measurement]] = {}
+        self._models: dict[str, dict[tuple[str, str], list[float]]] = {}
+        self._failed: dict[str, dict[str | None, RuntimeError]] = {}
+        self._ceilings: dict[torch.dtype, benchmark.Ceilings] = {}
+
+    def contenders(self, size: Size) -> list[benchmark.Contender]:
+        """Who takes part in a size."""
+        return benchmark.contenders_for(size.case, self.device, compiler=self.compiler if size.compiled else None)
+
+    def linear(self, size: Size, contender: str) -> tuple[benchmark.Measurement, list[results.Row]]:
+        """What was measured of a contender, and its rows: one for each pass.
+
+        Raises:
+            NotMeasuredError: there is no measurement, and why.
+            RuntimeError: the contender, or the measurement of the size, failed.
+        """
+        self._once(size.id, lambda: self._measure(size))
+        if contender in self._failed[size.id]:
+            raise self._failed[size.id][contender]
+        return self._linears[size.id][contender], self._rows(size.id, contender)
+
+    def layer(self, contender: str, pass_: str, *, toy: bool = False) -> tuple[list[float], results.Row]:
+        """Seconds and row of a pass through a decoder layer; raises as `linear` does."""
+        setting = decoder.layer_setting(self.device, toy=toy)
+        return self._model(decoder.LAYER, setting, lambda: decoder.Layer(setting, self.device, self.copies), contender, pass_)
+
+    def training(self, contender: str, *, toy: bool = False) -> tuple[list[float], results.Row]:
+        """Seconds and row of a training step; raises as `linear` does."""
+        setting = decoder.model_setting(self.device, toy=toy)
+        make = lambda: decoder.Training(setting, self.device)  # noqa: E731  # made only if it is to be measured
+        return self._model(decoder.TRAINING_STEP, setting, make, contender, decoder.TRAINING_STEP)
+
+    def _rows(self, id_: str, contender: str) -> list[results.Row]:
+        return [row for row in self.content["rows"] if (row["id"], row["contender"]) == (id_, contender)]
+
+    def _once(self, id_: str, measure: Callable[[], None]) -> None:
+        """Measure what is named `id_` unless that was tried before in this run."""
+        if id_ in self.resumed:
+            raise NotMeasuredError(f"measured before: {self.path}")
+        if id_ not in self._failed:
+            if time.monotonic() > self.deadline:
+                self.content["not_reached"] = list(dict.fromkeys([*self.content["not_reached"], id_]))
+                raise NotMeasuredError("the time budget is spent; --resume goes on from here")
+            self._failed[id_] = {}
+            try:
+                measure()
+            except RuntimeError as error:
+                self._failed[id_][None] = error
+        if None in self._failed[id_]:
+            raise self._failed[id_][None]
+
+    def _measure(self, size: Size) -> None:
+        excluded: dict[str, RuntimeError] = {}
+        measurements = benchmark.run(
+            self.contenders(size),
+            size.case,
+            self.device,
+            repeats=self.repeats,
+            limit=SECONDS_PER_SIZE[self.device.type],
+            copies=self.copies,
+            excluded=excluded,
+        )
+        for name in NAMES[:2]:  # all rows are relative to these
+            if name in excluded:
+                raise excluded[name]
+        self._failed[size.id].update(excluded)
+        self._linears[size.id] = {measurement.contender: measurement for measurement in measurements}
+        facts = {"kind": "linear", "id": size.id, "used_by": size.used_by, **results.facts_of(size.case)}
+        ceilings = self.ceilings(size.case.dtype)
+        self.add([{**facts, **row} for row in results.rows_of(measurements, size.case, ceilings)])
+
+    def _model(
+        self,
+        kind: str,
+        setting: decoder.Setting,
+        make: Callable[[], decoder.Layer | decoder.Training],
+        contender: str,
+        pass_: str,
+    ) -> tuple[list[float], results.Row]:
+        def measure() -> None:
+            steps = make().steps()
+            limit = 4 * SECONDS_PER_SIZE[self.device.type]
+            self._models[kind] = benchmark.measure(steps, self.device, self.repeats, limit=limit)
+            rows = []
+            for (name, step), seconds in self._models[kind].items():
+                p20, median, p80 = (1e3 * second for second in benchmark.quantiles(seconds))
+                peft = 1e3 * benchmark.quantiles(self._models[kind]["PEFT", step]).median
+                memory = {
+                    "peak_bytes": benchmark.peak_bytes(steps[name, step], self.device) if step in WHOLE else None,
+                    "saved_bytes": None,
+                }
+                times = {"median_ms": median, "p20_ms": p20, "p80_ms": p80, "over_eager": median / peft}
+                rows.append({**setting.facts(kind), "contender": name, "pass": step, **times, **memory})
+            self.add(rows)
+
+        self._once(kind, measure)
+        row = next(row for row in self._rows(kind, contender) if row["pass"] == pass_)
+        return self._models[kind][contender, pass_], row
+
+    def ceilings(self, dtype: torch.dtype) -> benchmark.Ceilings:
+        """Those of this run, measured when first asked for."""
+        if dtype not in self._ceilings:
+            self._ceilings[dtype] = found = benchmark.measure_ceilings(dtype, self.device)
+            rates = {"gemm_tflops": found.gemm / 1e12, "copy_gbps": found.copy / 1e9}
+            self.content["ceilings"][str(dtype).removeprefix("torch.")] = rates
+        return self._ceilings[dtype]
+
+    def add(self, rows: list[results.Row]) -> None:
+        """Keep rows, write the file, and say how far the run is."""
+        self.content["rows"] += rows
+        results.write_json(self.content, self.path)
+        whole = [row for row in rows if row["pass"] in WHOLE]
+        times = ", ".join(f"{row['contender']} {row['median_ms']:.3g}" for row in whole)
+        left = self.deadline - time.monotonic()
+        budget = f"; {max(left, 0):.0f} s of the budget left" if math.isfinite(left) else ""
+        self.tell(f"{rows[0]['id']}: {times} ms{budget}")
+
+    def summary(self) -> list[str]:
+        """What a user wants to know when the run is over."""
+        lines = [f"results: {self.path} and {self.path.with_suffix('.csv').name}"] if self.content["rows"] else []
+        if self.content["not_reached"]:
+            lines.append(f"{len(self.content['not_reached'])} sizes were not reached in the time budget: --resume goes on")
+        return lines
+
+    def close(self) -> None:
+        """Write the final files, if there is anything to write."""
+        if self.content["rows"]:
+            results.write_json(self.content, self.path)
+            facts = {**self.facts, "repeats": self.repeats}
+            results.write_csv([{**row, **facts} for row in self.content["rows"]], self.path.with_suffix(".csv"))
+
+    def _resume(self) -> None:
+        known = results.read_json(self.path)
+        if known is None:
+            return
+        same = {key: value for key, value in self.facts.items() if key != "date"}
+        if {key: value for key, value in known["facts"].items() if key != "date"} == same:
+            self.content = {**known, "not_reached": []}
+        else:
+            self.tell(f"{self.path} was measured under other conditions: measuring anew")

@@ -1,0 +1,48 @@
+"""The linears of well-known models, from their public configurations."""
+
+from dataclasses import dataclass
+
+
+@dataclass(frozen=True)
+class Linear:
+    """y (M, N) = x (M, K) Wᵀ, and the names under which the model has it."""
+
+    names: tuple[str, ...]
+    in_features: int
+    out_features: int
+    bias: bool = False
+
+
+@dataclass(frozen=True)
+class Decoder:
+    """The sizes of a decoder-only model with grouped-query attention and a gated MLP."""
+
+    hidden: int
+    intermediate: int
+    heads: int
+    kv_heads: int
+    head_dim: int
+    layers: int
+    vocabulary: int
+    qkv_bias: bool = False
+
+    @property
+    def linears(self) -> tuple[Linear, ...]:
+        """Every linear of a decoder layer, those of one shape together."""
+        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
+        attention = [("q_proj", self.hidden, q, self.qkv_bias), ("o_proj", q, self.hidden, False)]
+        attention += [(name, self.hidden, kv, self.qkv_bias) for name in ("k_proj", "v_proj")]
+        mlp = [(name, self.hidden, self.intermediate, False) for name in ("gate_proj", "up_proj")]
+        by_shape: dict[tuple[int, int, bool], list[str]] = {}
+        for name, *shape in [*attention, *mlp, ("down_proj", self.intermediate, self.hidden, False)]:
+            by_shape.setdefault((shape[0], shape[1], shape[2]), []).append(name)
+        return tuple(Linear(tuple(names), *shape) for shape, names in by_shape.items())
+
+
+MODELS = {
+    "Llama-3.2-1B": Decoder(2048, 8192, 32, 8, 64, 16, 128256),
+    "Llama-3.1-8B": Decoder(4096, 14336, 32, 8, 128, 32, 128256),
+    "Llama-3.1-70B": Decoder(8192, 28672, 64, 8, 128, 80, 128256),
+    "Qwen3-8B": Decoder(4096, 12288, 32, 8, 128, 36, 151936),
+    "Qwen2.5-32B": Decoder(5120, 27648, 40, 8, 128, 64, 152064, qkv_bias=True),
+}
