@@ -82,10 +82,7 @@ def pattern_value(patterns: Mapping[str, Value], name: str, default: Value) -> V
 
 def pattern_matches(key: str, name: str) -> bool:
     """Whether a key of rank_pattern or alpha_pattern means the layer `name`.  Raises ValueError for an invalid regex."""
-    try:
-        return re.match(rf"(.*\.)?({key})$", name) is not None
-    except re.error as error:
-        raise ValueError(f"pattern key {key!r} is not a regular expression: {error}") from error
+    return _compile(rf"(.*\.)?({key})$", f"the pattern's key {key!r}").match(name) is not None
 
 
 def exact_pattern(name: str) -> str:
@@ -138,11 +135,15 @@ def _matcher(names: str | Iterable[str], option: str) -> Callable[[str], bool]:
     if not isinstance(names, str):
         ends = tuple(names)
         return lambda name: name in ends or name.endswith(tuple(f".{end}" for end in ends))
-    try:
-        pattern = re.compile(names)
-    except re.error as error:
-        raise ValueError(f"{option}={names!r} is not a regular expression: {error}") from error
+    pattern = _compile(names, f"{option}={names!r}")
     return lambda name: pattern.fullmatch(name) is not None
+
+
+def _compile(pattern: str, what: str) -> re.Pattern[str]:
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{what} is not a regular expression: {error}") from error
 
 
 def _in_layers(name: str, indices: int | Sequence[int] | None, patterns: str | Sequence[str] | None) -> bool:
@@ -151,8 +152,8 @@ def _in_layers(name: str, indices: int | Sequence[int] | None, patterns: str | S
         match = re.match(r".*?\.[^.]*\.(?P<index>\d+)\.", name)
     else:
         names = [patterns] if isinstance(patterns, str) else patterns
-        matches = (re.match(rf"(?:^|.*?\.){pattern}\.(?P<index>\d+)\.", name) for pattern in names)
-        match = next(filter(None, matches), None)
+        regexes = (_compile(rf"(?:^|.*?\.){end}\.(?P<index>\d+)\.", f"layers_pattern: {end!r}") for end in names)
+        match = next((found for regex in regexes if (found := regex.match(name))), None)
     return match is not None and int(match["index"]) in ([indices] if isinstance(indices, int) else indices or ())
 
 
@@ -160,7 +161,7 @@ def _excluded(
     modules: Mapping[str, nn.Module], exclude_modules: str | Iterable[str] | None, modules_to_save: Sequence[str]
 ) -> set[str]:
     """What cannot be a target: modules excluded by name, and all that lies in a module to save or bears its name."""
-    saved = [re.compile(rf"(^|.*\.){name}($|\..*)") for name in modules_to_save]
+    saved = [_compile(rf"(^|.*\.){name}($|\..*)", f"modules_to_save: {name!r}") for name in modules_to_save]
     excluded = {name for name in modules if any(pattern.match(name) for pattern in saved)}
     if exclude_modules:
         by_name = set(filter(_matcher(exclude_modules, "exclude_modules"), modules))

@@ -34,6 +34,8 @@ Q = {"target_modules": ["q_proj"]}
         (Q | {"modules_to_save": ["ayers"]}, TypeError, "'model.layers' is a ModuleList"),
         (Q | {"modules_to_save": ["_attn"]}, ValueError, r"trained whole, but target_modules matches '.*q_proj' of it"),
         (Q | {"modules_to_save": ["packed"]}, TypeError, r"packed\.weight is torch\.int8, which cannot be trained"),
+        (Q | {"modules_to_save": ["norm("]}, ValueError, r"modules_to_save: 'norm\(' is not a regular expression"),
+        (Q | {"layers_to_transform": 0, "layers_pattern": "("}, ValueError, r"layers_pattern: '\(' is not a regular"),
         (Q | {"bias": "some"}, ValueError, "bias must be one of 'none', 'all', 'lora_only', got 'some'"),
         (Q | {"rank_pattern": {"q_proj": 0}}, ValueError, r"rank_pattern\['q_proj'\] must be >= 1, got 0"),
         (Q | {"rank_pattern": {"q_proj": 1.5}}, TypeError, "r must be an int"),
@@ -99,6 +101,18 @@ def test_a_tied_module_to_save_gets_parameters_of_its_own() -> None:
     assert embedding.data_ptr() != tied.data_ptr()
     assert torch.equal(embedding, tied)
     assert (embedding.requires_grad, tied.requires_grad) == (True, False)
+
+
+def test_of_two_tied_modules_to_save_each_has_its_own_parameter() -> None:
+    model = tied_llama()
+    tied = model.lm_head.weight
+    with pytest.warns(UserWarning, match="is tied to") as caught:
+        inject(model, **Q, r=2, modules_to_save=["embed_tokens", "lm_head"])
+    assert len(caught) == 1
+    assert model.lm_head.weight is tied
+    assert model.model.embed_tokens.weight is not tied
+    assert model.model.embed_tokens.weight.requires_grad
+    assert tied.requires_grad
 
 
 def test_a_tied_target_stays_tied_and_says_what_merging_will_do() -> None:
