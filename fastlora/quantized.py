@@ -29,6 +29,9 @@ from torch import Tensor, nn
 #: What the dense weight can be made in.
 DTYPES = (torch.float32, torch.float16, torch.bfloat16)
 
+#: What `quantize` can make of a weight.
+KINDS = ("nf4", "fp4")
+
 #: bitsandbytes multiplies up to this many rows (on CUDA, 0.50) straight from the packed weight where no gradient is recorded.
 FEW_ROWS = 1536
 
@@ -113,6 +116,35 @@ def _dequantize_fake(packed, statistics, kind, shape, blocksize, blocksize2, dty
 _LIBRARY.impl("dequantize", _dequantize, "CompositeExplicitAutograd")
 
 
+def quantize(linear: nn.Linear, kind: str) -> nn.Module:
+    """A bitsandbytes Linear4bit with `linear`'s weight rounded to `kind`, "nf4" or "fp4", with double quantisation.
+
+    It shares `linear`'s bias, device and training mode, and computes in x's dtype.
+
+    Raises:
+        ValueError: another kind, or a weight on the meta device.  TypeError: `linear` is no plain nn.Linear, or float64.
+        ImportError: bitsandbytes is missing.
+    """
+    if kind not in KINDS:
+        raise ValueError(f"quantize must be one of {KINDS}, got {kind!r}")
+    weight = linear.weight.detach() if type(linear) is nn.Linear else None
+    if weight is None or weight.dtype not in DTYPES:
+        what = type(linear).__name__ if weight is None else f"weight in {weight.dtype}"
+        raise TypeError(f"quantize={kind!r} takes an nn.Linear in float32, float16 or bfloat16, got a {what}")
+    if weight.is_meta:
+        raise ValueError(f"quantize={kind!r} needs the weight, which is on the meta device: load the model first")
+    try:
+        from bitsandbytes.nn import Linear4bit, Params4bit
+    except ImportError as error:
+        raise ImportError(f'quantize={kind!r} needs bitsandbytes: pip install "fastlora[quant]"') from error
+    with torch.device("meta"):  # what the constructor draws is thrown away
+        layer = Linear4bit(linear.in_features, linear.out_features, bias=linear.bias is not None, quant_type=kind)
+    packed: Any = Params4bit(weight, requires_grad=False, quant_type=kind)
+    layer.weight = packed.to(weight.device)
+    layer.quant_state, layer.bias = layer.weight.quant_state, linear.bias
+    return layer.train(linear.training)
+
+
 def is_quantized(linear: nn.Module) -> bool:
     """Whether `linear` is a Linear4bit or Linear8bitLt with bitsandbytes' own forward, its weight quantised already or not."""
     bitsandbytes = sys.modules.get("bitsandbytes")
@@ -150,12 +182,16 @@ def weight_of(linear: nn.Module) -> QuantizedWeight:
     if _is_8bit(linear):
         codes, row_scale = _int8_codes(linear)
         return QuantizedWeight(codes, (row_scale,), Scheme("int8", (codes.shape[0], codes.shape[1])))
-    state = _state4(linear)
+    return of_4bit(cast(Tensor, linear.weight), _state4(linear))
+
+
+def of_4bit(packed: Tensor, state: Any) -> QuantizedWeight:
+    """A packed 4-bit weight with bitsandbytes' QuantState of it."""
     absmax = state.absmax if state.nested else state.absmax.float()
     nested = (state.state2.absmax, state.state2.code, state.offset) if state.nested else ()
     blocksize2 = state.state2.blocksize if state.nested else 0
     scheme = Scheme(state.quant_type, (state.shape[0], state.shape[1]), state.blocksize, blocksize2)
-    return QuantizedWeight(cast(Tensor, linear.weight).data, (absmax, *nested), scheme)
+    return QuantizedWeight(packed.data, (absmax, *nested), scheme)
 
 
 def why_not(linear: nn.Module, x: Tensor) -> str | None:

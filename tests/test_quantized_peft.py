@@ -169,6 +169,21 @@ def test_calls_that_mix_dtypes_are_pefts(kind, compute_dtype, autocast_dtype, re
     assert list(counts.values()) == [1]
 
 
+@pytest.mark.parametrize("kind", ["nf4 double", "int8"])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_the_dtype_of_a_layers_output_under_autocast(kind, dtype):
+    """bitsandbytes answers in x's dtype, not autocast's."""
+    options = {} if kind == "int8" else {"compute_dtype": torch.bfloat16}
+    model = wrap(quantized_llama(kind, **options))
+    fused = copy.deepcopy(model)
+    fastlora.accelerate(fused)
+    x = torch.randn(7, 32).to(dtype)
+    with autocast(torch.bfloat16), counted_calls() as calls:
+        y, expected = (each.base_model.model.model.layers[1].mlp.up_proj(x) for each in (fused, model))
+    assert y.dtype == expected.dtype
+    assert bool(calls) == (kind != "int8" or dtype == torch.bfloat16)
+
+
 def test_the_usual_qlora_recipe():
     """prepare_model_for_kbit_training makes norms float32, so that hidden states are; compute dtype and autocast are bfloat16;
     activations are checkpointed."""

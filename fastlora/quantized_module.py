@@ -1,0 +1,117 @@
+"""`FusedLoraLinear4bit`: a LoRA linear on a frozen weight of 4 bits, QLoRA without PEFT."""
+
+from typing import Any, cast
+
+import torch
+from torch import Tensor, nn
+
+from fastlora import quantized
+from fastlora.functional import lora_linear
+from fastlora.modules import FusedLoraLinear
+from fastlora.quantized import QuantizedWeight
+
+
+class FusedLoraLinear4bit(FusedLoraLinear):
+    """`FusedLoraLinear` whose weight is a bitsandbytes Params4bit: y = x Wᵀ + bias + scaling · dropout(x) Aᵀ Bᵀ in x's dtype.
+
+    W is made dense for one product at a time and never kept, see `fastlora.quantized`.  Made by `from_linear`, with r >= 1.
+    `state_dict` holds the packed weight and its quantisation state under the keys of bitsandbytes' Linear4bit.  Merging would
+    round the adapter away: `merge` refuses, `merged_weight` gives the dense sum, `fastlora.merge_and_unload` linears of it.
+    """
+
+    @classmethod
+    def from_linear(cls, linear: nn.Module, r: int = 8, *args: Any, **keywords: Any) -> "FusedLoraLinear4bit":
+        """Wrap a bitsandbytes Linear4bit: the same weight, and a bias that shares the storage of its.
+
+        Arguments as of `FusedLoraLinear.from_linear`; adapter_dtype is by default the dtype of the weight before quantisation.
+
+        Raises:
+            TypeError, ValueError: `linear` is another module or not quantised yet, merge_weights or fan_in_fan_out is set, or
+                an argument is out of range.
+        """
+        weight = quantized.weight_of(linear)
+        if weight.scheme.kind == "int8":
+            raise TypeError(f"linear must be a bitsandbytes Linear4bit, got {type(linear).__name__}")
+        refused = [f"{option}=True" for option in ("merge_weights", "fan_in_fan_out") if keywords.get(option)]
+        if refused or r == 0:
+            raise ValueError(f"{refused[0] if refused else 'r=0'} is not possible on a weight of 4 bits")
+        # All of FusedLoraLinear's checks and set-up but for the weight, of which it needs shape, dtype and device.
+        stand_in = nn.Linear(1, 1, bias=False, device="meta")
+        frozen: Any = linear
+        dense = torch.empty((), dtype=frozen.weight.quant_state.dtype, device=weight.device).expand(weight.shape)
+        stand_in.weight = nn.Parameter(dense, requires_grad=False)
+        module = super().from_linear(stand_in, r, *args, **keywords)
+        assert isinstance(module, cls)
+        module.weight = frozen.weight
+        module.bias = None if frozen.bias is None else nn.Parameter(frozen.bias.detach(), requires_grad=False)
+        module.train(linear.training)
+        return module
+
+    @property
+    def _state(self) -> Any:
+        """bitsandbytes' QuantState of the weight."""
+        return cast(Any, self.weight).quant_state
+
+    @property
+    def quantized_weight(self) -> QuantizedWeight:
+        """W, packed."""
+        return quantized.of_4bit(self.weight, self._state)
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        assert self.lora_A is not None
+        assert self.lora_B is not None
+        return lora_linear(
+            x,
+            self.quantized_weight,
+            self.lora_A,
+            self.lora_B,
+            self.bias,
+            scaling=self.scaling,
+            dropout_p=self.lora_dropout,
+            training=self.training,
+            backend=self.backend,
+        )
+
+    def merged_weight(self) -> Tensor:
+        """W + scaling · B A, dense, summed in float32 and rounded once to the dtype that W had before quantisation."""
+        weight = self.quantized_weight.dequantize(torch.float32)
+        return weight.add_(self.delta_weight()).to(self._state.dtype)
+
+    def merge(self, keep_base: bool = True) -> None:
+        """Refused.
+
+        Raises:
+            RuntimeError: always.
+        """
+        raise RuntimeError(
+            "merge() on a weight of 4 bits would round the adapter away: merged_weight() is the dense sum, and "
+            "fastlora.merge_and_unload(model) puts dense linears in place"
+        )
+
+    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
+        super()._save_to_state_dict(destination, prefix, keep_vars)
+        for key, tensor in self._state.as_dict(packed=True).items():
+            destination[f"{prefix}weight.{key}"] = tensor if keep_vars else tensor.detach()
+
+    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
+        """The packed weight and its quantisation state come together, as they are saved."""
+        start = f"{prefix}weight."
+        state = {key: tensor for key, tensor in state_dict.items() if key.startswith(start)}
+        _, _, missing, unexpected, errors = args
+        packed = state_dict.get(f"{prefix}weight")
+        if bool(state) != (packed is not None):
+            missing.append(f"{prefix}weight" if packed is None else f"{start}quant_state")
+        elif packed is not None:
+            loaded = cast(Any, self.weight).from_prequantized(packed, dict(state), device=self.weight.device)
+            shape = tuple(loaded.quant_state.shape)
+            if shape != (self.out_features, self.in_features):
+                errors.append(f"{prefix}weight is {shape}, expected {self.out_features, self.in_features}")
+                return
+            self.weight = loaded
+        super()._load_from_state_dict(state_dict, prefix, *args)
+        unexpected[:] = [key for key in unexpected if key not in state]
+
+    def extra_repr(self) -> str:
+        """What nn.Module prints between the parentheses."""
+        return f"{super().extra_repr()}, {self.quantized_weight.scheme.kind}"
