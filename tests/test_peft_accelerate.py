@@ -116,6 +116,19 @@ def test_layers_with_a_forward_of_their_own_are_left() -> None:
     assert fastlora.accelerate(model).left == (("base_model.model.it", "its forward is replaced on the instance"),)
 
 
+class OtherLinear(Linear):
+    """Somebody else's LoRA layer."""
+
+
+def test_subclasses_of_pefts_layer_are_left() -> None:
+    model = wrap(build(), target_modules=["q_proj"])
+    for layer in layers.find(model).values():
+        layer.__class__ = OtherLinear
+    assert {reason for _, reason in fastlora.accelerate(model).left} == {
+        f"it is a {__name__}.OtherLinear, not peft's lora.Linear"
+    }
+
+
 def test_report_groups_by_reason() -> None:
     text = str(fastlora.peft.Report(("a",), (("b", "why"),), (*((name, "because") for name in "cdefg"), ("h", "so"))))
     assert text.splitlines() == [

@@ -106,6 +106,23 @@ def test_a_layer_changed_afterwards_is_pefts(change: str) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:an accelerated LoRA layer")
+@pytest.mark.parametrize("part", ["base_layer", "lora_A.default", "lora_B.default", "lora_dropout.default"])
+@pytest.mark.parametrize("kind", ["forward_pre_hook", "forward_hook", "full_backward_hook", "full_backward_pre_hook"])
+def test_hooks_of_every_kind_run(kind: str, part: str) -> None:
+    layer = layer_of()
+    ran: list[str] = []
+    handle = getattr(layer.get_submodule(part), f"register_{kind}")(lambda *args: ran.append(kind))
+    with counted_calls() as made:
+        layer(x_of()).sum().backward()
+    assert ran == [kind]
+    assert not made
+    handle.remove()
+    with counted_calls() as made:
+        layer(x_of())
+    assert len(made) == 1
+
+
+@pytest.mark.filterwarnings("ignore:an accelerated LoRA layer")
 def test_adapter_of_two_dtypes_fails_as_in_peft() -> None:
     layer = layer_of()
     set_dtypes(torch.float32, torch.float64)(layer)
@@ -224,6 +241,13 @@ def test_one_warning_for_each_reason_and_model() -> None:
         logits_of(model)
         logits_of(other)
     assert set(fallbacks(model)["several adapters are active"].values()) == {3}
+    model.add_adapter("third", peft.LoraConfig(target_modules=["up_proj"]))
+    fastlora.accelerate(model)  # takes two new layers, of the same model
+    model.base_model.set_adapter(["default", "second", "third", "third"])
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        logits_of(model)
+    assert len(fallbacks(model)["several adapters are active"]) == 6
 
 
 @pytest.mark.filterwarnings("error:an accelerated LoRA layer")
