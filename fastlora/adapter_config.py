@@ -88,11 +88,13 @@ def describe(model: nn.Module, layers: Mapping[str, FusedLoraLinear], options: L
 
 
 def _target_modules(model: nn.Module, layers: Mapping[str, FusedLoraLinear]) -> list[str] | str:
-    """The names of the layers, as a regex where a list of them would match another module by its end."""
-    ends = tuple(f".{name}" for name in layers)
-    if any(name.endswith(ends) and name not in layers for name, _ in model.named_modules()):
-        return "|".join(map(re.escape, layers))
-    return list(layers)
+    """All names of the layers, as a regex where a list of them would match another module by its end."""
+    targets, others = [], []
+    for name, module in model.named_modules(remove_duplicate=False):
+        (targets if module in layers.values() else others).append(name)
+    if any(name.endswith(tuple(f".{target}" for target in targets)) for name in others):
+        return "|".join(map(re.escape, targets))
+    return targets
 
 
 def read(path: Path) -> dict[str, Any]:

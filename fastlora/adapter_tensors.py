@@ -103,6 +103,17 @@ def copy(
             parameters[key].copy_(tensors[key])
 
 
+def separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """`tensors` on the CPU, each in memory of its own: safetensors refuses what is tied."""
+    separated, storages = {}, set()
+    for key, tensor in tensors.items():
+        tensor = tensor.detach().cpu().contiguous()
+        storage = tensor.untyped_storage().data_ptr()
+        separated[key] = tensor.clone() if storage in storages else tensor
+        storages.add(storage)
+    return separated
+
+
 def check_loaded(tensors: Mapping[str, Tensor]) -> None:
     if meta := [key for key, tensor in tensors.items() if tensor.is_meta]:
         raise ValueError(f"the model is half loaded: {len(meta)} tensors such as {meta[0]!r} are on the meta device")

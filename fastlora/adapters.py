@@ -48,7 +48,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     adapter_tensors.check_loaded(contents)
     config = adapter_config.describe(model, layers, options)
     _warn_unsaved(model, contents.values())
-    tensors = {key: tensor.detach().cpu().contiguous() for key, tensor in contents.items()}
+    tensors = adapter_tensors.separate(contents)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
     _replace(folder / WEIGHTS_NAME, safetensors.torch.save(tensors, metadata={"format": "pt"}))

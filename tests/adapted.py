@@ -21,6 +21,11 @@ def roberta() -> nn.Module:
     return transformers.RobertaForSequenceClassification(transformers.RobertaConfig(**SIZES, max_position_embeddings=40)).eval()
 
 
+def masked_roberta() -> nn.Module:
+    torch.manual_seed(0)
+    return transformers.RobertaForMaskedLM(transformers.RobertaConfig(**SIZES, max_position_embeddings=40)).eval()
+
+
 def gpt2() -> nn.Module:
     torch.manual_seed(0)
     sizes = {"vocab_size": 40, "n_embd": 16, "n_layer": 2, "n_head": 2, "n_positions": 32, "bos_token_id": 0, "eos_token_id": 0}
@@ -38,6 +43,7 @@ def tied_llama() -> nn.Module:
 
 CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "bias all": (roberta, {"target_modules": ["query", "value"], "bias": "all"}),
+    "tied biases": (masked_roberta, {"target_modules": ["query", "value"], "bias": "all"}),
     "bias lora_only": (roberta, {"target_modules": ["query", "dense"], "bias": "lora_only"}),
     "modules to save": (roberta, {"target_modules": "all-linear", "modules_to_save": ["classifier", "LayerNorm"]}),
     "all of both": (roberta, {"target_modules": ["query"], "bias": "all", "modules_to_save": ["classifier", "LayerNorm"]}),

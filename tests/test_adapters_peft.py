@@ -152,6 +152,22 @@ def test_buffers_of_a_module_to_save_are_saved(tmp_path: Path) -> None:
     assert oracle.relative_error(model(x).detach(), truth) <= oracle.FLOOR[torch.float32, torch.float32]
 
 
+def test_a_shared_linear_is_saved_once(tmp_path: Path) -> None:
+    def build() -> nn.Module:
+        torch.manual_seed(0)
+        linear = nn.Linear(3, 3)
+        return nn.ModuleDict({"a": linear, "b": linear})
+
+    model = randomise(inject(build(), target_modules=["a", "b"], r=1, bias="all"))
+    save_adapter(model, tmp_path)
+    keys = safetensors_torch.load_file(tmp_path / "adapter_model.safetensors").keys()
+    prefix = "base_model.model."
+    assert keys == {f"{prefix}{name}" for name in ("a.lora_A.weight", "a.lora_B.weight", "a.base_layer.bias", "b.bias")}
+    loaded = from_pretrained(build(), tmp_path)
+    assert loaded["a"] is loaded["b"]
+    assert torch.equal(loaded["a"].lora_B, model["a"].lora_B)
+
+
 def test_a_name_that_ends_another_is_told_apart_in_the_config(tmp_path: Path) -> None:
     model = randomise(inject(Normed(), target_modules=r"proj", r=2))
     save_adapter(model, tmp_path)

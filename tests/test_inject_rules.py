@@ -5,13 +5,13 @@ from typing import Any
 
 import pytest
 import torch
-from adapted import CASES, llama, our_name, roberta, tied_llama
+from adapted import CASES, IDS, llama, our_name, randomise, roberta, tied_llama
 from hypothesis import example, given, settings
 from hypothesis import strategies as st
-from torch import nn
+from torch import Tensor, nn
 
 import fastlora
-from fastlora import FusedLoraLinear, inject
+from fastlora import FusedLoraLinear, inject, oracle
 from fastlora.matching import match_modules_to_save, match_targets, pattern_value
 
 peft = pytest.importorskip("peft")
@@ -49,6 +49,47 @@ def test_trains_what_peft_trains(case: str) -> None:
     originals = {p for m in expected.modules() if hasattr(m, "original_module") for p in m.original_module.parameters()}
     outside = {p for n, p in expected.named_parameters(remove_duplicate=False) if ".original_module." not in n}
     assert total == total_there - sum(p.numel() for p in originals - outside)
+
+
+def loss_curve(model: nn.Module) -> Tensor:
+    """The losses of eight steps, from random values of all that is trained."""
+    randomise(model).train()
+    optimizer = torch.optim.SGD([p for p in model.parameters() if p.requires_grad], lr=0.1)
+    losses = []
+    for _ in range(8):
+        loss = model(input_ids=IDS).logits.square().mean()
+        optimizer.zero_grad()
+        loss.backward()
+        optimizer.step()
+        losses.append(loss.item())
+    return torch.tensor(losses, dtype=torch.float64)
+
+
+@pytest.mark.parametrize("case", ["all of both", "Conv1D", "both to save", "tied head"])
+@pytest.mark.filterwarnings("ignore")
+def test_trains_as_peft_trains(case: str) -> None:
+    """With PEFT in float64 for the truth and PEFT in float32 for eager."""
+    build, options = CASES[case]
+
+    def without_dropout(model: nn.Module) -> nn.Module:
+        for module in model.modules():
+            if isinstance(module, nn.Dropout):
+                module.p = 0.0
+        for module in (*model.modules(), model.config):
+            for name in ("attn_pdrop", "attention_probs_dropout_prob", "hidden_dropout_prob"):
+                if hasattr(module, name):
+                    setattr(module, name, 0.0)
+        return model
+
+    config = peft.LoraConfig(r=4, lora_alpha=6, **options)
+    truth, eager = (
+        loss_curve(peft.get_peft_model(without_dropout(build()).to(dtype), config, autocast_adapter_dtype=False))
+        for dtype in (torch.float64, torch.float32)
+    )
+    fused = loss_curve(inject(without_dropout(build()), r=4, lora_alpha=6, **options))
+    bound = max(oracle.FLOOR[torch.float32, torch.float32], oracle.EAGER_FACTOR * oracle.relative_error(eager, truth))
+    assert oracle.relative_error(fused, truth) <= bound
+    assert truth[-1] < 0.999 * truth[0]  # it learns
 
 
 SMALL: dict[str, Any] = {"hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
