@@ -141,7 +141,7 @@ def quantize(linear: nn.Linear, kind: str) -> nn.Module:
         layer = Linear4bit(linear.in_features, linear.out_features, bias=linear.bias is not None, quant_type=kind)
     packed: Any = Params4bit(weight, requires_grad=False, quant_type=kind)
     layer.weight = packed.to(weight.device)
-    layer.quant_state, layer.bias = layer.weight.quant_state, linear.bias
+    layer.quant_state, layer.bias = packed.quant_state, linear.bias
     return layer.train(linear.training)
 
 
