@@ -20,7 +20,7 @@ from fastlora import choices, torch_backend
 from fastlora.dropout import keep_scale
 from fastlora.kernels.dropout import empty_bits, pack_bits
 from fastlora.kernels.forms import Choice, Problem, bucket
-from fastlora.kernels.gemm import gemm, prefill
+from fastlora.kernels.gemm import gemm
 from fastlora.kernels.grad_b import MAX_RANK, grad_s_and_b
 from fastlora.kernels.outer import outer
 from fastlora.kernels.project import project
@@ -52,9 +52,10 @@ def forward(
         if choice.form == "torch":
             return torch_backend.forward(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p)
         S = project(x, lora_A, target, seed=seed, dropout_p=dropout_p)
+        W_t, B_t = weight.t(), lora_B.t()
         if choice.form == "fused":
-            return gemm(x, weight.t(), S, lora_B.t(), target, alpha=scaling, bias=bias, config=choice.config), S
-        return prefill(S, lora_B.t(), x.dtype, target, alpha=scaling, bias=bias).addmm_(x, weight.t()), S
+            return gemm(x, W_t, S, B_t, x.dtype, target, alpha=scaling, bias=bias, config=choice.config), S
+        return gemm(None, None, S, B_t, x.dtype, target, alpha=scaling, bias=bias).addmm_(x, W_t), S
 
 
 def backward(
@@ -94,8 +95,8 @@ def backward(
             bits = pack_bits(seed, dy.shape[0], weight.shape[1], dropout_p)
         alpha = keep_scale(dropout_p)
         if fused:
-            return gemm(dy, weight, dS, lora_A, target, alpha=alpha, bits=bits, config=choice.config), dA, dB
-        dx = prefill(dS, lora_A, dy.dtype, target, alpha=alpha, bits=bits) if dx is None else dx
+            return gemm(dy, weight, dS, lora_A, dy.dtype, target, alpha=alpha, bits=bits, config=choice.config), dA, dB
+        dx = gemm(None, None, dS, lora_A, dy.dtype, target, alpha=alpha, bits=bits) if dx is None else dx
         return dx.addmm_(dy, weight), dA, dB
 
 

@@ -1,6 +1,7 @@
 """Tile shapes: what may run on a target, and which of it is chosen for a shape.  No GPU is asked; the target is an argument."""
 
 import functools
+import math
 from collections.abc import Iterator
 from dataclasses import dataclass, replace
 
@@ -80,7 +81,7 @@ def gemm_config(rows: int, cols: int, dtype: torch.dtype, precision: str, target
     return next(config for config in valid if config.block_m * config.block_n == smallest)
 
 
-def prefill_config(dtype: torch.dtype, precision: str, target: Target) -> GemmConfig:
+def prefill_config(dtype: torch.dtype, precision: str) -> GemmConfig:
     """The tile that is written without a product: small, since what it waits for is the store of C."""
     if dtype == torch.float32 and precision == "ieee":
         return GemmConfig(64, 64, 16, 16, 8, 1)
@@ -137,7 +138,8 @@ def super_tile_config(shape: tuple[int, int], r: int, dtype: torch.dtype, target
     block_r = rank_block(r)
     block_m, width = (64, 128) if dtype.itemsize == 4 else (32, 512)
     width = width * 16 // block_r
-    while width > 64 and not fills(cdiv(shape[0], block_m) * cdiv(shape[1], width), target):
+    narrowest = 16 * block_r // dtype.itemsize  # there a partial dS is a quarter of dY's bytes
+    while width > narrowest and not fills(cdiv(shape[0], block_m) * cdiv(shape[1], width), target):
         width //= 2
     candidates = [StreamConfig(block_m, columns, block_r, 8, stages) for columns in (width, width // 2) for stages in (3, 2)]
     for config in candidates:
@@ -148,7 +150,7 @@ def super_tile_config(shape: tuple[int, int], r: int, dtype: torch.dtype, target
     return StreamConfig(block_m, width // 2, block_r, 8, 1)
 
 
-MIN_STEPS = 2  # of a part of a split reduction: fewer would not amortise its partial sum
+MIN_STEPS = 2  # of a part of a split reduction, so that loads overlap
 
 
 def fills(tiles: int, target: Target) -> bool:
@@ -156,10 +158,13 @@ def fills(tiles: int, target: Target) -> bool:
     return tiles >= MIN_STEPS * target.sms
 
 
-def split_steps(steps: int, programs: int, target: Target) -> tuple[int, int]:
-    """(parts, steps of each) of a reduction of `steps` steps, cut so that `programs` of them fill the chip twice, but into no
-    part of fewer than MIN_STEPS; there is one part even of no steps."""
-    wanted = cdiv(2 * target.sms, max(programs, 1))
-    parts = max(1, min(wanted, steps // MIN_STEPS))
+def split_steps(steps: int, programs: int, target: Target, partial: float, waves: int = 2) -> tuple[int, int]:
+    """(parts, steps of each) of a reduction of `steps` steps, cut so that `programs` of them fill the chip `waves` times.
+
+    But into no part of fewer than MIN_STEPS, nor of fewer bytes than the partial sum it writes, which is `partial` times a
+    step's; there is one part even of no steps.
+    """
+    wanted = cdiv(waves * target.sms, max(programs, 1))
+    parts = max(1, min(wanted, steps // max(MIN_STEPS, math.ceil(partial))))
     each = cdiv(steps, parts)
     return max(1, cdiv(steps, max(each, 1))), each

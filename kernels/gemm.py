@@ -7,6 +7,7 @@ accumulator is ever live; the mask is read from packed bits.  Persistent program
 Without P and Q the same kernel writes bias + mask(alpha · U V) alone: the prefill, onto which another GEMM accumulates P Q.
 """
 
+import functools
 from typing import Any
 
 import torch
@@ -18,7 +19,8 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 from fastlora.kernels import launch
 from fastlora.kernels.config import GemmConfig, cdiv, gemm_config, prefill_config, rank_block
 from fastlora.kernels.dot import TRITON_DTYPES, dot, matmul_precision, rank_term, round_to
-from fastlora.kernels.target import Target, fits_descriptor, needs_int64
+from fastlora.kernels.layout import Layout, fits_descriptor, needs_int64
+from fastlora.kernels.target import Target
 
 
 @triton.jit
@@ -116,59 +118,61 @@ def gemm_kernel(
             tl.store(C + offs_m[:, None] * N + offs_n[None, :], round_to(acc, DTYPE), mask=c_mask)
 
 
-def _descriptor(matrix: Tensor, block: list[int]) -> TensorDescriptor:
-    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), block)
+@functools.lru_cache(maxsize=4096)
+def _plan(
+    P: Layout | None,
+    Q: Layout | None,
+    U: Layout,
+    V: Layout,
+    bias: Layout | None,
+    bits: Layout | None,
+    dtype: torch.dtype,
+    precision: str,
+    config: GemmConfig | None,
+    target: Target,
+) -> launch.Plan:
+    M, N = U.shape[0], V.shape[1]
+    C = Layout.new(M, N, dtype=dtype)
+    descriptors = transposed = False
+    if P is None or Q is None:
+        config, programs = prefill_config(dtype, precision), None
+        K, strides = 0, (0, 0, 0, 0)
+    else:
+        K, strides, programs = P.shape[1], (*P.stride, *Q.stride), target.sms
+        transposed = Q.stride[0] == 1 and Q.stride[1] != 1
+        stored_q = Q.t() if transposed else Q
+        descriptors = target.has_descriptors and all(fits_descriptor(matrix) for matrix in (P, stored_q, C))
+        if config is None or not config.is_valid(target, dtype, precision, descriptors):
+            config = gemm_config(M, N, dtype, precision, target, descriptors)
+    tiles = cdiv(M, config.block_m) * cdiv(N, config.block_n)
+    tile_q = [config.block_n, config.block_k] if transposed else [config.block_k, config.block_n]
+    options = {
+        "R": U.shape[1],
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_n,
+        "BLOCK_K": config.block_k,
+        "BLOCK_R": rank_block(U.shape[1], config.block_r),
+        "GROUP_M": config.group_m,
+        "DTYPE": TRITON_DTYPES[dtype],
+        "HAS_BIAS": bias is not None,
+        "HAS_MASK": bits is not None,
+        "HAS_PRODUCT": P is not None,
+        "DESCRIPTORS": descriptors,
+        "Q_TRANSPOSED": transposed,
+        "EVEN_K": K % config.block_k == 0,
+        "WIDE": needs_int64(P, Q, C, U, V, bias),
+        "PRECISION": precision,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+    small = (*V.stride, 0 if bias is None else bias.stride[0], 0 if bits is None else bits.shape[1])
+    blocks = ([config.block_m, config.block_k], tile_q, [config.block_m, config.block_n]) if descriptors else ()
+    return launch.Plan((min(tiles, programs or tiles),), (M, N, K, *strides, *small), options, blocks)
 
 
 def gemm(
-    P: Tensor,
-    Q: Tensor,
-    U: Tensor,
-    V: Tensor,
-    target: Target,
-    *,
-    alpha: float,
-    bias: Tensor | None = None,
-    bits: Tensor | None = None,
-    config: GemmConfig | None = None,
-) -> Tensor:
-    """P Q + bias + mask(alpha · U V), (M, N) in P's dtype; P (M, K) and Q (K, N) of any strides, U (M, r) float32, V (r, N).
-
-    P, Q and C go through tensor descriptors where all three can, otherwise through pointers.  `config` is chosen from the
-    shape when it is not given, or not valid for these operands: a tile that was measured with descriptors, say.
-    """
-    (M, K), N = P.shape, Q.shape[1]
-    C = torch.empty((M, N), dtype=P.dtype, device=P.device)
-    transposed = Q.stride(0) == 1 and Q.stride(1) != 1
-    stored_q = Q.t() if transposed else Q
-    descriptors = target.has_descriptors and all(fits_descriptor(matrix) for matrix in (P, stored_q, C))
-    precision = matmul_precision(P.dtype)
-    if config is None or not config.is_valid(target, P.dtype, precision, descriptors):
-        config = gemm_config(M, N, P.dtype, precision, target, descriptors)
-    operands: tuple[Any, ...] = (P, Q, C)
-    if descriptors:
-        block_q = [config.block_n, config.block_k] if transposed else [config.block_k, config.block_n]
-        blocks = ([config.block_m, config.block_k], block_q, [config.block_m, config.block_n])
-        operands = tuple(_descriptor(matrix, block) for matrix, block in zip((P, stored_q, C), blocks, strict=True))
-    _launch(
-        operands,
-        (M, N, K, *P.stride(), *Q.stride()),
-        (U, V, bias, bits),
-        alpha,
-        config,
-        tiles_at_once=target.sms,
-        DTYPE=TRITON_DTYPES[P.dtype],
-        HAS_PRODUCT=True,
-        DESCRIPTORS=descriptors,
-        Q_TRANSPOSED=transposed,
-        EVEN_K=K % config.block_k == 0,
-        WIDE=needs_int64(P, Q, C, U, V, *(() if bias is None else (bias,))),
-        PRECISION=precision,
-    )
-    return C
-
-
-def prefill(
+    P: Tensor | None,
+    Q: Tensor | None,
     U: Tensor,
     V: Tensor,
     dtype: torch.dtype,
@@ -177,56 +181,24 @@ def prefill(
     alpha: float,
     bias: Tensor | None = None,
     bits: Tensor | None = None,
+    config: GemmConfig | None = None,
 ) -> Tensor:
-    """bias + mask(alpha · U V), (M, N) in `dtype`, for a GEMM to accumulate onto; U (M, r) float32, V (r, N)."""
-    M, N = U.shape[0], V.shape[1]
-    C = torch.empty((M, N), dtype=dtype, device=U.device)
-    _launch(
-        (None, None, C),
-        (M, N, 0, 0, 0, 0, 0),
-        (U, V, bias, bits),
-        alpha,
-        prefill_config(dtype, matmul_precision(dtype), target),
-        tiles_at_once=None,
-        DTYPE=TRITON_DTYPES[dtype],
-        HAS_PRODUCT=False,
-        DESCRIPTORS=False,
-        Q_TRANSPOSED=False,
-        EVEN_K=True,
-        WIDE=needs_int64(C, U, V, *(() if bias is None else (bias,))),
-        PRECISION=matmul_precision(dtype),
-    )
+    """P Q + bias + mask(alpha · U V), (M, N) in `dtype`, that of P and Q; without them, the rest alone.
+
+    P (M, K), Q (K, N) and V (r, N) of any strides, U (M, r) float32.  P, Q and C go through tensor descriptors where all three
+    can, otherwise through pointers.  `config` is chosen from the shape when it is not given, or not valid for these operands:
+    a tile that was measured with descriptors, say.
+    """
+    C = torch.empty((U.shape[0], V.shape[1]), dtype=dtype, device=U.device)
+    layouts = [None if tensor is None else Layout.of(tensor) for tensor in (P, Q, U, V, bias, bits)]
+    plan = _plan(*layouts, dtype, matmul_precision(dtype), config, target)  # type: ignore[arg-type]  # U and V are not None
+    operands: tuple[Any, ...] = (P, Q, C)
+    if plan.blocks and P is not None and Q is not None:
+        matrices = (P, Q.t() if plan.options["Q_TRANSPOSED"] else Q, C)
+        operands = tuple(map(_descriptor, matrices, plan.blocks))
+    launch.launch(gemm_kernel, plan.grid, (*operands, bias, U, V, bits, *plan.sizes, alpha), **plan.options)
     return C
 
 
-def _launch(
-    operands: tuple[Any, ...],
-    sizes: tuple[int, ...],
-    small: tuple[Tensor, Tensor, Tensor | None, Tensor | None],
-    alpha: float,
-    config: GemmConfig,
-    tiles_at_once: int | None,
-    **flags: Any,
-) -> None:
-    """Launch over the tiles of C, at most `tiles_at_once` programs; operands = P, Q, C; sizes = M, N, K and strides of P, Q."""
-    U, V, bias, bits = small
-    tiles = cdiv(sizes[0], config.block_m) * cdiv(sizes[1], config.block_n)
-    launch.launch(
-        gemm_kernel,
-        (min(tiles, tiles_at_once or tiles),),
-        (
-            *(*operands, bias, U, V, bits, *sizes, *V.stride()),
-            *(0 if bias is None else bias.stride(0), 0 if bits is None else bits.shape[1], alpha),
-        ),
-        R=U.shape[1],
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_n,
-        BLOCK_K=config.block_k,
-        BLOCK_R=rank_block(U.shape[1], config.block_r),
-        GROUP_M=config.group_m,
-        HAS_BIAS=bias is not None,
-        HAS_MASK=bits is not None,
-        **flags,
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+def _descriptor(matrix: Tensor, block: list[int]) -> TensorDescriptor:
+    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), block)

@@ -8,9 +8,10 @@ import triton.language as tl
 from torch import Tensor
 
 from fastlora.kernels import launch
-from fastlora.kernels.config import StreamConfig, cdiv, split_steps, super_tile_config
+from fastlora.kernels.config import cdiv, split_steps, super_tile_config
 from fastlora.kernels.dot import dot_wide, matmul_precision, round_to, sum_partials
-from fastlora.kernels.target import Target, needs_int64
+from fastlora.kernels.layout import Layout, needs_int64
+from fastlora.kernels.target import Target
 
 MAX_RANK = 32  # above it the partial dS, one for each block of dy's columns, costs what a second pass over dy does
 
@@ -67,34 +68,34 @@ def grad_b_kernel(
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(M: int, N: int, r: int, dtype: torch.dtype, target: Target) -> tuple[StreamConfig, tuple[int, int], int]:
-    """(tile, grid, steps of a program)."""
-    config = super_tile_config((M, N), r, dtype, target)
+def _plan(dy: Layout, B: Layout, S: Layout, dtype: torch.dtype, precision: str, target: Target) -> launch.Plan:
+    (M, N), r = dy.shape, B.shape[1]
+    config = super_tile_config((M, N), r, dy.dtype, target)
     col_blocks = max(1, cdiv(N, config.block_k))  # of no columns, one program still writes dS = 0
-    parts, steps = split_steps(cdiv(M, config.block_m), col_blocks, target)
-    return config, (col_blocks, parts), steps
+    parts, steps = split_steps(
+        cdiv(M, config.block_m), col_blocks, target, config.block_r * 4 / (config.block_m * dy.dtype.itemsize), waves=1
+    )
+    options = {
+        "R": r,
+        "BLOCK_M": config.block_m,
+        "BLOCK_N": config.block_k,
+        "BLOCK_R": config.block_r,
+        "SPLIT": dtype == torch.float32,
+        "WIDE": needs_int64(dy, B, S, Layout.new(N, r, dtype=dtype)),
+        "PRECISION": precision,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+    return launch.Plan((col_blocks, parts), (M, N, steps, *dy.stride, *B.stride), options)
 
 
 def grad_s_and_b(
     dy: Tensor, B: Tensor, S: Tensor, dtype: torch.dtype, target: Target, *, scaling: float
 ) -> tuple[Tensor, Tensor]:
     """(dS float32 (M, r), dB (N, r) in `dtype`) from dy (M, N), B (N, r), S float32 (M, r); r at most MAX_RANK."""
-    (M, N), r = dy.shape, B.shape[1]
-    config, (col_blocks, parts), steps = _plan(M, N, r, dy.dtype, target)
-    dS = torch.empty((col_blocks, M, r), dtype=torch.float32, device=dy.device)
-    dB = torch.empty((parts, N, r), dtype=dtype if parts == 1 else torch.float32, device=dy.device)
-    launch.launch(
-        grad_b_kernel,
-        (col_blocks, parts),
-        (dy, B, S, dS, dB, M, N, steps, *dy.stride(), *B.stride(), scaling),
-        R=r,
-        BLOCK_M=config.block_m,
-        BLOCK_N=config.block_k,
-        BLOCK_R=config.block_r,
-        SPLIT=dtype == torch.float32,
-        WIDE=needs_int64(dy, B, S, dB[0]),
-        PRECISION=matmul_precision(dy.dtype),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+    plan = _plan(Layout.of(dy), Layout.of(B), Layout.of(S), dtype, matmul_precision(dy.dtype), target)
+    col_blocks, parts = plan.grid
+    dS = torch.empty((col_blocks, *S.shape), dtype=torch.float32, device=dy.device)
+    dB = torch.empty((parts, *B.shape), dtype=dtype if parts == 1 else torch.float32, device=dy.device)
+    launch.launch(grad_b_kernel, plan.grid, (dy, B, S, dS, dB, *plan.sizes, scaling), **plan.options)
     return sum_partials(dS, torch.float32), sum_partials(dB, dtype)

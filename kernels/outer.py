@@ -13,10 +13,11 @@ from torch import Tensor
 
 from fastlora.dropout import keep_scale
 from fastlora.kernels import launch
-from fastlora.kernels.config import StreamConfig, cdiv, rank_block, split_steps, stream_config
+from fastlora.kernels.config import cdiv, rank_block, split_steps, stream_config
 from fastlora.kernels.dot import TRITON_DTYPES, dot_wide, matmul_precision, rank_term, round_to, sum_partials
 from fastlora.kernels.dropout import keep_tile, keep_words, lane_limit, store_bytes
-from fastlora.kernels.target import Target, fits_descriptor, needs_int64
+from fastlora.kernels.layout import Layout, fits_descriptor, needs_int64
+from fastlora.kernels.target import Target
 
 TERM_RANKS = 32  # a step of the prefilled term: its tile of V stays in registers
 
@@ -102,13 +103,42 @@ def outer_kernel(
 
 @functools.lru_cache(maxsize=4096)
 def _plan(
-    M: int, K: int, r: int, dtype: torch.dtype, small_dtype: torch.dtype, target: Target, aligned: bool
-) -> tuple[StreamConfig, tuple[int, int, int], int]:
-    """(tile, grid, steps of a program)."""
-    config = stream_config((M, K), r, dtype, small_dtype, target, aligned)
+    x: Layout,
+    U: Layout,
+    V: Layout | None,
+    dtype: torch.dtype,
+    transposed: bool,
+    dropout: bool,
+    pack: bool,
+    precision: str,
+    target: Target,
+) -> launch.Plan:
+    (M, K), r = x.shape, U.shape[1]
+    config = stream_config((M, K), r, x.dtype, U.dtype, target, fits_descriptor(x))
     col_blocks, rank_blocks = cdiv(K, config.block_k), cdiv(r, config.block_r)
-    parts, steps = split_steps(cdiv(M, config.block_m), col_blocks * rank_blocks, target)
-    return config, (col_blocks, parts, rank_blocks), steps
+    parts, steps = split_steps(
+        cdiv(M, config.block_m), col_blocks * rank_blocks, target, config.block_r * 4 / (config.block_m * x.dtype.itemsize)
+    )
+    row_bytes = cdiv(K, 8) if pack else 0
+    out_strides = (1, r) if transposed else (K, 1)
+    options = {
+        "R": r,
+        "BLOCK_M": config.block_m,
+        "BLOCK_K": config.block_k,
+        "BLOCK_R": config.block_r,
+        "TERM_R": rank_block(r, TERM_RANKS),
+        "DTYPE": TRITON_DTYPES[x.dtype],
+        "HAS_DROPOUT": dropout,
+        "PACK": pack,
+        "PREFILL": V is not None,
+        "SPLIT": dtype == torch.float32,
+        "WIDE": needs_int64(x, U, V, Layout.new(r, K, dtype=dtype)),
+        "PRECISION": precision,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+    sizes = (M, K, steps, row_bytes, *x.stride, *out_strides, *((0, 0) if V is None else V.stride))
+    return launch.Plan((col_blocks, parts, rank_blocks), sizes, options)
 
 
 def outer(
@@ -131,34 +161,21 @@ def outer(
     beside a seed, is filled with the packed mask; C (M, K), given together with V (r, K), with drop(U V), for a GEMM to
     accumulate onto.
     """
-    (M, K), r = x.shape, U.shape[1]
-    config, grid, steps = _plan(M, K, r, x.dtype, U.dtype, target, fits_descriptor(x))
-    parts = grid[1]
-    out_shape, out_strides = ((K, r), (1, r)) if transposed else ((r, K), (K, 1))
-    partials = torch.empty((parts, *out_shape), dtype=dtype if parts == 1 else torch.float32, device=x.device)
-    row_bytes = 0 if bits is None else bits.shape[1]
-    strides = (*x.stride(), *out_strides, *((0, 0) if V is None else V.stride()))
-    scale = keep_scale(dropout_p)
-    launch.launch(
-        outer_kernel,
-        grid,
-        (
-            *(x, U, partials, bits, V, C, seed, M, K, steps, row_bytes, *strides),
-            *(scaling * scale, scale, lane_limit(dropout_p) if seed is not None else 0),
-        ),
-        R=r,
-        BLOCK_M=config.block_m,
-        BLOCK_K=config.block_k,
-        BLOCK_R=config.block_r,
-        TERM_R=rank_block(r, TERM_RANKS),
-        DTYPE=TRITON_DTYPES[x.dtype],
-        HAS_DROPOUT=seed is not None,
-        PACK=bits is not None,
-        PREFILL=C is not None,
-        SPLIT=dtype == torch.float32,
-        WIDE=needs_int64(x, U, partials[0], *(() if V is None else (V,))),
-        PRECISION=matmul_precision(x.dtype),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
+    plan = _plan(
+        Layout.of(x),
+        Layout.of(U),
+        None if V is None else Layout.of(V),
+        dtype,
+        transposed,
+        seed is not None,
+        bits is not None,
+        matmul_precision(x.dtype),
+        target,
     )
+    parts, shape = plan.grid[1], (x.shape[1], U.shape[1]) if transposed else (U.shape[1], x.shape[1])
+    partials = torch.empty((parts, *shape), dtype=dtype if parts == 1 else torch.float32, device=x.device)
+    scale = keep_scale(dropout_p)
+    limit = 0 if seed is None else lane_limit(dropout_p)
+    args = (x, U, partials, bits, V, C, seed, *plan.sizes, scaling * scale, scale, limit)
+    launch.launch(outer_kernel, plan.grid, args, **plan.options)
     return sum_partials(partials, dtype)

@@ -9,10 +9,11 @@ from torch import Tensor
 
 from fastlora.dropout import keep_scale
 from fastlora.kernels import launch
-from fastlora.kernels.config import StreamConfig, cdiv, split_steps, stream_config
+from fastlora.kernels.config import cdiv, split_steps, stream_config
 from fastlora.kernels.dot import dot_wide, matmul_precision, sum_partials
 from fastlora.kernels.dropout import keep_tile, keep_words, lane_limit
-from fastlora.kernels.target import Target, fits_descriptor, needs_int64
+from fastlora.kernels.layout import Layout, fits_descriptor, needs_int64
+from fastlora.kernels.target import Target
 
 
 @triton.jit(do_not_specialize=["M", "steps", "limit"])
@@ -64,14 +65,25 @@ def project_kernel(
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(
-    M: int, K: int, r: int, dtype: torch.dtype, small_dtype: torch.dtype, target: Target, aligned: bool
-) -> tuple[StreamConfig, tuple[int, int, int], int]:
-    """(tile, grid, steps of a program)."""
-    config = stream_config((M, K), r, dtype, small_dtype, target, aligned)
+def _plan(x: Layout, A: Layout, dropout: bool, precision: str, target: Target) -> launch.Plan:
+    (M, K), r = x.shape, A.shape[0]
+    config = stream_config((M, K), r, x.dtype, A.dtype, target, fits_descriptor(x))
     row_blocks, rank_blocks = cdiv(M, config.block_m), cdiv(r, config.block_r)
-    parts, steps = split_steps(cdiv(K, config.block_k), row_blocks * rank_blocks, target)
-    return config, (row_blocks, parts, rank_blocks), steps
+    parts, steps = split_steps(
+        cdiv(K, config.block_k), row_blocks * rank_blocks, target, config.block_r * 4 / (config.block_k * x.dtype.itemsize)
+    )
+    options = {
+        "R": r,
+        "BLOCK_M": config.block_m,
+        "BLOCK_K": config.block_k,
+        "BLOCK_R": config.block_r,
+        "HAS_DROPOUT": dropout,
+        "WIDE": needs_int64(x, A),
+        "PRECISION": precision,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+    return launch.Plan((row_blocks, parts, rank_blocks), (M, K, steps, *x.stride, *A.stride), options)
 
 
 def project(
@@ -84,33 +96,9 @@ def project(
     dropout_p: float = 0.0,
 ) -> Tensor:
     """scaling · drop(x) Aᵀ, float32 (M, r), from x (M, K) and A (r, K) of any strides; without a seed there is no dropout."""
-    (M, K), r = x.shape, A.shape[0]
-    config, grid, steps = _plan(M, K, r, x.dtype, A.dtype, target, fits_descriptor(x))
-    partials = torch.empty((grid[1], M, r), dtype=torch.float32, device=x.device)
-    launch.launch(
-        project_kernel,
-        grid,
-        (
-            x,
-            A,
-            partials,
-            seed,
-            M,
-            K,
-            steps,
-            *x.stride(),
-            *A.stride(),
-            scaling * keep_scale(dropout_p),
-            lane_limit(dropout_p) if seed is not None else 0,
-        ),
-        R=r,
-        BLOCK_M=config.block_m,
-        BLOCK_K=config.block_k,
-        BLOCK_R=config.block_r,
-        HAS_DROPOUT=seed is not None,
-        WIDE=needs_int64(x, A),
-        PRECISION=matmul_precision(x.dtype),
-        num_warps=config.num_warps,
-        num_stages=config.num_stages,
-    )
+    plan = _plan(Layout.of(x), Layout.of(A), seed is not None, matmul_precision(x.dtype), target)
+    partials = torch.empty((plan.grid[1], x.shape[0], A.shape[0]), dtype=torch.float32, device=x.device)
+    limit = 0 if seed is None else lane_limit(dropout_p)
+    args = (x, A, partials, seed, *plan.sizes, scaling * keep_scale(dropout_p), limit)
+    launch.launch(project_kernel, plan.grid, args, **plan.options)
     return sum_partials(partials, torch.float32)

@@ -52,22 +52,3 @@ def target_of(device: torch.device) -> Target:
         return _cuda_target(torch.cuda.current_device() if device.index is None else device.index)
     assert knobs.runtime.interpret, "the public boundary lets only interpreted kernels through to a CPU"
     return INTERPRETER
-
-
-def needs_int64(*tensors: torch.Tensor) -> bool:
-    """Whether an element's offset in one of the tensors exceeds 2**31 - 1, so that 32-bit offsets would wrap."""
-    for tensor in tensors:
-        last = 0
-        for size, stride in zip(tensor.shape, tensor.stride(), strict=True):
-            last += (size - 1) * stride
-        if last >= 2**31 and tensor.numel():
-            return True
-    return False
-
-
-def fits_descriptor(tensor: torch.Tensor) -> bool:
-    """Whether a tensor descriptor can address a 2-D tensor: not empty, unit inner stride, rows that do not overlap, and base
-    and rows aligned to 16 bytes."""
-    rows, cols = tensor.stride()
-    aligned = tensor.data_ptr() % 16 == 0 and rows * tensor.element_size() % 16 == 0
-    return tensor.numel() > 0 and cols == 1 and rows >= tensor.shape[1] and aligned

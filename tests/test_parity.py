@@ -148,7 +148,7 @@ def test_fan_in_fan_out_weight(transposed):
     P, Q = torch.randn(40, 64), torch.randn(64, 48)
     U, V = torch.randn(40, 4), torch.randn(4, 48)
     stored = Q.t().contiguous().t() if transposed else Q
-    result = gemm(P, stored, U, V, target.INTERPRETER, alpha=0.5)
+    result = gemm(P, stored, U, V, P.dtype, target.INTERPRETER, alpha=0.5)
     expected = P.double() @ Q.double() + 0.5 * U.double() @ V.double()
     assert oracle.relative_error(result, expected) <= oracle.FLOOR[torch.float32, torch.float32]
 

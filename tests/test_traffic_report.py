@@ -112,11 +112,13 @@ def test_unsplit_traffic_is_compulsory(form):
 # Of the bytes of x or dy that a step streams, what it writes of partial sums and reads again at full size, in bfloat16 on an
 # H200: at most (S, dS dB, dA).  L2 (50 MB) holds them; the rest of the chip waits for them all the same.
 PARTIAL_SUMS = {
-    (8192, 4096, 16): (1 / 16, 3 / 8, 1 / 8),
+    (8192, 4096, 16): (1 / 16, 1 / 4, 1 / 8),
     (8192, 4096, 32): (1 / 8, 3 / 4, 1 / 4),
     (8192, 14336, 16): (1 / 16, 1 / 4, 1 / 16),
     (32768, 4096, 16): (0, 1 / 4, 1 / 16),
     (8192, 4096, 64): (1 / 4, 0, 1 / 4),
+    (2048, 4096, 16): (1 / 8, 5 / 8, 1 / 4),
+    (512, 2048, 128): (2, 0, 2),
 }
 
 
