@@ -89,7 +89,8 @@ def describe(model: nn.Module, layers: Mapping[str, FusedLoraLinear], options: L
 
 def _target_modules(model: nn.Module, layers: Mapping[str, FusedLoraLinear]) -> list[str] | str:
     """All names of the layers, as a regex where a list of them would match another module by its end."""
-    targets, others = [], []
+    targets: list[str] = []
+    others: list[str] = []
     for name, module in model.named_modules(remove_duplicate=False):
         (targets if module in layers.values() else others).append(name)
     if any(name.endswith(tuple(f".{target}" for target in targets)) for name in others):

@@ -72,6 +72,7 @@ def test_merging_keeps_the_dtype_the_mode_and_16_bit_quality() -> None:
     assert type(merged) is nn.Linear
     assert merged.training
     assert not model.training
+    assert not model.get_submodule("model.layers.1.self_attn.q_proj").training
     assert torch.equal(merged.weight, exact.bfloat16())
 
 
