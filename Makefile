@@ -14,7 +14,7 @@ PIP_INSTALL = $(@D)/bin/python -m pip install --quiet --disable-pip-version-chec
 PYTEST_OPTIONS := --numprocesses $(JOBS) --dist worksteal --durations 10 -m "$(MARKS)"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-interpreter test-compile check bench compile-report traffic-report clean
+.PHONY: help demo test test-interpreter test-compile check bench bench-suite bench-report compile-report traffic-report clean
 
 help:  ## show the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 24
@@ -37,8 +37,14 @@ check: $(VENV)/.installed build/typed  ## lint, formatting, types
 	$(VENV)/bin/ruff format --check
 	cd build/typed && $(CURDIR)/$(VENV)/bin/mypy --config-file $(CURDIR)/pyproject.toml
 
-bench: $(VENV)/.installed  ## time forward and backward against eager LoRA on this machine
+bench: $(VENV)/.installed  ## time forward and backward against eager LoRA, PEFT and chained addmm_ on this machine
 	$(VENV)/bin/fastlora bench $(ARGS)
+
+bench-suite: $(VENV)/.installed  ## the same for the linears of five models, a decoder layer, a training step (ARGS=--quick)
+	$(VENV)/bin/pytest benches --benchmark-only --benchmark-columns=median,iqr,rounds $(ARGS)
+
+bench-report: $(VENV)/.installed  ## write the README's tables and the plots from benches/results
+	$(VENV)/bin/python -m benches.report $(ARGS)
 
 compile-report: $(REPORT_VENV)/.installed  ## registers, spills and shared memory of every kernel (TRITON=3.6.0 for another Triton)
 	$(REPORT_VENV)/bin/python -m tools.compile_report $(ARGS)

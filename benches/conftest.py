@@ -78,7 +78,8 @@ def _slug(device: str) -> str:
 
 
 def _tell(config: pytest.Config, line: str) -> None:
-    reporter, capture = (config.pluginmanager.get_plugin(name) for name in ("terminalreporter", "capturemanager"))
+    plugins: Any = config.pluginmanager
+    reporter, capture = (plugins.get_plugin(name) for name in ("terminalreporter", "capturemanager"))
     with capture.global_and_fixture_disabled():
         reporter.ensure_newline()
         reporter.write_line(line)

@@ -58,7 +58,7 @@ def _setting(name: str, device: torch.device, tokens: tuple[int, int], toy: bool
     size = "toy" if toy else "cpu"
     decoder = _SMALL[size]
     tokens = (2, 16) if toy else (2, 128)
-    return Setting(f"Llama of {decoder.layers} x {decoder.hidden}", decoder, *tokens, torch.float32)
+    return Setting(f"Llama of width {decoder.hidden}", decoder, *tokens, torch.float32)
 
 
 def build(setting: Setting, device: torch.device, *, layers: int | None = None, head: bool = True) -> nn.Module:
@@ -79,7 +79,8 @@ def build(setting: Setting, device: torch.device, *, layers: int | None = None, 
     )
     torch.manual_seed(0)
     with torch.device(device):
-        model = (LlamaForCausalLM if head else LlamaModel)(config).to(setting.dtype)
+        model: Any = LlamaForCausalLM(config) if head else LlamaModel(config)
+        model.to(setting.dtype)
     targets = [name for linear in decoder.linears for name in linear.names]
     adapted = peft.get_peft_model(model, peft.LoraConfig(r=R, lora_alpha=2 * R, lora_dropout=DROPOUT_P, target_modules=targets))
     for name, parameter in adapted.named_parameters():
@@ -148,7 +149,8 @@ class Layer:
 
     def steps(self) -> dict[tuple[str, str], benchmark.Step]:
         """(contender, pass) -> step."""
-        frozen = copy.deepcopy(self.peft).unload()
+        frozen: Any = copy.deepcopy(self.peft)
+        frozen = frozen.unload()
         models = {"frozen layer": frozen.requires_grad_(False), "PEFT": self.peft, "fastlora": self.fast}
         return {(name, pass_): step for name, model in models.items() for pass_, step in self._passes(model).items()}
 

@@ -13,6 +13,7 @@ centre.  On a CPU: a square linear of 1024 in float32, with dropout and without,
 """
 
 import itertools
+import operator
 from collections.abc import Iterable
 from dataclasses import dataclass, replace
 
@@ -29,6 +30,7 @@ ROWS = (8192, 16384, 2048, 512)
 RANKS = (16, 8, 64, 128)
 DROPOUT = (0.1, 0.0)
 ADAPTERS = (torch.bfloat16, torch.float32)
+_CENTRE_VALUES = (8192, 16, 0.1, torch.bfloat16)
 
 CPU_CENTRE = Case((2048, 1024, 1024), rank=16, bias=False, dropout_p=0.1)
 TOY = Case((96, 64, 80), rank=8, bias=False, dropout_p=0.1)
@@ -100,12 +102,9 @@ def _linears(model: str, rows: int = CENTRE.shape[0]) -> Iterable[Size]:
 
 def _around(centre: Case) -> Iterable[Case]:
     """Every M, r, p and dtype of the adapters on the linear of `centre`, what differs least from it first."""
-    cases = []
-    for indices in itertools.product(*map(range, map(len, (ROWS, RANKS, DROPOUT, ADAPTERS)))):
-        rows, r, p, adapters = (values[i] for values, i in zip((ROWS, RANKS, DROPOUT, ADAPTERS), indices, strict=True))
-        case = replace(_with_rows(centre, rows), rank=r, dropout_p=p, adapter_dtype=adapters)
-        cases.append((sum(map(bool, indices)), case))
-    return (case for _, case in sorted(cases, key=lambda pair: pair[0]))
+    product = itertools.product(ROWS, RANKS, DROPOUT, ADAPTERS)
+    for rows, r, p, adapters in sorted(product, key=lambda values: sum(map(operator.ne, values, _CENTRE_VALUES))):
+        yield replace(_with_rows(centre, rows), rank=r, dropout_p=p, adapter_dtype=adapters)
 
 
 def _with_rows(case: Case, rows: int) -> Case:

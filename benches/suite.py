@@ -104,7 +104,7 @@ class Suite:
             try:
                 measure()
             except RuntimeError as error:
-                self._failed[id_][None] = error
+                self._failed[id_][None] = error.with_traceback(None)  # its frames hold the tensors
         if None in self._failed[id_]:
             raise self._failed[id_][None]
 

@@ -9,7 +9,7 @@ results.py     rows, conditions, files
 """
 
 from fastlora.benchmark.ceilings import Ceilings, measure_ceilings
-from fastlora.benchmark.clock import Prepared, Quantiles, Step, copies_beyond_cache, measure, quantiles
+from fastlora.benchmark.clock import CudaClock, Prepared, Quantiles, Step, copies_beyond_cache, measure, quantiles
 from fastlora.benchmark.contenders import Contender, Weights, contenders_for
 from fastlora.benchmark.memory import peak_bytes, saved_bytes
 from fastlora.benchmark.trial import PASSES, Inputs, Measurement, WrongResultError, draw, run, verify
@@ -18,6 +18,7 @@ __all__ = [
     "PASSES",
     "Ceilings",
     "Contender",
+    "CudaClock",
     "Inputs",
     "Measurement",
     "Prepared",

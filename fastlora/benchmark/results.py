@@ -8,11 +8,9 @@ forward + backward, launch_ms on a GPU, roofline_percent where the ceilings were
 import csv
 import importlib.metadata
 import json
-import os
 import platform
 import shutil
 import subprocess
-import tempfile
 from collections.abc import Mapping, Sequence
 from datetime import UTC, datetime
 from pathlib import Path
@@ -132,11 +130,11 @@ def write_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
 
 def write_json(value: Mapping[str, Any], path: Path) -> None:
     """Replace `path` at once: an interrupted run leaves the last whole file."""
-    with tempfile.NamedTemporaryFile("w", dir=path.parent, prefix=path.name, delete=False) as file:
+    part = path.with_name(path.name + ".part")
+    with part.open("w") as file:
         json.dump(value, file, indent=1)
         file.write("\n")
-    os.chmod(file.name, 0o644)
-    os.replace(file.name, path)
+    part.replace(path)
 
 
 def read_json(path: Path) -> dict[str, Any] | None:

@@ -30,13 +30,14 @@ class Decoder:
     def linears(self) -> tuple[Linear, ...]:
         """Every linear of a decoder layer, those of one shape together."""
         q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        attention = [("q_proj", self.hidden, q, self.qkv_bias), ("o_proj", q, self.hidden, False)]
-        attention += [(name, self.hidden, kv, self.qkv_bias) for name in ("k_proj", "v_proj")]
-        mlp = [(name, self.hidden, self.intermediate, False) for name in ("gate_proj", "up_proj")]
-        by_shape: dict[tuple[int, int, bool], list[str]] = {}
-        for name, *shape in [*attention, *mlp, ("down_proj", self.intermediate, self.hidden, False)]:
-            by_shape.setdefault((shape[0], shape[1], shape[2]), []).append(name)
-        return tuple(Linear(tuple(names), *shape) for shape, names in by_shape.items())
+        shapes = {"q_proj": (self.hidden, q, self.qkv_bias), "o_proj": (q, self.hidden, False)}
+        shapes |= dict.fromkeys(("k_proj", "v_proj"), (self.hidden, kv, self.qkv_bias))
+        shapes |= dict.fromkeys(("gate_proj", "up_proj"), (self.hidden, self.intermediate, False))
+        shapes["down_proj"] = self.intermediate, self.hidden, False
+        names: dict[tuple[int, int, bool], list[str]] = {}
+        for name, shape in shapes.items():
+            names.setdefault(shape, []).append(name)
+        return tuple(Linear(tuple(names[shape]), *shape) for shape in names)
 
 
 MODELS = {

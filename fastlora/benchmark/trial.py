@@ -213,7 +213,7 @@ def run(
         except RuntimeError as error:
             if excluded is None:
                 raise
-            excluded[contender.name] = error
+            excluded[contender.name] = error.with_traceback(None)  # its frames hold the tensors
         progress(f"checked {contender.name}")
     del judge
     rivals = [contender for contender in rivals if contender.name not in (excluded or {})]
