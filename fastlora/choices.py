@@ -61,6 +61,7 @@ def choose(problem: Problem, target: Target) -> Choice:
 def trying(choices: Mapping[Problem, Choice], target: Target) -> Iterator[None]:
     """Make these choices hold for the time being, in all threads: autograd runs backward in one of its own."""
     global _tried
+    _look(target)  # now, because the thread of backward could not take the lock
     with _lock:
         before = _tried
         _tried = before | {(target, _key(problem)): choice for problem, choice in choices.items()}

@@ -133,10 +133,9 @@ def tune(
         OSError: the cache cannot be written; before anything is measured.
     """
     device = torch.device(device)
-    _check_device(device)
+    target = check_device(device)
     if threshold(dropout_p) == 0:
         raise ValueError(f"dropout_p must be at least 1/65536, the rate of the problems with dropout, got {dropout_p}")
-    target = target_of(device)
     choices.store(target, {})
     clock = clock or (lambda steps: measure(steps, device, repeats))
     results = []
@@ -241,13 +240,16 @@ def tile_of(choice: Choice) -> str:
     return f"{tile.block_m}x{tile.block_n}x{tile.block_k}, {tile.num_warps} warps, {tile.num_stages} stages"
 
 
-def _check_device(device: torch.device) -> None:
+def check_device(device: torch.device) -> Target:
+    """The target of a device to tune on.  Raises RuntimeError as `tune` does."""
     if torch.compiler.is_compiling():
         raise RuntimeError("fastlora.tune measures, which cannot be traced: call it outside of torch.compile and torch.export")
-    if "triton" not in available_backends(device) or not target_of(device).name:
+    target = target_of(device) if "triton" in available_backends(device) else None
+    if target is None or not target.name:
         raise RuntimeError(f"tuning needs a CUDA GPU of capability 8.0 or newer, and {device} is none")
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("fastlora.tune measures, which a CUDA graph cannot capture: call it before the capture begins")
+    return target
 
 
 def _first_line(error: BaseException) -> str:

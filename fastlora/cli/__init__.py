@@ -1,4 +1,4 @@
-"""The console script `fastlora`: its subcommands finetune, parity and bench."""
+"""The console script `fastlora`: its subcommands finetune, parity, bench and tune."""
 
 import argparse
 import importlib
@@ -6,7 +6,7 @@ from collections.abc import Sequence
 
 from fastlora._version import __version__
 
-COMMANDS = ("finetune", "parity", "bench")
+COMMANDS = ("finetune", "parity", "bench", "tune")
 
 
 def main(argv: Sequence[str] | None = None) -> int:
