@@ -80,6 +80,14 @@ def test_a_copy_of_the_config_is_registered_too(duplicate: Any) -> None:
     assert oracle.relative_error(logits_of(wrapped.eval()), logits_of(other.eval())) <= FLOOR
 
 
+def test_a_shallow_copy_of_the_config_keeps_its_own_options() -> None:
+    other = copy.copy(register(config(lora_dropout=0.1)))
+    other.lora_dropout = 0.5
+    wrapped = layers.find(peft.get_peft_model(build(), other)).values()
+    assert {layer.lora_dropout["default"].p for layer in wrapped} == {0.5}
+    assert all(layers.is_fused(layer) for layer in wrapped)
+
+
 def test_an_adapter_added_with_a_registered_config() -> None:
     model = wrap(build(), target_modules=["q_proj"])
     model.add_adapter("second", register(config(target_modules=["q_proj", "v_proj"])))

@@ -26,8 +26,8 @@ def accelerate(model: nn.Module) -> Report:
     """Let `model`'s LoRA linears run through `fastlora.lora_linear`, in place; `decelerate` undoes it.
 
     Of each plain `peft.tuners.lora.layer.Linear`, and of PEFT's like for 4-bit and 8-bit linears of bitsandbytes, only the
-    class changes, to a subclass with another `forward`.  Dropout is
-    PEFT's but for the random numbers: one mask per projection and call, drawn from torch's default generator.
+    class changes, to a subclass with another `forward`.  Dropout is PEFT's but for the random numbers: one mask per projection
+    and call, drawn from torch's default generator.
 
     Args:
         model: a PeftModel, or any module with PEFT's LoRA layers inside.
@@ -109,9 +109,8 @@ def register(lora_config: Any) -> Any:
 
         model = get_peft_model(base, fastlora.peft.register(LoraConfig(target_modules=["q_proj"])))
 
-    Linears that `accelerate` would leave go PEFT's own way, as do quantised ones, which `accelerate` takes afterwards;
-    `status` lists them.  The registration
-    lives in this config object: it is not saved with it.
+    Linears that `accelerate` would leave go PEFT's own way, as do quantised ones, which `accelerate` takes afterwards; `status`
+    lists them.  The registration lives in this config object: it is not saved with it.
 
     Returns:
         `lora_config` itself.
