@@ -67,6 +67,17 @@ def cache_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pat
         yield folder
 
 
+@pytest.fixture
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+    """A cache folder that is not there yet, and a process that has not looked at it."""
+    from fastlora import choices
+
+    monkeypatch.setenv("FASTLORA_CACHE_DIR", str(tmp_path / "cache"))
+    for table in ("_known", "_tried", "_warned"):
+        monkeypatch.setattr(choices, table, type(getattr(choices, table))())
+    return tmp_path / "cache"
+
+
 @pytest.fixture(scope="session", autouse=True)
 def poisoned_memory() -> Iterator[None]:
     """Fills what the package allocates without initialising it, so that an element no kernel wrote cannot pass for a result."""

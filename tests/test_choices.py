@@ -1,0 +1,266 @@
+"""What was measured is kept in a file, and taken by the kernels."""
+
+import json
+import threading
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+
+from fastlora import choices, kernels, lora_linear, oracle
+from fastlora.kernels import launch
+from fastlora.kernels.config import GemmConfig
+from fastlora.kernels.forms import Choice, Problem, default_choice
+from fastlora.kernels.gemm import gemm_kernel
+from fastlora.kernels.target import INTERPRETER, Target
+
+GPU = Target(90, 132, 232448, "Test GPU 9000")
+PROBLEM = Problem("forward", torch.bfloat16, 8192, 4096, 4096, 16, True)
+TILE = GemmConfig(128, 256, 64, 32, 8, 3)  # takes descriptors, in bfloat16
+assert default_choice(PROBLEM, GPU).form == "prefill"
+FUSED = Choice("fused", TILE)
+
+pytestmark = pytest.mark.usefixtures("empty_cache")
+
+
+def forget() -> None:
+    """As another process begins."""
+    choices._known.clear()
+    choices._warned.clear()
+
+
+def problems(count: int) -> list[Problem]:
+    return [replace(PROBLEM, in_features=64 * (index + 1)) for index in range(count)]
+
+
+# What is stored is taken
+
+
+def test_without_a_file_arithmetic_decides(empty_cache: Path) -> None:
+    assert choices.choose(PROBLEM, GPU) == default_choice(PROBLEM, GPU)
+    assert not empty_cache.exists()
+
+
+def test_without_a_name_nothing_is_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(choices, "_read", lambda target: pytest.fail("looked up"))
+    assert choices.choose(PROBLEM, INTERPRETER) == default_choice(PROBLEM, INTERPRETER)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_every_choice_comes_back(dtype: torch.dtype) -> None:
+    """Of every form and tile that a problem can take, in another process's eyes."""
+    for dropout, direction in product((False, True), ("forward", "backward")):
+        problem = Problem(direction, dtype, 512, 1024, 2048, 100, dropout)
+        tiles = choices.tiles(problem, GPU)
+        assert len(tiles) >= 2
+        for choice in (*map(Choice, problem.forms), *(Choice("fused", tile) for tile in tiles)):
+            choices.store(GPU, {problem: choice})
+            assert choices.choose(problem, GPU) == choice
+            forget()
+            assert choices.choose(problem, GPU) == choice
+
+
+def test_stores_add_up() -> None:
+    first, second, third = problems(3)
+    path = choices.store(GPU, {first: FUSED, second: FUSED})
+    assert choices.store(GPU, {second: Choice("prefill"), third: Choice("fused")}) == path
+    forget()
+    taken = [choices.choose(problem, GPU) for problem in (first, second, third)]
+    assert taken == [FUSED, Choice("prefill"), Choice("fused")]
+    assert len(json.loads(path.read_text())["results"]) == 3
+
+
+def test_only_what_was_measured_is_written() -> None:
+    """Not the defaults that were asked for in between."""
+    first, second = problems(2)
+    choices.choose(first, GPU)
+    path = choices.store(GPU, {second: FUSED})
+    choices.choose(first, GPU)
+    choices.store(GPU, {})
+    assert [record["in_features"] for record in json.loads(path.read_text())["results"]] == [second.in_features]
+
+
+def test_a_choice_holds_for_its_own_problem_and_gpu() -> None:
+    choices.store(GPU, {PROBLEM: FUSED})
+    changes: list[dict[str, Any]] = [{"direction": "backward"}, {"dtype": torch.float16}, {"rows": 4096}, {"r": 8}]
+    changes += [{"in_features": 4104}, {"out_features": 4104}, {"dropout": False}]
+    for change in changes:
+        other = replace(PROBLEM, **change)
+        assert choices.choose(other, GPU) == default_choice(other, GPU) != FUSED
+    for target in (replace(GPU, name="Another"), replace(GPU, sms=66), replace(GPU, capability=100)):
+        assert choices.choose(PROBLEM, target) == default_choice(PROBLEM, target) != FUSED
+    assert choices.choose(PROBLEM, GPU) == FUSED
+
+
+def test_float32_is_kept_by_matmul_precision(monkeypatch: pytest.MonkeyPatch) -> None:
+    problem = replace(PROBLEM, dtype=torch.float32)
+    assert default_choice(problem, GPU) != Choice("fused")
+    with monkeypatch.context() as patch:
+        patch.setattr(choices, "matmul_precision", lambda dtype: "tf32")
+        choices.store(GPU, {problem: Choice("fused")})
+        assert choices.choose(problem, GPU) == Choice("fused")
+    assert choices.choose(problem, GPU) == default_choice(problem, GPU)
+
+
+def test_one_look_at_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    choices.store(GPU, {PROBLEM: FUSED})
+    forget()
+    reads, where = [], choices.path_of
+    monkeypatch.setattr(choices, "path_of", lambda target: reads.append(target) or where(target))
+    for problem in (PROBLEM, *problems(20)) * 2:
+        choices.choose(problem, GPU)
+    assert reads == [GPU]
+
+
+# Where it lies
+
+
+def test_the_folder(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    assert choices.path_of(GPU).parent == tmp_path / "cache"
+    monkeypatch.setenv("FASTLORA_CACHE_DIR", "")
+    assert choices.path_of(GPU).parent == tmp_path / "xdg/fastlora"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert choices.path_of(GPU).parent == tmp_path / "home/.cache/fastlora"
+
+
+def test_the_file_is_one_for_each_environment(monkeypatch: pytest.MonkeyPatch) -> None:
+    paths = [choices.path_of(GPU)]
+    assert paths[0].name.startswith(f"test-gpu-9000-torch-{torch.__version__.replace('+', '-')}-triton-")
+    paths += [choices.path_of(target) for target in (replace(GPU, sms=66), replace(GPU, capability=100))]
+    paths += [choices.path_of(replace(GPU, name=name)) for name in ("Test-GPU 9000", "x" * 500, "../../etc/passwd", "汉字")]
+    for module, name in (
+        (torch, "__version__"),
+        (choices.triton, "__version__"),
+        (choices, "__version__"),
+        (choices, "FORMAT"),
+    ):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, name, "0.0.1")
+            paths.append(choices.path_of(GPU))
+    assert len({path.name for path in paths}) == len(paths)
+    assert all(path.parent == paths[0].parent and len(path.name) < 200 for path in paths)
+
+
+# Trying
+
+
+def test_trying_holds_for_the_time_being_and_in_every_thread() -> None:
+    first, second = problems(2)
+    choices.store(GPU, {first: Choice("fused")})
+    seen = []
+
+    def look() -> None:
+        seen.append([choices.choose(problem, GPU) for problem in (first, second)])
+
+    with choices.trying({first: FUSED}, GPU):
+        with choices.trying({first: Choice("prefill"), second: FUSED}, GPU):
+            thread = threading.Thread(target=look)
+            thread.start()
+            thread.join(60)
+        look()
+        assert choices.choose(first, replace(GPU, sms=66)) == default_choice(first, GPU)
+    look()
+    default = default_choice(second, GPU)
+    assert seen == [[Choice("prefill"), FUSED], [FUSED, default], [Choice("fused"), default]]
+
+
+def test_trying_ends_with_an_error_too() -> None:
+    with pytest.raises(KeyboardInterrupt), choices.trying({PROBLEM: FUSED}, GPU):
+        raise KeyboardInterrupt
+    assert choices.choose(PROBLEM, GPU) == default_choice(PROBLEM, GPU)
+    assert not choices.path_of(GPU).exists()
+
+
+def test_another_thread_can_look_first_while_trying() -> None:
+    """As the thread of a first backward does."""
+    with choices.trying({PROBLEM: FUSED}, GPU):
+        thread = threading.Thread(target=choices.choose, args=(replace(PROBLEM, r=8), GPU), daemon=True)
+        thread.start()
+        thread.join(60)
+        assert not thread.is_alive()
+
+
+# The kernels take it
+
+
+@pytest.fixture
+def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, dict[str, Any]]]:
+    """(kernel, options) of every launch."""
+    seen: list[tuple[Any, dict[str, Any]]] = []
+    run = launch.launch
+
+    def spy(kernel: Any, grid: Any, args: Any, **options: Any) -> None:
+        seen.append((kernel, options))
+        run(kernel, grid, args, **options)
+
+    monkeypatch.setattr(launch, "launch", spy)
+    return seen
+
+
+@pytest.fixture
+def named(monkeypatch: pytest.MonkeyPatch) -> Target:
+    """The interpreter's GPU, under a name."""
+    target = replace(INTERPRETER, name="Interpreted GPU")
+    monkeypatch.setattr(kernels.target, "INTERPRETER", target)
+    return target
+
+
+def products(launches: list[tuple[Any, dict[str, Any]]]) -> list[tuple[int, ...]]:
+    """The tiles of the launches that multiply x or dy by W."""
+    options = [options for kernel, options in launches if kernel is gemm_kernel and options["HAS_PRODUCT"]]
+    return [tuple(option[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")) for option in options]
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+def test_lora_linear_takes_what_was_stored(dropout_p: float, named: Target, launches: list[Any]) -> None:
+    x, W = torch.randn(20, 32, requires_grad=True), torch.randn(48, 32)
+    A, B = torch.randn(4, 32, requires_grad=True), torch.randn(48, 4, requires_grad=True)
+    forward = Problem("forward", torch.float32, 32, 32, 48, 4, dropout_p > 0)
+    backward = replace(forward, direction="backward")
+    tiles = choices.tiles(forward, named)
+    assert len(tiles) == 3
+
+    def step() -> list[tuple[int, ...]]:
+        launches.clear()
+        lora_linear(x, W, A, B, dropout_p=dropout_p, seed=5, backend="triton").sum().backward()
+        return products(launches)
+
+    def numbers(tile: GemmConfig) -> tuple[int, ...]:
+        return tile.block_m, tile.block_n, tile.block_k, tile.num_warps, tile.num_stages
+
+    assert step() == []
+    for index in range(3):
+        there, back = tiles[index], tiles[index - 1]
+        choices.store(named, {forward: Choice("fused", there), backward: Choice("fused", back)})
+        assert step() == [numbers(there), numbers(back)]
+    choices.store(named, {forward: Choice("prefill")})
+    assert step() == [numbers(tiles[1])]
+    assert sum(kernel is gemm_kernel for kernel, _ in launches) == 2  # the prefill, and the fused backward
+    if not dropout_p:
+        choices.store(named, {forward: Choice("torch"), backward: Choice("torch")})
+        assert step() == []
+        assert launches == []
+
+
+@pytest.mark.parametrize("unaligned", ["x", "dy"])
+def test_unaligned_operands_take_another_tile_and_stay_right(unaligned: str, named: Target, launches: list[Any]) -> None:
+    """The tile was measured with descriptors, which only one of forward and backward can make here."""
+    case = oracle.Case((40, 64, 96), 4, torch.bfloat16, bias=False, dropout_p=0.1)
+    forward = Problem("forward", torch.bfloat16, 64, 64, 96, 4, True)
+    assert TILE in choices.tiles(forward, named)
+    assert not TILE.is_valid(named, torch.bfloat16, "ieee", descriptors=False)
+    choices.store(named, {forward: FUSED, replace(forward, direction="backward"): FUSED})
+
+    def shifted(tensor: torch.Tensor) -> torch.Tensor:
+        storage = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)
+        return storage[1:].view(tensor.shape).copy_(tensor)
+
+    oracle.assert_parity(case, backend="triton", views={unaligned: shifted})
+    there, back = products(launches)
+    measured = (128, 256, 64, 8, 3)
+    assert [there == measured, back == measured] == [unaligned != "x", unaligned != "dy"]
