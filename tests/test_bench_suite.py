@@ -1,0 +1,223 @@
+"""`pytest benches` at toy size: times measured in turn reach the files and pytest-benchmark, runs resume, README is up to date."""
+
+import csv
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from types import ModuleType
+from typing import Any
+
+import pytest
+import torch
+
+ROOT = Path(__file__).parents[1]
+CPU = torch.device("cpu")
+LINEAR_CONTENDERS = ["frozen linear", "eager LoRA", "PEFT", "chained addmm_", "fastlora"]
+
+
+def pytest_benches(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
+    command = [
+        Path(sys.executable).with_name("pytest"),
+        "benches",
+        "--grid",
+        "toy",
+        "--benchmark-only",
+        "-p",
+        "no:cacheprovider",
+    ]
+    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST_", "TRITON_INTERPRET"))}
+    return subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
+
+
+@pytest.fixture(scope="module")
+def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], dict[str, Any]]:
+    """A run of the whole suite: its folder, its own results, and what pytest-benchmark wrote."""
+    pytest.importorskip("pytest_benchmark")
+    folder = tmp_path_factory.mktemp("results")
+    saved = folder / "saved.bench"
+    done = pytest_benches("--compile", "aot_eager", "--repeats", "3", "--results", folder, "--benchmark-json", saved)
+    assert done.returncode == 0, done.stdout[-3000:]
+    (file,) = folder.glob("*-toy.json")
+    assert f"results: {file}" in done.stdout
+    assert "decoder layer: frozen layer" in done.stdout
+    return folder, json.loads(file.read_text()), json.loads(saved.read_text())
+
+
+@pytest.fixture
+def benches(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, ModuleType]]:
+    """The modules of benches/, imported as pytest imports them there."""
+    monkeypatch.syspath_prepend(str(ROOT / "benches"))
+    names = ("decoder", "grid", "report", "suite")
+    yield {name: __import__(name) for name in names}
+    for name in names:
+        sys.modules.pop(name, None)
+
+
+def test_pytest_benchmark_shows_the_times_that_were_measured_in_turn(run: tuple[Path, dict, dict]) -> None:
+    _, own, saved = run
+    assert saved["machine_info"]["fastlora"] == own["facts"]
+    rows = {(row["id"], row["pass"], row["contender"]): row for row in own["rows"]}
+    assert len(saved["benchmarks"]) == len(rows)
+    for entry in saved["benchmarks"]:
+        info, stats = entry["extra_info"], entry["stats"]
+        row = rows[info["id"], info["pass"], info["contender"]]
+        assert entry["group"] == " ".join(dict.fromkeys((info["id"], info["pass"])))
+        assert info == {key: value for key, value in row.items() if value is not None}
+        assert stats["rounds"] == len(stats["data"]) == 3
+        assert stats["median"] * 1e3 == pytest.approx(row["median_ms"])
+        assert entry["options"]["timer"].endswith("recorded_clock")
+
+
+def test_every_contender_and_pass_of_every_size(run: tuple[Path, dict, dict]) -> None:
+    folder, own, _ = run
+    contenders: dict[str, list[str]] = {}
+    for row in own["rows"]:
+        contenders.setdefault(f"{row['id']} {row['pass']}", []).append(row["contender"])
+        assert 0 < row["p20_ms"] <= row["median_ms"] <= row["p80_ms"]
+    order = [
+        "frozen linear",
+        "eager LoRA",
+        "PEFT",
+        "chained addmm_",
+        "compiled eager",
+        "compiled PEFT",
+        "fastlora",
+        "compiled fastlora",
+    ]
+    for pass_ in ("forward", "backward", "forward + backward"):
+        assert contenders[f"f32-96x64x80-r8-p0.1 {pass_}"] == order
+        assert contenders[f"f32-96x64x80-r8-p0 {pass_}"] == LINEAR_CONTENDERS
+        assert contenders[f"decoder layer {pass_}"] == ["frozen layer", "PEFT", "fastlora"]
+    assert contenders["training step training step"] == ["PEFT", "fastlora"]
+    assert set(own["ceilings"]) == {"float32"}
+    assert not own["not_reached"]
+    (file,) = folder.glob("*.csv")
+    with file.open() as text:
+        written = list(csv.DictReader(text))
+    assert len(written) == len(own["rows"])
+    assert {row["torch"] for row in written} == {torch.__version__}
+
+
+def make_suite(benches: dict[str, ModuleType], path: Path, **options: Any) -> Any:
+    told: list[str] = []
+    defaults = {"repeats": 1, "compiler": None, "budget": float("inf"), "copies": 1, "tell": told.append}
+    suite = benches["suite"].Suite(path, CPU, **{**defaults, **options})
+    suite.told = told
+    return suite
+
+
+def test_a_run_stops_with_its_budget_and_goes_on(
+    benches: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastlora.benchmark.ceilings.SIZES", {"cpu": (32, 1 << 16)})
+    path, (first, second) = tmp_path / "results.json", benches["grid"].sizes("toy", CPU)
+    not_measured = benches["suite"].NotMeasuredError
+    suite = make_suite(benches, path)
+    suite.linear(first, "fastlora")
+    suite.deadline = 0.0
+    suite.linear(first, "eager LoRA")
+    with pytest.raises(not_measured, match="budget is spent"):
+        suite.linear(second, "fastlora")
+    assert any("not reached" in line for line in suite.summary())
+    suite.close()
+
+    suite = make_suite(benches, path, resume=True)
+    with pytest.raises(not_measured, match="measured before"):
+        suite.linear(first, "fastlora")
+    suite.linear(second, "fastlora")
+    suite.close()
+    content = json.loads(path.read_text())
+    assert list(dict.fromkeys(row["id"] for row in content["rows"])) == [first.id, second.id]
+    assert content["not_reached"] == []
+
+    content["facts"]["torch"] = "1.0"
+    path.write_text(json.dumps(content))
+    suite = make_suite(benches, path, resume=True)
+    assert "under other conditions" in suite.told[0]
+    assert suite.content["rows"] == []
+
+
+@pytest.mark.parametrize("broken", ["chained_addmm", "frozen_linear"])
+def test_a_wrong_contender_fails_alone_and_a_wrong_floor_fails_all(
+    broken: str, benches: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setattr("fastlora.benchmark.ceilings.SIZES", {"cpu": (32, 1 << 16)})
+    calls = []
+
+    def wrong(x: torch.Tensor, weight: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
+        calls.append(x)
+        return torch.nn.functional.linear(x, weight * 2)
+
+    monkeypatch.setattr(f"fastlora.benchmark.baselines.{broken}", wrong)
+    suite, size = make_suite(benches, tmp_path / "results.json"), benches["grid"].sizes("toy", CPU)[1]
+    for name in LINEAR_CONTENDERS:
+        if broken == "frozen_linear" or name == "chained addmm_":
+            with pytest.raises(RuntimeError, match="is wrong on"):
+                suite.linear(size, name)
+        else:
+            suite.linear(size, name)
+    assert len(calls) == 1  # judged once, for all tests of the size
+
+
+@pytest.mark.parametrize("name", ["quick", "full", "everything"])
+def test_grids(name: str, benches: dict[str, ModuleType]) -> None:
+    grid = benches["grid"]
+    sizes = grid.sizes(name, torch.device("cuda"))
+    ids = [size.id for size in sizes]
+    assert len(set(ids)) == len(ids)
+    assert ids[0] == "bf16-8192x4096x4096-r16-p0.1"
+    assert sizes[0].compiled
+    cases = {
+        (s.case.shape[0], s.case.rank, s.case.dropout_p, s.case.adapters) for s in sizes if s.case.shape[1:] == (4096, 4096)
+    }
+    if name != "quick":
+        assert len(cases) == 4 * 4 * 2 * 2
+        for model, decoder in grid.MODELS.items():
+            for linear in decoder.linears:
+                for rows in grid.ROWS:
+                    shape = rows, linear.in_features, linear.out_features
+                    found = [s for s in sizes if s.case.shape == shape and s.case.bias == linear.bias]
+                    assert any(f"{model} {', '.join(linear.names)}" in s.used_by for s in found)
+    count = {"quick": 9, "full": 136, "everything": 19 * 64}
+    assert len(ids) == count[name]
+    assert all(size.case.shape[0] <= 2048 for size in grid.sizes(name, CPU))
+
+
+def test_the_report(run: tuple[Path, dict, dict], benches: dict[str, ModuleType], tmp_path: Path) -> None:
+    folder, own, _ = run
+    report, readme = benches["report"], tmp_path / "README.md"
+    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
+    arguments = ["--readme", str(readme), "--results", str(folder)]
+    assert report.main([*arguments, "--check"]) == 1
+    assert "old" in readme.read_text()
+    assert report.main(arguments) == 0
+    assert report.main([*arguments, "--check"]) == 0
+    text = readme.read_text()
+    assert text.startswith("before\n")
+    assert text.endswith("after\n")
+    assert "old" not in text
+    assert "**Speed on a GPU has not been measured yet.** `pytest benches --benchmark-only`" in text
+    row = next(r for r in own["rows"] if (r["kind"], r["contender"], r["pass"]) == ("linear", "PEFT", "forward + backward"))
+    line = next(line for line in text.splitlines() if line.startswith("| PEFT |"))
+    assert f"| {row['over_frozen']:.2f} |" in line
+    assert report.three_digits(row["median_ms"]) in line
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in folder.glob("*.png"))
+    assert list(folder.glob("*.png"))
+
+    gpu = {**own, "facts": {**own["facts"], "device": "a GPU", "driver": "1"}}
+    (folder / "gpu.json").write_text(json.dumps(gpu))
+    shown = report.text(report.load(folder))
+    assert "has not been measured" not in shown
+    assert shown.index("**a GPU**") < shown.index(f"**{own['facts']['device']}**")
+    assert "over the frozen linear's" in shown
+
+    readme.write_text("no markers")
+    with pytest.raises(ValueError, match=r"README\.md must hold"):
+        report.main(arguments)
+
+
+def test_readme_shows_the_results(benches: dict[str, ModuleType]) -> None:
+    assert benches["report"].main(["--check"]) == 0
