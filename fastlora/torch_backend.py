@@ -33,7 +33,7 @@ def forward(
     S = _project(x, lora_A, seed, dropout_p)
     y = x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
     if lora_B.dtype == y.dtype:
-        y.addmm_((S * scaling).to(y.dtype), lora_B.t())
+        y.addmm_(S.to(y.dtype), lora_B.t(), alpha=scaling)
     else:
         B_t = lora_B.t() * scaling
         for rows in _chunks(y):
@@ -64,14 +64,17 @@ def backward(
 
 def _project(x: Tensor, lora_A: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor:
     """S = c · mask(x) Aᵀ, (M, r)."""
-    A_t = lora_A.t().to(_accumulator(x))
-    if seed is None and x.dtype == A_t.dtype:
-        return x @ A_t
+    dtype = _accumulator(x)
+    if seed is None and x.dtype == lora_A.dtype == dtype:
+        return x @ lora_A.t()
+    if seed is None and x.dtype == lora_A.dtype and x.is_cuda:
+        return torch.mm(x, lora_A.t(), out_dtype=dtype)  # the sum as it was kept; on a CPU it comes out rounded only
+    A_t = lora_A.t().to(dtype)
     S = x.new_empty((x.shape[0], lora_A.shape[0]), dtype=A_t.dtype)
     for rows in _chunks(x):
         keep = _keep(seed, rows, x.shape[1], dropout_p, A_t.dtype)
         torch.mm(_masked(_rows(x, rows).to(A_t.dtype), keep, out=keep), A_t, out=_rows(S, rows))
-    return S.mul_(keep_scale(dropout_p))
+    return S if seed is None else S.mul_(keep_scale(dropout_p))
 
 
 def _grad_s_and_b(dy: Tensor, lora_B: Tensor | None, S: Tensor | None, scaling: float) -> tuple[Tensor | None, Tensor | None]:
@@ -128,7 +131,7 @@ def _keep(seed: Tensor | None, rows: range, cols: int, dropout_p: float, dtype: 
     if seed is None:
         return None
     integer = torch.int64 if dtype == torch.float64 else torch.int32
-    return keep_rows(seed.view(1, 1), rows, cols, dropout_p).to(integer).neg_()
+    return keep_rows(seed.view(1, 1), rows, cols, dropout_p, integer).neg_()
 
 
 def _masked(tensor: Tensor, keep: Tensor | None, out: Tensor | None) -> Tensor:

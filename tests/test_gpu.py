@@ -30,7 +30,14 @@ SHAPES = [(1, 64, 64), (17, 131, 77), (512, 1024, 4096), (2048, 4096, 1024), (40
 @pytest.mark.filterwarnings("ignore:r=.* is above min")
 def test_parity(dtype, adapter_dtype, shape, rank, dropout_p):
     case = Case(shape, rank=rank, dtype=dtype, adapter_dtype=adapter_dtype, dropout_p=dropout_p)
-    oracle.assert_parity(case, backend="triton", device="cuda")
+    for backend in ("fused", "prefill", "torch"):
+        oracle.assert_parity(case, backend=backend, device="cuda")
+
+
+@pytest.mark.parametrize("rows", [1, 64, 65, 512, 8192])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+def test_chosen_form(rows, dropout_p):
+    oracle.assert_parity(Case((rows, 4096, 4096), rank=16, dtype=torch.bfloat16, dropout_p=dropout_p), device="cuda")
 
 
 @pytest.mark.parametrize("view", [lambda t: t[::2], lambda t: t[:, :-1], lambda t: t.t().contiguous().t()])
@@ -47,11 +54,12 @@ def test_mask_is_the_same_on_both_devices():
     assert torch.equal(dropout_mask(11, 500, 333, 0.3, device="cuda").cpu(), dropout_mask(11, 500, 333, 0.3))
 
 
+@pytest.mark.parametrize("backend", ["fused", "prefill"])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
-def test_two_runs_are_equal_bit_for_bit(dtype):
+def test_two_runs_are_equal_bit_for_bit(dtype, backend):
     case = Case((4096, 2048, 2048), rank=16, dtype=dtype, dropout_p=0.1)
     inputs = oracle.draw(case, device="cuda")
-    run = partial(lora_linear, backend="triton")
+    run = partial(lora_linear, backend=backend)
     first, second = (oracle.evaluate(run, case, inputs, case.outputs) for _ in range(2))
     assert all(torch.equal(first[name], second[name]) for name in case.outputs)
 
@@ -77,14 +85,15 @@ def test_tf32_follows_torch(monkeypatch):
     assert max(row.error for row in oracle.assert_parity(case, backend="triton", device="cuda")) < 2e-6
 
 
-def test_graph_capture_redraws_the_mask_at_each_replay():
+@pytest.mark.parametrize("backend", ["fused", "prefill"])
+def test_graph_capture_redraws_the_mask_at_each_replay(backend):
     """A replay with a new seed gives, bit for bit, what an eager step with that seed gives."""
     inputs = oracle.draw(Case((128, 256, 512), rank=8, dtype=torch.bfloat16), device="cuda")
     x, A, B = (t.requires_grad_() for t in (inputs.x, inputs.lora_A, inputs.lora_B))
     seed = torch.tensor([1], device="cuda")
 
     def step() -> list[torch.Tensor]:
-        y = lora_linear(x, inputs.weight, A, B, dropout_p=0.5, seed=seed)
+        y = lora_linear(x, inputs.weight, A, B, dropout_p=0.5, seed=seed, backend=backend)
         return [y, *torch.autograd.grad(y, (x, A, B), inputs.dy)]
 
     stream = torch.cuda.Stream()
