@@ -11,13 +11,17 @@ import torch
 import transformers
 from torch import Tensor, nn
 
+import fastlora
 from fastlora import dropout_mask, oracle
 from fastlora.dropout import draw_seed, keep_scale
-from fastlora.peft import layers
+from fastlora.peft import fallbacks, layers
 
 TEXT = {"vocab_size": 64, "hidden_size": 32, "intermediate_size": 48, "num_hidden_layers": 2, "num_attention_heads": 2}
 CAUSAL = {**TEXT, "num_key_value_heads": 1, "head_dim": 16}
 BERT = {**TEXT, "hidden_dropout_prob": 0.0, "attention_probs_dropout_prob": 0.0}
+
+FLOOR = oracle.FLOOR[torch.float32, torch.float32]  # 2 * FLOOR: two results that are each within it of the truth
+ATTENTION = ["q_proj", "v_proj"]
 
 #: The dropouts of the models themselves are off: only the adapters draw random numbers.
 MODELS: dict[str, Callable[[], nn.Module]] = {
@@ -150,3 +154,51 @@ def counted_calls() -> Iterator[list[tuple[int, ...]]]:
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(layers, "lora_linear", counted)
         yield calls
+
+
+def pair(**options: Any) -> tuple[nn.Module, nn.Module]:
+    """A model as PEFT made it, and an accelerated copy; in evaluation mode."""
+    eager = wrap(build(), **{"target_modules": ATTENTION, **options}).eval()
+    fused = copy.deepcopy(eager)
+    fastlora.accelerate(fused)
+    return eager, fused
+
+
+@torch.no_grad()
+def both(
+    eager: nn.Module, fused: nn.Module, steps: Callable[[nn.Module], Any] = lambda model: None, **options: Any
+) -> list[Tensor]:
+    """The logits of both models after `steps`."""
+    for model in (eager, fused):
+        steps(model)
+    return [logits_of(model, **options) for model in (eager, fused)]
+
+
+def assert_fused(
+    eager: nn.Module, fused: nn.Module, steps: Callable[[nn.Module], Any] = lambda model: None, layers_run: int = 4
+) -> Tensor:
+    with counted_calls() as made:
+        expected, result = both(eager, fused, steps)
+    assert len(made) == layers_run
+    assert oracle.relative_error(result, expected) <= FLOOR
+    return result
+
+
+def assert_same(
+    eager: nn.Module,
+    fused: nn.Module,
+    reason: str | None,
+    steps: Callable[[nn.Module], Any] = lambda model: None,
+    **options: Any,
+) -> Tensor:
+    with counted_calls() as made:
+        expected, result = both(eager, fused, steps, **options)
+    assert not made
+    assert torch.equal(result, expected)
+    assert set(fallbacks(fused)) >= ({reason} if reason else set())
+    return result
+
+
+def parameters_equal(one: nn.Module, other: nn.Module) -> bool:
+    first, second = one.state_dict(), other.state_dict()
+    return list(first) == list(second) and all(torch.equal(tensor, second[name]) for name, tensor in first.items())

@@ -11,19 +11,14 @@ from typing import Any
 import peft
 import pytest
 import torch
-import torch._dynamo.testing
 from peft.tuners.lora.layer import Linear
-from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 from peft_models import build, counted_calls, inputs_of, logits_of, run, wrap
 from torch import Tensor, nn
 from torch.nn.utils import parametrizations
 from transformers.pytorch_utils import Conv1D
 
 import fastlora
-from fastlora import oracle
 from fastlora.peft import layers
-
-FLOOR = oracle.FLOOR[torch.float32, torch.float32]
 
 
 def test_nothing_but_the_class_changes_and_it_changes_back() -> None:
@@ -209,95 +204,6 @@ def test_a_shallow_copy_of_a_layer_decides_for_itself() -> None:
         layer(torch.randn(2, 32))
         other(torch.randn(2, 32))
     assert len(made) == 1
-
-
-def one_layer(p: float = 0.2) -> nn.Module:
-    torch.manual_seed(0)
-    return wrap(nn.Sequential(nn.Linear(8, 12)), target_modules=["0"], lora_dropout=p)
-
-
-@pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_whole(dynamic: bool) -> None:
-    torch._dynamo.reset()
-    model = one_layer()
-    fastlora.accelerate(model)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=dynamic)
-    weight = model.base_model.model[0].lora_A["default"].weight
-    for rows in (5, 7):
-        x, results = torch.randn(rows, 8), []
-        for call in (model, compiled):
-            torch.manual_seed(1)
-            y = call(x)
-            results.append((y.detach(), *torch.autograd.grad(y.sum(), weight)))
-        assert all(oracle.relative_error(b, a) <= FLOOR for a, b in zip(*results, strict=True))
-    assert fastlora.peft.fallbacks(model) == {}
-
-
-def test_compiled_fallbacks_are_counted_where_they_are_traced() -> None:
-    torch._dynamo.reset()
-    model = one_layer(0.0)
-    fastlora.accelerate(model)
-    compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
-    x = torch.randn(5, 8)
-    fused = compiled(x)
-    model.base_model.model[0].base_layer.weight.requires_grad_()
-    with pytest.warns(UserWarning, match="its base weight is trainable"):
-        traced = compiled(x)
-    assert torch.equal(compiled(x), traced)
-    assert oracle.relative_error(traced, fused) <= FLOOR
-    assert fastlora.peft.fallbacks(model) == {"its base weight is trainable": {"base_model.model.0": 1}}
-
-
-def test_accelerating_after_compiling_takes_effect() -> None:
-    torch._dynamo.reset()
-    model = one_layer(0.0)
-    graphs: list[str] = []
-
-    def backend(graph: Any, inputs: Any) -> Any:
-        graphs.append(str(graph.graph))
-        return graph.forward
-
-    compiled = torch.compile(model, fullgraph=True, backend=backend)
-    x = torch.randn(5, 8)
-    compiled(x)
-    assert len(fastlora.accelerate(compiled).taken) == 1
-    compiled(x)
-    fastlora.decelerate(compiled)
-    compiled(x)
-    assert ["LoraLinearFunction" in graph or "autograd_function_apply" in graph for graph in graphs] == [
-        False,
-        True,
-    ]  # the first graph again
-
-
-def test_scalings_in_tensors_change_without_a_new_graph() -> None:
-    torch._dynamo.reset()
-    model = one_layer(0.0)
-    prepare_model_for_compiled_hotswap(model)
-    fastlora.accelerate(model)
-    counter = torch._dynamo.testing.CompileCounter()
-    compiled = torch.compile(model, fullgraph=True, backend=counter)
-    x = torch.randn(5, 8)
-    base = model.base_model.model[0].base_layer(x)
-    term = compiled(x) - base
-    model.base_model.model[0].scaling["default"].mul_(3)
-    assert oracle.relative_error(compiled(x), (base + 3 * term).detach()) <= 2 * FLOOR
-    assert counter.frame_count == 1
-
-
-def test_switching_state_recompiles() -> None:
-    torch._dynamo.reset()
-    model = one_layer(0.0)
-    fastlora.accelerate(model)
-    compiled = torch.compile(model, backend="aot_eager")
-    x = torch.randn(5, 8)
-    before = compiled(x)
-    with model.disable_adapter():
-        assert torch.equal(compiled(x), model.base_model.model[0].base_layer(x))
-    model.merge_adapter()
-    assert oracle.relative_error(compiled(x), before.detach()) <= 2 * FLOOR
-    model.unmerge_adapter()
-    assert oracle.relative_error(compiled(x), before.detach()) <= 2 * FLOOR
 
 
 def test_linear_is_still_pefts() -> None:

@@ -6,7 +6,6 @@ call is PEFT's, and within the oracle's floor of float32 where it is fused.
 
 import copy
 from collections.abc import Callable
-from pathlib import Path
 from typing import Any
 
 import numpy as np
@@ -14,64 +13,27 @@ import peft
 import pytest
 import torch
 from packaging.version import Version
-from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
-from peft_models import build, counted_calls, inputs_of, logits_of, randomise, run, wrap
-from torch import Tensor, nn
+from peft_models import (
+    ATTENTION,
+    FLOOR,
+    assert_fused,
+    assert_same,
+    both,
+    build,
+    counted_calls,
+    inputs_of,
+    logits_of,
+    pair,
+    parameters_equal,
+    randomise,
+    run,
+    wrap,
+)
+from torch import nn
 
 import fastlora
 from fastlora import oracle
 from fastlora.peft import calls, fallbacks, layers
-
-FLOOR = oracle.FLOOR[torch.float32, torch.float32]  # 2 * FLOOR: two results that are each within it of the truth
-ATTENTION = ["q_proj", "v_proj"]
-
-
-def pair(**options: Any) -> tuple[nn.Module, nn.Module]:
-    """A model as PEFT made it, and an accelerated copy; in evaluation mode."""
-    eager = wrap(build(), **{"target_modules": ATTENTION, **options}).eval()
-    fused = copy.deepcopy(eager)
-    fastlora.accelerate(fused)
-    return eager, fused
-
-
-@torch.no_grad()
-def both(
-    eager: nn.Module, fused: nn.Module, steps: Callable[[nn.Module], Any] = lambda model: None, **options: Any
-) -> list[Tensor]:
-    """The logits of both models after `steps`."""
-    for model in (eager, fused):
-        steps(model)
-    return [logits_of(model, **options) for model in (eager, fused)]
-
-
-def assert_fused(
-    eager: nn.Module, fused: nn.Module, steps: Callable[[nn.Module], Any] = lambda model: None, layers_run: int = 4
-) -> Tensor:
-    with counted_calls() as made:
-        expected, result = both(eager, fused, steps)
-    assert len(made) == layers_run
-    assert oracle.relative_error(result, expected) <= FLOOR
-    return result
-
-
-def assert_same(
-    eager: nn.Module,
-    fused: nn.Module,
-    reason: str | None,
-    steps: Callable[[nn.Module], Any] = lambda model: None,
-    **options: Any,
-) -> Tensor:
-    with counted_calls() as made:
-        expected, result = both(eager, fused, steps, **options)
-    assert not made
-    assert torch.equal(result, expected)
-    assert set(fallbacks(fused)) >= ({reason} if reason else set())
-    return result
-
-
-def parameters_equal(one: nn.Module, other: nn.Module) -> bool:
-    first, second = one.state_dict(), other.state_dict()
-    return list(first) == list(second) and all(torch.equal(tensor, second[name]) for name, tensor in first.items())
 
 
 @pytest.mark.parametrize("safe_merge", [False, True])
@@ -178,45 +140,6 @@ def test_scaling_of_the_adapters() -> None:
     assert_fused(eager, fused, scale(0.0))
 
 
-@pytest.mark.parametrize(
-    "options", [{}, {"use_rslora": True}, {"modules_to_save": ["lm_head"]}, {"bias": "lora_only"}], ids=str
-)
-def test_saving_and_loading(tmp_path: Path, options: dict[str, Any]) -> None:
-    eager, fused = pair(**options)
-    for model, name in ((eager, "eager"), (fused, "fused")):
-        model.save_pretrained(tmp_path / name)
-    for file in ("adapter_config.json", "adapter_model.safetensors"):
-        assert (tmp_path / "eager" / file).read_bytes() == (tmp_path / "fused" / file).read_bytes()
-    loaded = peft.PeftModel.from_pretrained(build(), tmp_path / "fused", low_cpu_mem_usage="bias" not in options).eval()
-    assert len(fastlora.accelerate(loaded).taken) == 4
-    assert_fused(eager, loaded)
-    if "bias" not in options:  # PEFT allows one adapter with biases
-        loaded.load_adapter(tmp_path / "eager", "again")
-        assert_fused(eager, loaded, lambda model: model.set_adapter("again" if model is loaded else "default"))
-
-
-def test_auto_model_of_a_saved_base(tmp_path: Path) -> None:
-    build().save_pretrained(tmp_path / "base")
-    base = type(build()).from_pretrained(tmp_path / "base")
-    eager = wrap(base, target_modules=ATTENTION).eval()
-    eager.save_pretrained(tmp_path / "adapter")
-    loaded = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
-    fastlora.accelerate(loaded)
-    assert_fused(eager, loaded)
-
-
-def test_adapters_on_the_meta_device_wait_until_they_are_loaded() -> None:
-    eager = wrap(build(), target_modules=ATTENTION).eval()
-    config = peft.LoraConfig(target_modules=ATTENTION, r=4, lora_alpha=6)
-    half = peft.get_peft_model(build(), config, low_cpu_mem_usage=True).eval()
-    report = fastlora.accelerate(half)
-    assert not report.taken
-    assert {reason for _, reason in report.waiting} == {"its base weight is on cpu, the adapter on meta and meta"}
-    peft.set_peft_model_state_dict(half, peft.get_peft_model_state_dict(eager), low_cpu_mem_usage=True)
-    assert len(fastlora.peft.status(half).taken) == 4
-    assert_fused(eager, half)
-
-
 @pytest.mark.parametrize("options", [{"bias": "all"}, {"modules_to_save": ["lm_head"]}, {"layers_to_transform": [1]}], ids=str)
 def test_the_same_parameters_train(options: dict[str, Any]) -> None:
     eager, fused = pair(**options)
@@ -252,25 +175,6 @@ def test_adapters_with_a_bias_are_pefts() -> None:
     fused = copy.deepcopy(eager)
     fastlora.accelerate(fused)
     assert_same(eager, fused, "the adapter has a bias (lora_bias)")
-
-
-def test_hotswap_with_scalings_in_tensors(tmp_path: Path) -> None:
-    """prepare_model_for_compiled_hotswap turns scalings into tensors and pads ranks; a later swap refills both."""
-    other = wrap(build(), target_modules=ATTENTION, r=2, lora_alpha=8).eval()
-    randomise(other, seed=9)
-    other.save_pretrained(tmp_path)
-    eager, fused = pair()
-    before = assert_fused(eager, fused, lambda model: prepare_model_for_compiled_hotswap(model, target_rank=6))
-    layer = next(iter(layers.find(fused).values()))
-    assert isinstance(layer.scaling["default"], Tensor)
-    after = assert_fused(eager, fused, lambda model: hotswap_adapter(model, str(tmp_path), "default"))
-    assert oracle.relative_error(after, before) > 100 * FLOOR
-    assert oracle.relative_error(after, logits_of(other)) <= FLOOR
-    for model in (eager, fused):
-        layers_of = layers.find(model).values()  # PEFT 0.18 freezes what it pads
-        [half.requires_grad_() for layer in layers_of for half in (layer.lora_A, layer.lora_B)]
-    results = [run(model, inputs_of()) for model in (eager, fused)]
-    assert all(oracle.relative_error(tensor, results[0][name]) <= 2 * FLOOR for name, tensor in results[1].items())
 
 
 def test_layer_replication() -> None:
