@@ -1,0 +1,234 @@
+"""The tuner: who competes, what decides, that what is measured is what users get, that only right results are timed and stored.
+
+The interpreter's GPU is given a name, and the clock is the test's own, which runs every step it is given.
+"""
+
+from collections.abc import Callable, Mapping
+from dataclasses import replace
+from itertools import product
+from typing import Any
+
+import pytest
+import torch
+from triton.runtime.errors import OutOfResources
+from tuned import FUSED, NAMED, PREFILL, PROBLEM, PROBLEMS, TORCH, favouring, stored
+
+from fastlora import choices, kernels, tune
+from fastlora.benchmark.clock import Prepared, Quantiles
+from fastlora.kernels import launch
+from fastlora.kernels.config import gemm_config
+from fastlora.kernels.forms import Choice, Problem, default_choice
+from fastlora.kernels.gemm import gemm_kernel
+from fastlora.kernels.target import Target
+
+pytestmark = pytest.mark.usefixtures("empty_cache")
+
+
+@pytest.fixture
+def target(monkeypatch: pytest.MonkeyPatch) -> Target:
+    """What the interpreter stands for, under a name."""
+    monkeypatch.setattr(kernels.target, "INTERPRETER", NAMED)
+    return NAMED
+
+
+def run(problems: list[Problem], clock: tune.Clock, **options: Any) -> list[tune.Result]:
+    return tune.tune(problems, "cpu", clock=clock, remark=lambda what: pytest.fail(what), **options)
+
+
+# Who competes
+
+
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_every_form_and_tile_competes_once(capability: int, dtype: torch.dtype) -> None:
+    gpu = Target(capability, 100, 166912 if capability == 80 else 232448, "GPU")
+    for direction, dropout, width in product(tune.DIRECTIONS, (False, True), (4096, 4095)):
+        problem = Problem(direction, dtype, 8192, width, 2048, 16, dropout)
+        first, *others = tune.candidates(problem, gpu)
+        assert first == default_choice(problem, gpu)
+        everyone = [first, *others]
+        assert len(set(everyone)) == len(everyone)
+        assert {choice.form for choice in everyone} == set(problem.forms)
+        tiles = [choice.config for choice in everyone if choice.config]
+        descriptors = capability >= 90 and (width % 8 == 0 or (dtype == torch.float32 and width % 4 == 0))
+        cols = 2048 if direction == "forward" else width
+        automatic = gemm_config(8192, cols, dtype, "ieee", gpu, descriptors)
+        assert {*tiles, automatic} == set(choices.tiles(problem, gpu))
+        assert automatic not in tiles
+        assert all(tile.is_valid(gpu, dtype, "ieee", descriptors) for tile in tiles)
+
+
+def test_the_problems_of_a_model() -> None:
+    found = tune.problems_for([(64, 32), (32, 64)], [100, 128, 512], [8, 16], [False, True], torch.float16)
+    assert len(found) == len(set(found)) == 2 * 2 * 2 * 2 * 2
+    assert {problem.rows for problem in found} == {128, 512}
+    assert {(problem.in_features, problem.out_features) for problem in found} == {(64, 32), (32, 64)}
+
+
+# What decides
+
+
+def times(median: float, spread: float = 0.1) -> Quantiles:
+    return Quantiles(median - spread, median, median + spread)
+
+
+A, B = FUSED, TORCH
+
+
+@pytest.mark.parametrize(
+    ("seconds", "chosen"),
+    [
+        ({PREFILL: times(1.0), A: times(0.7), B: times(0.75)}, A),
+        ({PREFILL: times(1.0), A: times(0.81), B: times(1.5)}, PREFILL),
+        ({PREFILL: times(1.0), A: times(1.3)}, PREFILL),
+        ({PREFILL: times(1.0)}, PREFILL),
+        ({PREFILL: times(1.0), A: times(0.6, 0.31), B: times(0.7)}, B),
+        ({PREFILL: times(1.0, 0.0), A: times(0.999, 0.0)}, A),
+        ({PREFILL: times(1.0, 0.0), A: times(1.0, 0.0)}, PREFILL),
+        ({A: times(3.0), B: times(2.95)}, B),
+    ],
+    ids=["faster", "within the spread", "slower", "alone", "unsteady", "steady", "equal", "no default"],
+)
+def test_the_rule(seconds: dict[Choice, Quantiles], chosen: Choice) -> None:
+    assert tune.decide(seconds, PREFILL) == chosen
+
+
+def test_the_speedup_and_its_spread() -> None:
+    result = tune.Result(PROBLEM, PREFILL, FUSED, {PREFILL: Quantiles(9, 10, 12), FUSED: Quantiles(4, 5, 6)})
+    assert result.speedup == (9 / 6, 10 / 5, 12 / 4)
+    assert tune.Result(PROBLEM, PREFILL, FUSED, {FUSED: Quantiles(4, 5, 6)}).speedup is None
+    assert tune.Result(PROBLEM, PREFILL, skipped="out of memory").speedup is None
+
+
+# What is measured is what users get
+
+
+def test_the_winner_of_every_problem_is_stored(target: Target) -> None:
+    for winner in (FUSED, tune.candidates(PROBLEM, target)[-1], PREFILL):
+        results = run(PROBLEMS, favouring(winner))
+        assert [result.choice for result in results] == [winner] * 3
+        assert stored() == dict.fromkeys(PROBLEMS, winner)
+        assert all(choices.choose(problem, target) == winner for problem in PROBLEMS)
+    assert winner.config is None
+    assert results[0].seconds.keys() == set(tune.candidates(PROBLEM, target))
+
+
+@pytest.mark.parametrize("problem", PROBLEMS)
+def test_every_step_runs_its_own_choice(problem: Problem, target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    """In the timed half of the step, and at the size and with the mask of the problem; whatever was stored before."""
+    choices.store(target, {problem: FUSED})
+    seen, taken = [], []
+    launch_, choose = launch.launch, choices.choose
+    monkeypatch.setattr(
+        launch, "launch", lambda kernel, *args, **options: seen.append(kernel) or launch_(kernel, *args, **options)
+    )
+    monkeypatch.setattr(choices, "choose", lambda *args: taken.append((*args, choose(*args))) or choose(*args))
+
+    def clock(steps: Mapping[Choice, Prepared]) -> dict[Choice, list[float]]:
+        for choice, step in steps.items():
+            prepared = step.setup()
+            seen.clear()
+            taken.clear()
+            step.run(prepared)
+            assert taken == [(problem, target, choice)]
+            assert bool(seen) == (choice.form != "torch")
+        return {choice: [1.0] for choice in steps}
+
+    (result,) = run([problem], clock)
+    assert len(result.seconds) == len(problem.forms) + 2
+    assert choose(problem, target) == result.choice == default_choice(problem, target)
+
+
+def test_the_real_clock(target: Target) -> None:
+    (result,) = tune.tune([PROBLEMS[2]], "cpu", repeats=2, adapter_dtype=torch.float32)
+    assert all(0 < times.p20 <= times.median <= times.p80 < 60 for times in result.seconds.values())
+    assert stored() == {PROBLEMS[2]: result.choice}
+
+
+def test_nothing_is_left_in_force(target: Target) -> None:
+    run(PROBLEMS[:1], favouring(PREFILL))
+    assert not choices._tried
+
+
+# What is wrong is not timed, and not stored
+
+
+@pytest.fixture
+def spoilt(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[dict[str, Any]], bool]], None]:
+    """spoilt(which): the launches of the GEMM kernel with such options write NaN, as an unfinished kernel would."""
+    right = launch.launch
+
+    def spoil(which: Callable[[dict[str, Any]], bool]) -> None:
+        def wrong(kernel: Any, grid: Any, args: Any, **options: Any) -> None:
+            right(kernel, grid, args, **options)
+            if kernel is gemm_kernel and which(options):
+                C = args[2]
+                (C if isinstance(C, torch.Tensor) else C.base).fill_(torch.nan)
+
+        monkeypatch.setattr(launch, "launch", wrong)
+
+    return spoil
+
+
+@pytest.mark.parametrize("direction", tune.DIRECTIONS)
+def test_a_wrong_candidate_is_left_out(direction: str, target: Target, spoilt: Any) -> None:
+    problem = replace(PROBLEM, direction=direction)
+    spoilt(lambda options: options["HAS_PRODUCT"])
+    timed: list[Choice] = []
+    with pytest.warns(UserWarning, match=f"{direction} f32 16 x 32 -> 48 r=4 with dropout: fused .*is left out: its result is"):
+        (result,) = tune.tune([problem], "cpu", clock=favouring(FUSED, timed))
+    assert timed == [PREFILL]
+    assert stored() == {problem: PREFILL}
+    assert result.wrong
+    assert len(result.left_out) == 3
+    assert "OVER" in result.left_out[FUSED]
+
+
+def test_a_wrong_default_gives_way(target: Target, spoilt: Any) -> None:
+    spoilt(lambda options: not options["HAS_PRODUCT"])
+    remarks: list[str] = []
+    (result,) = tune.tune([PROBLEM], "cpu", clock=favouring(FUSED), remark=remarks.append)
+    assert (result.default, result.choice, result.speedup) == (PREFILL, FUSED, None)
+    assert len(remarks) == 1
+
+
+def test_where_all_are_wrong_nothing_is_stored(target: Target, spoilt: Any) -> None:
+    spoilt(lambda options: True)
+    remarks: list[str] = []
+    results = tune.tune([PROBLEM, PROBLEMS[2]], "cpu", clock=favouring(FUSED), remark=remarks.append)
+    assert [result.choice for result in results] == [None, TORCH]
+    assert results[0].skipped == "no candidate is left"
+    assert remarks[4] == "forward f32 16 x 32 -> 48 r=4 with dropout is skipped: no candidate is left"
+    assert stored() == {PROBLEMS[2]: TORCH}
+
+
+@pytest.mark.parametrize("error", [OutOfResources(300000, 232448, "shared memory"), RuntimeError("PassManager::run failed")])
+def test_a_candidate_that_does_not_compile_is_left_out(error: Exception, target: Target, monkeypatch: Any) -> None:
+    tile = tune.candidates(PROBLEM, target)[-1]
+    assert tile.config is not None
+    right = launch.launch
+
+    def fail(kernel: Any, grid: Any, args: Any, **options: Any) -> None:
+        if kernel is gemm_kernel and options["HAS_PRODUCT"] and options["BLOCK_M"] == tile.config.block_m:
+            raise error
+        right(kernel, grid, args, **options)
+
+    monkeypatch.setattr(launch, "launch", fail)
+    remarks: list[str] = []
+    timed: list[Choice] = []
+    (result,) = tune.tune([PROBLEM], "cpu", clock=favouring(tile, timed), remark=remarks.append)
+    assert tile not in timed
+    assert len(timed) == 3
+    assert (result.choice, result.wrong) == (PREFILL, False)
+    assert len(remarks) == 1
+    assert f"{type(error).__name__}: " in remarks[0]
+
+
+def test_a_lost_device_is_no_candidates_fault(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    def lost(*args: Any, **options: Any) -> None:
+        raise torch.AcceleratorError("an illegal memory access was encountered")
+
+    monkeypatch.setattr(launch, "launch", lost)
+    with pytest.raises(torch.AcceleratorError, match="illegal memory access"):
+        run([PROBLEM], favouring(FUSED))
+    assert stored() == {}
