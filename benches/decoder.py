@@ -14,7 +14,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-import fastlora
+import fastlora.peft
 from fastlora import benchmark, oracle
 from fastlora.benchmark.shapes import MODELS, Decoder
 
@@ -90,9 +90,15 @@ def build(setting: Setting, device: torch.device, *, layers: int | None = None, 
 
 
 def accelerated(model: nn.Module) -> nn.Module:
-    """A copy of a PeftModel that runs through fastlora."""
+    """A copy of a PeftModel, all of whose adapters run through fastlora.
+
+    Raises:
+        WrongResultError: some layers do not.
+    """
     fast = copy.deepcopy(model)
-    fastlora.accelerate(fast)
+    report = fastlora.accelerate(fast)
+    if report.waiting or report.left:
+        raise benchmark.WrongResultError(str(report))
     return fast
 
 
@@ -104,7 +110,7 @@ def verify(
     run: the outputs and gradients of a model in the dtype of its embeddings.
 
     Raises:
-        WrongResultError: the error is over its bound.
+        WrongResultError: the error is over its bound, or some calls took PEFT's forward.
     """
     models = {"float64": copy.deepcopy(peft_model).double(), "PEFT": peft_model, "fastlora": fast_model}
     results = {}
@@ -113,6 +119,8 @@ def verify(
         results[name] = torch.cat([tensor.detach().double().flatten() for tensor in run(model)])
         model.train()
     errors = {name: oracle.relative_error(results[name], results["float64"]) for name in ("PEFT", "fastlora")}
+    if fallbacks := fastlora.peft.fallbacks(fast_model):
+        raise benchmark.WrongResultError(f"what is called fastlora ran PEFT's forward: {fallbacks}")
     bound = max(oracle.EAGER_FACTOR * errors["PEFT"], oracle.FLOOR[dtype, dtype])
     if not errors["fastlora"] <= bound:
         raise benchmark.WrongResultError(f"the accelerated model is wrong, so it is not timed: {errors}, bound {bound:.2e}")

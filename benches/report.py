@@ -69,8 +69,8 @@ def text(runs: dict[Path, Run]) -> str:
     parts = []
     if not any("driver" in run["facts"] for run in runs.values()):
         parts.append(
-            f"**Speed on a GPU has not been measured yet.** `{COMMAND}` measures it on yours, in 8 minutes, and with `--quick` "
-            "in 2; `python -m benches.report` then writes the tables here."
+            f"**Speed on a GPU has not been measured yet.** `{COMMAND}` measures it on yours within 8 minutes,\n"
+            "with `--quick` within 2; `python -m benches.report` then writes the tables here."
         )
     for path, run in runs.items():
         parts += _of_run(path, run)

@@ -20,7 +20,7 @@ WHOLE = (benchmark.PASSES[-1], decoder.TRAINING_STEP)
 
 
 class NotMeasuredError(Exception):
-    """Why there are no times: the budget is spent, or the size was measured by the run that this one resumes."""
+    """Why there are no times: too little time or memory, or the size was measured by the run that this one resumes."""
 
 
 class Suite:
@@ -74,8 +74,7 @@ class Suite:
             RuntimeError: the contender, or the measurement of the size, failed.
         """
         self._once(size.id, lambda: self._measure(size))
-        if contender in self._failed[size.id]:
-            raise self._failed[size.id][contender]
+        self._raise_failure(size.id, contender)
         return self._linears[size.id][contender], self._rows(size.id, contender)
 
     def layer(self, contender: str, pass_: str, *, toy: bool = False) -> tuple[list[float], results.Row]:
@@ -105,8 +104,14 @@ class Suite:
                 measure()
             except RuntimeError as error:
                 self._failed[id_][None] = error.with_traceback(None)  # its frames hold the tensors
-        if None in self._failed[id_]:
-            raise self._failed[id_][None]
+        self._raise_failure(id_, None)
+
+    def _raise_failure(self, id_: str, contender: str | None) -> None:
+        error = self._failed[id_].get(contender)
+        if isinstance(error, torch.OutOfMemoryError):
+            raise NotMeasuredError(f"does not fit into the memory of {self.facts['device']}: {error}")
+        if error is not None:
+            raise error
 
     def _measure(self, size: Size) -> None:
         excluded: dict[str, RuntimeError] = {}

@@ -1,4 +1,4 @@
-"""`pytest benches` at toy size: times measured in turn reach the files and pytest-benchmark, runs resume, README is up to date."""
+"""`pytest benches` at toy size: times taken in turn reach pytest-benchmark and the files; runs resume; README is current."""
 
 import csv
 import json
@@ -12,6 +12,9 @@ from typing import Any
 
 import pytest
 import torch
+
+from fastlora.benchmark import WrongResultError
+from fastlora.peft import Report
 
 ROOT = Path(__file__).parents[1]
 CPU = torch.device("cpu")
@@ -113,6 +116,7 @@ def test_a_run_stops_with_its_budget_and_goes_on(
     benches: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fastlora.benchmark.ceilings.SIZES", {"cpu": (32, 1 << 16)})
+    monkeypatch.setattr("fastlora.benchmark.results.commit", lambda: "abc")
     path, (first, second) = tmp_path / "results.json", benches["grid"].sizes("toy", CPU)
     not_measured = benches["suite"].NotMeasuredError
     suite = make_suite(benches, path)
@@ -160,6 +164,43 @@ def test_a_wrong_contender_fails_alone_and_a_wrong_floor_fails_all(
         else:
             suite.linear(size, name)
     assert len(calls) == 1  # judged once, for all tests of the size
+
+
+def test_what_does_not_fit_is_skipped(benches: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*args: Any, **options: Any) -> None:
+        raise torch.OutOfMemoryError("tried to allocate too much")
+
+    monkeypatch.setattr(benches["suite"].benchmark, "run", full)
+    suite, size = make_suite(benches, tmp_path / "results.json"), benches["grid"].sizes("toy", CPU)[0]
+    with pytest.raises(benches["suite"].NotMeasuredError, match=r"does not fit into the memory of .*too much"):
+        suite.linear(size, "fastlora")
+
+
+def test_a_model_that_falls_back_is_not_called_fastlora(
+    benches: dict[str, ModuleType], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    decoder = benches["decoder"]
+    setting = decoder.layer_setting(CPU, toy=True)
+    monkeypatch.setattr(decoder.fastlora, "accelerate", lambda model: Report((), left=(("q_proj", "planted"),)))
+    with pytest.raises(WrongResultError, match="left, planted"):
+        decoder.Layer(setting, CPU, copies=1)
+    monkeypatch.undo()
+    monkeypatch.setattr(decoder.fastlora.peft, "fallbacks", lambda model: {"planted": {"q_proj": 1}})
+    with pytest.raises(WrongResultError, match="ran PEFT's forward"):
+        decoder.Layer(setting, CPU, copies=1)
+    monkeypatch.undo()
+
+    def wrong(model: torch.nn.Module) -> torch.nn.Module:
+        fast = accelerated(model)
+        for name, parameter in fast.named_parameters():
+            if "q_proj.lora_A" in name:
+                parameter.data *= 1.001
+        return fast
+
+    accelerated = decoder.accelerated
+    monkeypatch.setattr(decoder, "accelerated", wrong)
+    with pytest.raises(WrongResultError, match="is wrong, so it is not timed"):
+        decoder.Layer(setting, CPU, copies=1)
 
 
 @pytest.mark.parametrize("name", ["quick", "full", "everything"])
