@@ -12,9 +12,6 @@ from torch import Tensor, nn
 IDS = torch.randint(40, (2, 11), generator=torch.Generator().manual_seed(1))
 SIZES = {"vocab_size": 40, "hidden_size": 16, "intermediate_size": 24, "num_hidden_layers": 2, "num_attention_heads": 2}
 
-with torch.device("meta"):
-    torch.empty(0)  # torch lists what a device applies to at the first call, which must not be the poisoned torch.empty
-
 
 def roberta() -> nn.Module:
     torch.manual_seed(0)

@@ -18,6 +18,7 @@ from hypothesis import settings
 
 COMPILE_TESTS = Path(__file__).parent / "compile"
 INTERPRETED = pytest.StashKey[bool]()
+ALLOCATIONS = ("empty", "empty_like", "empty_permuted", "empty_strided")
 
 settings.register_profile("fixed", derandomize=True, deadline=None, print_blob=True)
 settings.register_profile("explore", deadline=None, print_blob=True)  # pytest --hypothesis-profile=explore
@@ -83,12 +84,23 @@ def poisoned_memory() -> Iterator[None]:
     """Fills what the package allocates without initialising it, so that an element no kernel wrote cannot pass for a result."""
     import torch
 
+    with torch.device("meta"):
+        torch.empty(0)  # torch lists what a device applies to at the first call, which must not be the poisoned torch.empty
     with pytest.MonkeyPatch.context() as patch:
-        for name in ("empty", "empty_like", "empty_permuted", "empty_strided"):
+        for name in ALLOCATIONS:
             patch.setattr(torch, name, _poisoning(getattr(torch, name)))
         for name in ("new_empty", "new_empty_strided"):
             patch.setattr(torch.Tensor, name, _poisoning(getattr(torch.Tensor, name)))
         yield
+
+
+@pytest.fixture
+def unpoisoned(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Allocations as they are, for tests that count what torch runs: poison is memory that torch has filled."""
+    import torch
+
+    for name in ALLOCATIONS:
+        monkeypatch.setattr(torch, name, getattr(torch._C._VariableFunctions, name))
 
 
 def _poisoning(allocate: Callable[..., Any]) -> Callable[..., Any]:

@@ -51,11 +51,7 @@ WRITTEN = {
 }
 
 
-@pytest.fixture(autouse=True)
-def unpoisoned(monkeypatch):
-    """Poisoned memory is memory that torch has filled, which would count as a launch."""
-    for name in ("empty", "empty_like", "empty_strided"):
-        monkeypatch.setattr(torch, name, getattr(torch._C._VariableFunctions, name))
+pytestmark = pytest.mark.usefixtures("unpoisoned")
 
 
 @functools.cache

@@ -23,12 +23,7 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the tools are not installe
 from tools.traffic import Launch, counted
 from tools.traffic_report import FORMS, Case, main, rows
 
-
-@pytest.fixture(autouse=True)
-def unpoisoned(monkeypatch):
-    """Poisoned memory is memory that torch has filled, which would count as a launch."""
-    for name in ("empty", "empty_like", "empty_strided"):
-        monkeypatch.setattr(torch, name, getattr(torch._C._VariableFunctions, name))
+pytestmark = pytest.mark.usefixtures("unpoisoned")
 
 
 @triton.jit
