@@ -42,7 +42,7 @@ not be measured, 2 wrong arguments or no GPU to tune on, 130 interrupted."""
 
 ROWS = tuple(2**power for power in range(9, 15))
 SHAPES = re.compile(r"[1-9]\d*x[1-9]\d*(,[1-9]\d*x[1-9]\d*)*")
-HUB_ID = re.compile(r"\w[\w.-]*(/\w[\w.-]*)?")
+HUB_ID = re.compile(r"(?![\dx,]+$|.*\.json$)\w[\w.-]*(/\w[\w.-]*)?")  # neither a misspelt shape nor a missing file
 
 
 def register(subparsers: Any) -> None:
@@ -112,7 +112,7 @@ def shapes_of(model: str) -> list[tuple[int, int]]:
     if SHAPES.fullmatch(model):
         pairs = (tuple(map(int, shape.split("x"))) for shape in model.split(","))
         return list(dict.fromkeys((k, n) for k, n in pairs))
-    if not Path(model).exists() and (not HUB_ID.fullmatch(model) or model.endswith(".json")):
+    if not Path(model).exists() and not HUB_ID.fullmatch(model):
         raise ValueError(f"--model must be a config.json or its folder, a hub id, or shapes such as 4096x4096, got {model!r}")
     transformers = common.require("transformers", "hf")
     from fastlora.matching import ALL_LINEAR, is_conv1d, match_targets
@@ -161,7 +161,7 @@ def _measure(
             repeats=args.repeats,
             progress=lambda what: progress.update(task, description=what),
             finished=finished,
-            remark=lambda what: stderr.print(what, style="yellow", markup=False),
+            remark=lambda what: stderr.print(what, style="yellow", markup=False, soft_wrap=True),
         )
 
 

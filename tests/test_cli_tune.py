@@ -1,0 +1,285 @@
+"""`fastlora tune` as a person and a script run it: models and shapes, table, JSON, exit codes, refusals, interruption."""
+
+import json
+from collections.abc import Mapping
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+import transformers
+from tuned import FUSED, NAMED, stored
+
+from fastlora import choices, cli, kernels, tune
+from fastlora.benchmark.clock import Prepared
+from fastlora.cli.tune import shapes_of
+from fastlora.kernels import launch
+from fastlora.kernels.forms import Choice
+from fastlora.kernels.gemm import gemm_kernel
+
+pytestmark = pytest.mark.usefixtures("empty_cache")
+
+SMALL = ["--model", "32x48", "-M", "12", "-r", "4", "--dtype", "float32"]
+
+
+@pytest.fixture
+def gpu(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The interpreter under a GPU's name, and a clock for which the fused form is twice as fast as all others."""
+
+    def measure(
+        steps: Mapping[Choice, Prepared], device: torch.device, repeats: int, **options: Any
+    ) -> dict[Choice, list[float]]:
+        for step in steps.values():
+            step()
+        return {choice: [0.001 if choice == FUSED else 0.002] * repeats for choice in steps}
+
+    monkeypatch.setattr(kernels.target, "INTERPRETER", NAMED)
+    monkeypatch.setattr(tune, "measure", measure)
+
+
+def tune_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, Any]]:
+    code = cli.main(["tune", "--json", *arguments])
+    return code, json.loads(capsys.readouterr().out)
+
+
+# What is printed
+
+
+def test_the_table(gpu: None, capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["tune", *SMALL]) == 0
+    out = capsys.readouterr().out
+    for word in (
+        "pass",
+        "in x out",
+        "dropout",
+        "default",
+        "chosen",
+        "tile",
+        "speed-up",
+        "32x48",
+        "forward",
+        "backward",
+        "auto",
+    ):
+        assert word in out
+    assert "2.00 (2.00 to 2.00)" in out
+    assert "Interpreted GPU" in out
+    assert f"4 of 4 problems measured, 4 better than the default. Stored: {choices.path_of(NAMED)}\n" in out
+    assert set(stored().values()) == {FUSED}
+    assert {problem.rows for problem in stored()} == {16}
+
+
+def test_json(gpu: None, capsys: pytest.CaptureFixture[str]) -> None:
+    code, report = tune_json(capsys, *SMALL, "-p", "0.5", "--repeats", "3")
+    assert code == 0
+    rows = report.pop("rows")
+    assert report == {"device": "Interpreted GPU", "file": str(choices.path_of(NAMED)), "problems": 2, "measured": 2}
+    assert [(row["direction"], row["dropout"]) for row in rows] == [("forward", True), ("backward", True)]
+    for row in rows:
+        assert (row["dtype"], row["rows"], row["in_features"], row["out_features"], row["r"]) == ("float32", 16, 32, 48, 4)
+        assert (row["default"], row["choice"], row["skipped"], row["left_out"]) == ("prefill", "fused", "", {})
+        assert row["speedup"] == {"p20": 2.0, "median": 2.0, "p80": 2.0}
+        assert row["seconds"].keys() == {"prefill", "fused", *(name for name in row["seconds"] if "warps" in name)}
+        assert len(row["seconds"]) == 4
+
+
+def test_rows_count_as_powers_of_two(gpu: None, capsys: pytest.CaptureFixture[str]) -> None:
+    code, report = tune_json(capsys, *SMALL[:2], "-M", "16", "9", "32", *SMALL[4:], "-p", "0")
+    assert code == 0
+    assert report["measured"] == len(report["rows"]) == 4
+    assert {row["rows"] for row in report["rows"]} == {16, 32}
+
+
+def test_the_help(capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["tune", "--help"])
+    assert caught.value.code == 0
+    out = capsys.readouterr().out
+    for words in (
+        "examples:",
+        "fastlora tune --model ./my-llama",
+        "$FASTLORA_CACHE_DIR",
+        "exit code:",
+        "default: 512 to 16384",
+    ):
+        assert words in out
+
+
+# Exit codes
+
+
+def test_a_wrong_result(gpu: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    right = launch.launch
+
+    def wrong(kernel: Any, grid: Any, args: Any, **options: Any) -> None:
+        right(kernel, grid, args, **options)
+        if kernel is gemm_kernel and options["HAS_PRODUCT"]:
+            args[2].base.fill_(torch.nan)
+
+    monkeypatch.setattr(launch, "launch", wrong)
+    assert cli.main(["tune", *SMALL, "-p", "0.1"]) == 1
+    out, err = capsys.readouterr()
+    assert "2 of 2 problems measured, 0 better than the default" in out
+    assert err.count("is left out: its result is wrong") == 6
+
+
+def test_a_skipped_problem(gpu: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    right = tune.draw
+
+    def full(case: Any, *args: Any) -> Any:
+        if case.dropout_p:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
+        return right(case, *args)
+
+    monkeypatch.setattr(tune, "draw", full)
+    assert cli.main(["tune", *SMALL]) == 1
+    out, err = capsys.readouterr()
+    assert "2 of 4 problems measured" in out
+    assert sum("skipped" in line.split() for line in out.splitlines()) == 2
+    assert err.count("with dropout is skipped: out of memory: CUDA out of memory.") == 2
+    code, report = tune_json(capsys, *SMALL)
+    assert code == 1
+    assert [row["choice"] for row in report["rows"] if row["skipped"]] == [None, None]
+
+
+@pytest.mark.parametrize("json_too", [False, True])
+def test_an_interruption(
+    json_too: bool, gpu: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    measure, calls = tune.measure, []
+
+    def interrupted(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 3:
+            raise KeyboardInterrupt
+        return measure(*args)
+
+    monkeypatch.setattr(tune, "measure", interrupted)
+    assert cli.main(["tune", *SMALL, *(["--json"] if json_too else [])]) == 130
+    out = capsys.readouterr().out
+    if json_too:
+        report = json.loads(out)
+        assert (report["problems"], report["measured"], len(report["rows"])) == (4, 2, 2)
+    else:
+        assert f"2 of 4 problems measured, 2 better than the default. Stored: {choices.path_of(NAMED)}" in out
+    assert len(stored()) == 2
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What it says as it refuses, having touched nothing."""
+    try:
+        code: Any = cli.main(["tune", *arguments])
+    except SystemExit as exit_:
+        code = exit_.code
+    out, err = capsys.readouterr()
+    assert (code, out) == (2, "")
+    return err
+
+
+def test_without_a_gpu(empty_cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "fastlora tune: error: tuning needs a CUDA GPU of capability 8.0 or newer" in refusal(capsys, *SMALL)
+    assert not empty_cache.exists()
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--model"),
+        (["--model", "4096x"], "got '4096x'"),
+        (["--model", "0x16"], "must be a config.json or its folder, a hub id, or shapes such as 4096x4096, got '0x16'"),
+        (["--model", "./nowhere"], "got './nowhere'"),
+        (["--model", "nowhere/config.json"], "got 'nowhere/config.json'"),
+        (["--model", "16x16", "-M", "0"], "must be an integer >= 1, got '0'"),
+        (["--model", "16x16", "-r", "x"], "must be an integer >= 1, got 'x'"),
+        (["--model", "16x16", "-p", "2"], "must be a number in [0, 1], got '2'"),
+        (["--model", "16x16", "-p", "0.1", "0.2"], "-p takes one rate above 0, which stands for all of them, got 0.1, 0.2"),
+        (["--model", "16x16", "--adapter-dtype", "float16"], "(dtype, adapter_dtype) must be one of"),
+        (["--model", "16x16", "--dtype", "int8"], "invalid choice: 'int8'"),
+        (["--model", "16x16", "--device", "tpu"], "must be cpu, cuda or cuda:N, got 'tpu'"),
+    ],
+)
+def test_bad_arguments(
+    arguments: list[str], message: str, gpu: None, empty_cache: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert message in refusal(capsys, *arguments)
+    assert not empty_cache.exists()
+
+
+def test_where_nothing_can_be_kept(gpu: None, empty_cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    empty_cache.write_text("")
+    assert str(empty_cache) in refusal(capsys, *SMALL)
+
+
+# Models
+
+
+def saved(config: Any, folder: Path) -> Path:
+    config.save_pretrained(folder)
+    return folder / "config.json"
+
+
+LLAMA = transformers.LlamaConfig(
+    vocab_size=50, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
+)
+
+
+def test_shapes_as_such() -> None:
+    assert shapes_of("64x32") == [(64, 32)]
+    assert shapes_of("64x32,32x64,64x32") == [(64, 32), (32, 64)]
+
+
+def test_a_decoder_by_file_and_by_folder(tmp_path: Path) -> None:
+    """(in, out) of q and o, k and v, gate and up, down; not of the output head, 64 x 50."""
+    file = saved(LLAMA, tmp_path)
+    assert shapes_of(str(file)) == shapes_of(str(tmp_path)) == [(64, 64), (64, 32), (64, 96), (96, 64)]
+
+
+def test_conv1d_weights_are_stored_the_other_way_round(tmp_path: Path) -> None:
+    saved(transformers.GPT2Config(vocab_size=50, n_positions=16, n_embd=32, n_layer=1, n_head=2), tmp_path)
+    assert shapes_of(str(tmp_path)) == [(32, 96), (32, 32), (32, 128), (128, 32)]
+
+
+def test_a_model_that_is_no_decoder(tmp_path: Path) -> None:
+    saved(transformers.ViTConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2), tmp_path)
+    assert shapes_of(str(tmp_path)) == [(32, 32), (32, 48), (48, 32)]
+
+
+def test_a_model_is_tuned(gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Every shape, row count, rank, direction, with and without dropout: once, with the options given."""
+    asked: list[Any] = []
+    monkeypatch.setattr(tune, "tune", lambda problems, device, **options: asked.append((problems, device, options)))
+    model = str(saved(LLAMA, tmp_path))
+    arguments = ["-r", "8", "32", "-p", "0.05", "0", "--dtype", "float16", "--adapter-dtype", "float32", "--repeats", "7"]
+    assert cli.main(["tune", "--model", model, *arguments]) == 0
+    ((problems, device, options),) = asked
+    assert len(problems) == len(set(problems)) == 4 * 6 * 2 * 2 * 2
+    assert {problem.rows for problem in problems} == {512, 1024, 2048, 4096, 8192, 16384}
+    assert ({problem.r for problem in problems}, {problem.dtype for problem in problems}) == ({8, 32}, {torch.float16})
+    assert (device, options["adapter_dtype"]) == (torch.device("cpu"), torch.float32)
+    assert (options["dropout_p"], options["repeats"]) == (0.05, 7)
+
+
+def test_a_hub_id_goes_to_the_hub(gpu: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    asked = []
+
+    def offline(model: str) -> None:
+        asked.append(model)
+        raise OSError("We couldn't connect to 'https://huggingface.co'")
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", offline)
+    for model in ("Qwen/Qwen3-8B", "gpt2"):
+        assert "couldn't connect" in refusal(capsys, "--model", model)
+    assert asked == ["Qwen/Qwen3-8B", "gpt2"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "not a valid JSON file"), ('{"model_type": "nope"}', "does not recognize"), ("{}", "model_type")],
+)
+def test_a_bad_configuration(text: str, message: str, gpu: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "config.json").write_text(text)
+    assert message in refusal(capsys, "--model", str(tmp_path))
+
+
+def test_a_folder_without_one(gpu: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    assert "config.json" in refusal(capsys, "--model", str(tmp_path))
