@@ -18,6 +18,8 @@ from fastlora.matching import (
     warn,
 )
 from fastlora.modules import FusedLoraLinear
+from fastlora.quantized import KINDS, is_quantized, quantize
+from fastlora.quantized_module import FusedLoraLinear4bit
 
 __all__ = ["ALL_LINEAR", "BIASES", "LoraOptions", "Plan", "inject", "install", "match_targets", "plan"]
 
@@ -46,6 +48,7 @@ class LoraOptions:
     use_rslora: bool = False
     fan_in_fan_out: bool | None = None
     adapter_dtype: torch.dtype | None = None
+    quantize: str | None = None
 
     def __post_init__(self) -> None:
         ranks = {"r": self.r, **{f"rank_pattern[{key!r}]": r for key, r in self.rank_pattern.items()}}
@@ -54,6 +57,8 @@ class LoraOptions:
                 raise ValueError(f"{name} must be >= 1, got {r}: a model without adapters needs no injection")
         if self.bias not in BIASES:
             raise ValueError(f"bias must be one of {', '.join(map(repr, BIASES))}, got {self.bias!r}")
+        if self.quantize not in (None, *KINDS):
+            raise ValueError(f"quantize must be None or one of {', '.join(map(repr, KINDS))}, got {self.quantize!r}")
         if isinstance(self.modules_to_save, str) or not all(isinstance(name, str) for name in self.modules_to_save):
             raise TypeError(f"modules_to_save must be a list of names, got {self.modules_to_save!r}")
         if isinstance(self.target_modules, str) and (self.layers_to_transform is not None or self.layers_pattern):
@@ -79,6 +84,7 @@ def inject(
     use_rslora: bool = False,
     fan_in_fan_out: bool | None = None,
     adapter_dtype: torch.dtype | None = None,
+    quantize: str | None = None,
     layer: type[FusedLoraLinear] = FusedLoraLinear,
 ) -> nn.Module:
     """Replace every targeted linear of `model`, in place, by a LoRA linear on the same weight, and freeze all the rest.
@@ -101,6 +107,8 @@ def inject(
         bias: the biases to train: "none", "all" of the model, or "lora_only" those of the new layers.
         modules_to_save: modules whose name ends so are trained whole and saved with the adapter ("classifier", "lm_head").
         rank_pattern, alpha_pattern: {regex that a name or an end of it must match: value}, the first that matches.
+        quantize: "nf4" or "fp4" rounds the targets' weights to 4 bits with bitsandbytes (QLoRA), which makes the new layers
+            `fastlora.quantized_module.FusedLoraLinear4bit`, as a target that is a Linear4bit already does.
         fan_in_fan_out: follows from the class of each linear; another value given here earns PEFT's warning.
         layer: the class of the new layers.
 
@@ -111,8 +119,9 @@ def inject(
         ValueError: nothing matches (the message lists near names) or all is excluded, a module to save that does not exist or
             holds a target, an option out of range, `model` holds LoRA linears already, or a target sits in an
             nn.TransformerEncoderLayer while torch's fast path is enabled, which computes with the weight alone in evaluation.
-        TypeError: a target that is neither a plain nn.Linear nor a Conv1D or whose weight FusedLoraLinear cannot wrap, a module
-            to save that cannot be trained.  After an error the model is unchanged.
+        ImportError: quantize without bitsandbytes.
+        TypeError: a target that is neither a plain nn.Linear nor a Conv1D nor a Linear4bit, or whose weight FusedLoraLinear
+            cannot wrap, a module to save that cannot be trained.  After an error the model is unchanged.
     """
     options = LoraOptions(
         target_modules=_listed(target_modules),
@@ -129,6 +138,7 @@ def inject(
         use_rslora=use_rslora,
         fan_in_fan_out=fan_in_fan_out,
         adapter_dtype=adapter_dtype,
+        quantize=quantize,
     )
     return install(model, plan(model, options, layer))
 
@@ -161,8 +171,9 @@ def plan(model: nn.Module, options: LoraOptions, layer: type[FusedLoraLinear] = 
     made: dict[nn.Module, FusedLoraLinear] = {}
     for name, linear in targets.items():
         if linear not in made:
-            made[linear] = layer.from_linear(
-                linear,
+            base = _base(linear, options.quantize)
+            made[linear] = _class_on(base, layer).from_linear(
+                base,
                 pattern_value(options.rank_pattern, name, options.r),
                 pattern_value(options.alpha_pattern, name, options.lora_alpha),
                 options.lora_dropout,
@@ -190,7 +201,9 @@ def install(model: nn.Module, plan: Plan) -> nn.Module:
         parent, _, child = name.rpartition(".")
         linear = model.get_submodule(name)
         # The same Parameters, which may be tied to others.
-        layer.weight, layer.bias = linear.get_parameter("weight"), linear._parameters["bias"]
+        if is_quantized(linear) or not isinstance(layer, FusedLoraLinear4bit):
+            layer.weight = linear.get_parameter("weight")
+        layer.bias = linear._parameters["bias"]
         setattr(model.get_submodule(parent), child, layer)
     for module in plan.saved.values():
         module.requires_grad_(True)
@@ -198,6 +211,20 @@ def install(model: nn.Module, plan: Plan) -> nn.Module:
         parameter.requires_grad_(True)
     model.lora_options = plan.options  # type: ignore[assignment]  # not a submodule: an attribute for save_adapter
     return model
+
+
+def _base(linear: nn.Module, kind: str | None) -> nn.Module:
+    """`linear`, or what quantising it gives."""
+    return linear if kind is None or is_quantized(linear) else quantize(linear, kind)
+
+
+def _class_on(base: nn.Module, layer: type[FusedLoraLinear]) -> type[FusedLoraLinear]:
+    """The class of the new layer on `base`."""
+    if not is_quantized(base):
+        return layer
+    if layer is not FusedLoraLinear and not issubclass(layer, FusedLoraLinear4bit):
+        raise TypeError(f"layer={layer.__name__} cannot hold a quantised weight, expected a FusedLoraLinear4bit")
+    return layer if issubclass(layer, FusedLoraLinear4bit) else FusedLoraLinear4bit
 
 
 def _listed(names: str | Iterable[str]) -> str | tuple[str, ...]:

@@ -14,6 +14,8 @@ import torch
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
+from fastlora.quantized import is_quantized
+
 ALL_LINEAR = "all-linear"
 Value = TypeVar("Value")
 
@@ -27,7 +29,9 @@ def match_targets(
     layers_to_transform: int | Sequence[int] | None = None,
     layers_pattern: str | Sequence[str] | None = None,
 ) -> dict[str, nn.Module]:
-    """The linears that become LoRA linears, by name, in the order of the model; each an nn.Linear or transformers' Conv1D.
+    """The linears that become LoRA linears, by name, in the order of the model.
+
+    Each is an nn.Linear, transformers' Conv1D or bitsandbytes' Linear4bit.
 
     Raises ValueError when there is none, or one that torch's fast path does not call; TypeError when a match is another module:
     a subclass may compute something else, or be read without its forward.
@@ -174,8 +178,8 @@ def _excluded(
 
 
 def _check_target(name: str, module: nn.Module, parent: nn.Module, target_modules: str | Iterable[str]) -> None:
-    if type(module) not in _linear_types():
-        expected = "nn.Linear or transformers' Conv1D"
+    if type(module) not in _linear_types() and not is_quantized(module):
+        expected = "nn.Linear or transformers' Conv1D, or bitsandbytes' Linear4bit"
         raise TypeError(f"target_modules={target_modules!r}: {name!r} is a {type(module).__name__}, expected {expected}")
     if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
         raise ValueError(

@@ -116,7 +116,7 @@ def _dequantize_fake(packed, statistics, kind, shape, blocksize, blocksize2, dty
 _LIBRARY.impl("dequantize", _dequantize, "CompositeExplicitAutograd")
 
 
-def quantize(linear: nn.Linear, kind: str) -> nn.Module:
+def quantize(linear: nn.Module, kind: str) -> nn.Module:
     """A bitsandbytes Linear4bit with `linear`'s weight rounded to `kind`, "nf4" or "fp4", with double quantisation.
 
     It shares `linear`'s bias, device and training mode, and computes in x's dtype.
@@ -127,22 +127,32 @@ def quantize(linear: nn.Linear, kind: str) -> nn.Module:
     """
     if kind not in KINDS:
         raise ValueError(f"quantize must be one of {KINDS}, got {kind!r}")
-    weight = linear.weight.detach() if type(linear) is nn.Linear else None
-    if weight is None or weight.dtype not in DTYPES:
-        what = type(linear).__name__ if weight is None else f"weight in {weight.dtype}"
+    if type(linear) is not nn.Linear or linear.weight.dtype not in DTYPES:
+        what = f"weight in {linear.weight.dtype}" if type(linear) is nn.Linear else type(linear).__name__
         raise TypeError(f"quantize={kind!r} takes an nn.Linear in float32, float16 or bfloat16, got a {what}")
+    weight = linear.weight.detach()
     if weight.is_meta:
         raise ValueError(f"quantize={kind!r} needs the weight, which is on the meta device: load the model first")
     try:
-        from bitsandbytes.nn import Linear4bit, Params4bit
+        from bitsandbytes.nn import Params4bit
     except ImportError as error:
         raise ImportError(f'quantize={kind!r} needs bitsandbytes: pip install "fastlora[quant]"') from error
-    with torch.device("meta"):  # what the constructor draws is thrown away
-        layer = Linear4bit(linear.in_features, linear.out_features, bias=linear.bias is not None, quant_type=kind)
     packed: Any = Params4bit(weight, requires_grad=False, quant_type=kind)
-    layer.weight = packed.to(weight.device)
-    layer.quant_state, layer.bias = packed.quant_state, linear.bias
-    return layer.train(linear.training)
+    packed = packed.to(weight.device)
+    return linear_of(packed, linear.bias, packed.quant_state).train(linear.training)
+
+
+def linear_of(packed: nn.Parameter, bias: nn.Parameter | None, state: Any) -> nn.Module:
+    """The Linear4bit on these parameters; state is the QuantState of `packed`."""
+    from bitsandbytes.nn import Linear4bit
+
+    out_features, in_features = state.shape
+    with torch.device("meta"):  # what the constructor draws is thrown away
+        layer: Any = Linear4bit(
+            in_features, out_features, bias=bias is not None, compress_statistics=state.nested, quant_type=state.quant_type
+        )
+    layer.weight, layer.bias, layer.quant_state, layer.quant_storage = packed, bias, state, packed.dtype
+    return layer
 
 
 def is_quantized(linear: nn.Module) -> bool:

@@ -89,6 +89,16 @@ class FusedLoraLinear4bit(FusedLoraLinear):
             "fastlora.merge_and_unload(model) puts dense linears in place"
         )
 
+    def to_linear(self, merged: bool) -> nn.Module:
+        """With `merged` an nn.Linear on `merged_weight`, otherwise the Linear4bit that is below; bias is shared."""
+        if not merged:
+            return quantized.linear_of(self.weight, self.bias, self._state)
+        with torch.device("meta"):  # what the constructor draws is thrown away
+            linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
+        linear.weight = nn.Parameter(self.merged_weight(), requires_grad=False)
+        linear.bias = self.bias  # type: ignore[assignment]  # None where it was
+        return linear
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)
         for key, tensor in self._state.as_dict(packed=True).items():

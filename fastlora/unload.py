@@ -5,14 +5,15 @@ from torch import nn
 
 from fastlora.matching import warn
 from fastlora.modules import FusedLoraLinear
+from fastlora.quantized_module import FusedLoraLinear4bit
 
 
 def merge_and_unload(model: nn.Module, safe_merge: bool = False) -> nn.Module:
     """Fold every adapter into its weight, W + scaling · B A, and put plain linears back, in place.
 
-    Every merged weight is a new tensor in the base weight's dtype, which requires no gradient; one that was tied to another
-    module's is untied, and the other keeps the base weight.  Modules to save and trained biases stay as they were trained, and
-    requires_grad of all that is left as it is.
+    Every merged weight is a new tensor in the base weight's dtype (of a 4-bit one: before quantisation), which requires no
+    gradient; one that was tied to another module's is untied, and the other keeps the base weight.  Modules to save and trained
+    biases stay as they were trained, and requires_grad of all that is left as it is.
 
     Args:
         safe_merge: check first that all merged weights are finite.
@@ -31,13 +32,13 @@ def merge_and_unload(model: nn.Module, safe_merge: bool = False) -> nn.Module:
                 broken = next(name for name, other in layers.items() if other is layer)
                 raise ValueError(f"safe_merge: the merged weight of {broken!r} has infinite or NaN elements")
     for layer in dict.fromkeys(layers.values()):
-        if not layer.merged:
+        if not layer.merged and not isinstance(layer, FusedLoraLinear4bit):
             layer.merge(keep_base=False)
-    return _replace(model, layers)
+    return _replace(model, layers, merged=True)
 
 
 def unload(model: nn.Module) -> nn.Module:
-    """Remove every adapter and put plain linears back on the base weights, in place.
+    """Remove every adapter and put plain linears, or Linear4bit, back on the base weights, in place.
 
     As in PEFT, modules to save and trained biases stay as they were trained, and requires_grad of all that is left as it is.
 
@@ -55,7 +56,7 @@ def unload(model: nn.Module) -> nn.Module:
     for layer in dict.fromkeys(layers.values()):
         if layer.merged:
             layer.unmerge()
-    return _replace(model, layers)
+    return _replace(model, layers, merged=False)
 
 
 def _layers(model: nn.Module) -> dict[str, FusedLoraLinear]:
@@ -65,8 +66,8 @@ def _layers(model: nn.Module) -> dict[str, FusedLoraLinear]:
     return layers
 
 
-def _replace(model: nn.Module, layers: dict[str, FusedLoraLinear]) -> nn.Module:
-    plain = {layer: _plain(layer) for layer in dict.fromkeys(layers.values())}
+def _replace(model: nn.Module, layers: dict[str, FusedLoraLinear], *, merged: bool) -> nn.Module:
+    plain = {layer: _plain(layer, merged) for layer in dict.fromkeys(layers.values())}
     for name, layer in layers.items():
         if not name:
             return plain[layer]
@@ -78,8 +79,10 @@ def _replace(model: nn.Module, layers: dict[str, FusedLoraLinear]) -> nn.Module:
     return model
 
 
-def _plain(layer: FusedLoraLinear) -> nn.Module:
+def _plain(layer: FusedLoraLinear, merged: bool) -> nn.Module:
     """nn.Linear, or transformers' Conv1D for a weight stored (in, out), with the parameters of `layer`."""
+    if isinstance(layer, FusedLoraLinear4bit):
+        return layer.to_linear(merged).train(layer.training)
     with torch.device("meta"):  # what the constructor draws is thrown away
         if layer.fan_in_fan_out:
             from transformers.pytorch_utils import Conv1D

@@ -9,7 +9,18 @@ from bitsandbytes.nn import Linear4bit
 from quantized_layers import random_layer
 from torch import nn
 
-from fastlora import oracle, reference
+from fastlora import (
+    from_pretrained,
+    get_nb_trainable_parameters,
+    inject,
+    load_adapter,
+    merge_and_unload,
+    oracle,
+    reference,
+    save_adapter,
+    unload,
+)
+from fastlora.finetune.eager import EagerLoraLinear
 from fastlora.modules import FusedLoraLinear
 from fastlora.quantized import quantize, weight_of
 from fastlora.quantized_module import FusedLoraLinear4bit
@@ -153,3 +164,109 @@ def test_bitsandbytes_missing(monkeypatch):
     monkeypatch.setattr(builtins, "__import__", without)
     with pytest.raises(ImportError, match=r'quantize=\'nf4\' needs bitsandbytes: pip install "fastlora\[quant\]"'):
         quantize(plain(), "nf4")
+
+
+# Injected into whole models.
+
+
+def network(dtype: torch.dtype = torch.float32) -> nn.Sequential:
+    torch.manual_seed(0)
+    return nn.Sequential(nn.Linear(24, 40), nn.Tanh(), nn.Linear(40, 24, bias=False), nn.Tanh(), nn.Linear(24, 5)).to(dtype)
+
+
+def injected(dtype: torch.dtype = torch.float32, **options) -> nn.Sequential:
+    model = inject(network(dtype), target_modules=["0", "2"], r=4, lora_alpha=6, **{"quantize": "nf4", **options})
+    for module in model:
+        if isinstance(module, FusedLoraLinear4bit):
+            nn.init.normal_(module.lora_B, generator=torch.Generator().manual_seed(1))
+    return model
+
+
+@pytest.mark.parametrize("kind", ["nf4", "fp4"])
+def test_inject(kind):
+    model = injected(quantize=kind)
+    own = network()
+    for name in ("0", "2"):
+        layer = model.get_submodule(name)
+        assert type(layer) is FusedLoraLinear4bit
+        expected = weight_of(quantize(own.get_submodule(name), kind)).dequantize(torch.float32)
+        assert torch.equal(layer.quantized_weight.dequantize(torch.float32), expected)
+        assert layer.quantized_weight.scheme.kind == kind
+    assert type(model[4]) is nn.Linear
+    model(torch.randn(3, 24)).sum().backward()
+    trained = {name for name, p in model.named_parameters() if p.grad is not None}
+    assert trained == {"0.lora_A", "0.lora_B", "2.lora_A", "2.lora_B"}
+    weights = 24 * 40 * 2 + 40 + 24 * 5 + 5
+    assert get_nb_trainable_parameters(model) == (4 * 64 * 2, 4 * 64 * 2 + weights)
+
+
+def test_inject_takes_biases_as_elsewhere():
+    model = injected(bias="lora_only")
+    model(torch.randn(3, 24)).sum().backward()
+    assert model[0].bias.grad is not None
+    assert model[4].bias.grad is None
+
+
+def test_inject_into_a_quantised_model():
+    """As transformers loads one: the same packed parameters."""
+    model = network()
+    model[0], model[2] = quantize(model[0], "nf4"), quantize(model[2], "fp4")
+    packed = model[0].weight
+    inject(model, target_modules="all-linear", r=4)
+    assert [type(module).__name__ for module in model[::2]] == ["FusedLoraLinear4bit", "FusedLoraLinear4bit", "FusedLoraLinear"]
+    assert model[0].weight is packed
+
+
+def test_unload_gives_the_4_bit_linears_back():
+    model, x = injected(), torch.randn(3, 24)
+    before = {name: module.weight for name, module in model.named_children() if isinstance(module, FusedLoraLinear4bit)}
+    y = model(x)
+    unload(model)
+    assert all(type(model.get_submodule(name)) is Linear4bit for name in before)
+    assert all(model.get_submodule(name).weight is weight for name, weight in before.items())
+    inject(model, target_modules=["0", "2"], r=4)
+    assert not torch.equal(model(x), y)
+    plain = network()
+    plain[0], plain[2] = quantize(plain[0], "nf4"), quantize(plain[2], "nf4")
+    expected = plain(x.requires_grad_()).detach()
+    assert oracle.relative_error(model(x).detach(), expected) <= oracle.FLOOR[torch.float32, torch.float32]
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_merge_and_unload_gives_dense_linears(dtype):
+    model = injected(dtype)
+    x = torch.randn(50, 24, dtype=dtype)
+    y = model(x).detach()
+    merge_and_unload(model, safe_merge=True)
+    assert [type(module) for module in model] == [type(module) for module in network()]
+    assert model[0].weight.dtype == dtype
+    assert oracle.relative_error(model(x).detach(), y.double()) <= 8 * oracle.FLOOR[dtype, dtype]
+
+
+def test_adapter_files(tmp_path):
+    model, other, x = injected(), injected(), torch.randn(3, 24)
+    nn.init.normal_(other[0].lora_B)
+    save_adapter(model, tmp_path)
+    load_adapter(other, tmp_path)
+    assert torch.equal(other(x), model(x))
+    plain = network()
+    plain[0], plain[2] = quantize(plain[0], "nf4"), quantize(plain[2], "nf4")
+    assert torch.equal(from_pretrained(plain, tmp_path)(x), model(x))
+
+
+@pytest.mark.parametrize(
+    ("options", "error", "message"),
+    [
+        ({"quantize": "int3"}, ValueError, "quantize must be None or one of 'nf4', 'fp4', got 'int3'"),
+        ({"layer": EagerLoraLinear}, TypeError, "layer=EagerLoraLinear cannot hold a quantised weight"),
+        ({"dtype": torch.float64}, TypeError, r"got a weight in torch\.float64"),
+    ],
+    ids=["kind", "layer", "dtype"],
+)
+def test_inject_refuses(options, error, message):
+    model = network(options.pop("dtype", torch.float32))
+    before = list(model)
+    with pytest.raises(error, match=message):
+        inject(model, target_modules=["0", "2"], **{"quantize": "nf4", **options})
+    assert list(model) == before
+    assert all(parameter.requires_grad for parameter in model.parameters())
