@@ -15,7 +15,7 @@ import fastlora
 from fastlora import oracle
 from fastlora.peft import layers
 
-DRAWS = 4
+DRAWS = 6
 #: name -> (dtype of the base, autocast); adapters are float32 in all of them.
 PRECISIONS: dict[str, tuple[torch.dtype, torch.dtype | None]] = {
     "float32": (torch.float32, None),
