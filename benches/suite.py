@@ -184,6 +184,8 @@ class Suite:
         lines = [f"results: {self.path} and {self.path.with_suffix('.csv').name}"] if self.content["rows"] else []
         if self.content["not_reached"]:
             lines.append(f"{len(self.content['not_reached'])} sizes were not reached in the time budget: --resume goes on")
+        if scattered := results.scattered(self.content["rows"]):
+            lines.append(f"{scattered} of {len(self.content['rows'])} times scatter widely: something else ran on this machine")
         return lines
 
     def close(self) -> None:

@@ -25,6 +25,13 @@ from fastlora.benchmark.trial import PASSES, Measurement
 
 Row = dict[str, Any]
 
+WIDE_SPREAD = 1.5  # p80 / p20; an undisturbed run stays below 1.1
+
+
+def scattered(rows: Sequence[Mapping[str, Any]]) -> int:
+    """How many of the rows have times that scatter widely: something else ran on the machine."""
+    return sum(row["p80_ms"] > WIDE_SPREAD * row["p20_ms"] for row in rows)
+
 
 def rows_of(measurements: Sequence[Measurement], case: oracle.Case, ceilings: Ceilings | None = None) -> list[Row]:
     """One row for each pass of each contender; the first two are the frozen linear and eager LoRA."""

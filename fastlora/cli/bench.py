@@ -23,8 +23,6 @@ Writes bench.csv and bench.png."""
 #: device type -> (M, K, N, dtype)
 DEFAULTS = {"cpu": (2048, 1024, 1024, "float32"), "cuda": (8192, 4096, 4096, "bfloat16")}
 
-WIDE_SPREAD = 1.5  # p80 / p20; an undisturbed run stays below 1.1
-
 
 def register(subparsers: Any) -> None:
     """Add the subcommand to `fastlora`."""
@@ -198,6 +196,6 @@ def _print(rows: Sequence[dict[str, Any]], case: oracle.Case, facts: dict[str, A
         )
     stdout, _ = common.consoles()
     stdout.print(table)
-    if any(row["p80_ms"] > WIDE_SPREAD * row["p20_ms"] for row in rows):
+    if results.scattered(rows):
         stdout.print("[yellow]The times scatter widely: something else ran on this machine, and the ratios mean little.")
     stdout.print(f"Every contender was within its float64 bound before it was timed. Written: {folder}/bench.csv, bench.png")
