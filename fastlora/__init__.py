@@ -6,11 +6,9 @@ from fastlora.adapters import from_pretrained, load_adapter, save_adapter
 from fastlora.autograd import LoraLinearFunction
 from fastlora.dropout import dropout_mask
 from fastlora.functional import lora_linear
-from fastlora.inject import inject
+from fastlora.injection import get_nb_trainable_parameters, inject, merge_and_unload, print_trainable_parameters, unload
 from fastlora.modules import FusedLoraLinear
 from fastlora.peft import accelerate, decelerate
-from fastlora.trainable import get_nb_trainable_parameters, print_trainable_parameters
-from fastlora.unload import merge_and_unload, unload
 
 __all__ = [
     "FusedLoraLinear",

@@ -10,10 +10,10 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastlora import adapters, oracle
-from fastlora.adapters import load_adapter, save_adapter
+from fastlora import oracle
+from fastlora.adapters import files, load_adapter, save_adapter
 from fastlora.finetune.eager import EagerLoraLinear
-from fastlora.inject import inject
+from fastlora.injection.inject import inject
 from fastlora.modules import FusedLoraLinear
 
 peft = pytest.importorskip("peft")
@@ -135,7 +135,7 @@ def test_an_interrupted_save_leaves_the_old_files_whole(tmp_path: Path, monkeypa
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(adapters.os, failing, interrupt)
+    monkeypatch.setattr(files.os, failing, interrupt)
     with pytest.raises(KeyboardInterrupt):
         save_adapter(injected(r=2), tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

@@ -7,7 +7,7 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fastlora import FusedLoraLinear
-from fastlora.inject import inject, match_targets
+from fastlora.injection.inject import inject, match_targets
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 import fastlora
 from fastlora import FusedLoraLinear, inject, oracle
-from fastlora.matching import match_modules_to_save, match_targets, pattern_value
+from fastlora.injection.matching import match_modules_to_save, match_targets, pattern_value
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")

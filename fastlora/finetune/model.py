@@ -10,7 +10,7 @@ from torch import Tensor, nn
 
 from fastlora.finetune.data import Tokenize, batches
 from fastlora.finetune.settings import Settings
-from fastlora.inject import inject
+from fastlora.injection.inject import inject
 from fastlora.modules import FusedLoraLinear
 
 BYTES = 256  # the vocabulary of a model without a tokenizer: UTF-8 bytes

@@ -19,10 +19,11 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlora import adapter_config, adapter_tensors
-from fastlora.adapter_config import CONFIG_NAME
-from fastlora.inject import LoraOptions, install, plan
-from fastlora.matching import warn
+from fastlora.adapters import config as adapter_config
+from fastlora.adapters import tensors as adapter_tensors
+from fastlora.adapters.config import CONFIG_NAME
+from fastlora.injection.inject import LoraOptions, install, plan
+from fastlora.injection.matching import warn
 from fastlora.modules import FusedLoraLinear
 
 WEIGHTS_NAME = "adapter_model.safetensors"

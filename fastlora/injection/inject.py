@@ -7,7 +7,7 @@ from dataclasses import dataclass, field
 import torch
 from torch import nn
 
-from fastlora.matching import (
+from fastlora.injection.matching import (
     ALL_LINEAR,
     is_conv1d,
     match_modules_to_save,

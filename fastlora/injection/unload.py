@@ -3,7 +3,7 @@
 import torch
 from torch import nn
 
-from fastlora.matching import warn
+from fastlora.injection.matching import warn
 from fastlora.modules import FusedLoraLinear
 from fastlora.quantized_module import FusedLoraLinear4bit
 
