@@ -126,6 +126,8 @@ def test_a_run_stops_with_its_budget_and_goes_on(
     with pytest.raises(not_measured, match="budget is spent"):
         suite.linear(second, "fastlora")
     assert any("not reached" in line for line in suite.summary())
+    suite.content["rows"][0].update(p20_ms=1.0, p80_ms=1.6)
+    assert any("scatter widely" in line for line in suite.summary())
     suite.close()
 
     suite = make_suite(benches, path, resume=True)

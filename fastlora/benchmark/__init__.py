@@ -5,7 +5,8 @@ contenders.py  who is compared; baselines.py: what others do
 trial.py       one size, every contender: checked, timed, bytes counted
 memory.py      bytes saved for backward, peak memory
 ceilings.py    what the machine can do, and the least time a pass could take
-results.py     rows, conditions, files
+shapes.py      the linears of well-known models
+results.py     rows, conditions, files; plot.py: bars
 """
 
 from fastlora.benchmark.ceilings import Ceilings, measure_ceilings
