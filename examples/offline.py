@@ -1,0 +1,46 @@
+"""What the examples use where nothing may be downloaded: sentences, a tokenizer of their words, a model with random weights."""
+
+import atexit
+import shutil
+import tempfile
+from collections.abc import Sequence
+from statistics import fmean
+
+import torch
+from tokenizers import Tokenizer, models, pre_tokenizers, trainers
+from transformers import AutoConfig, AutoModelForCausalLM, PreTrainedTokenizerFast
+
+WORDS = ["zero", "one", "two", "three", "four", "five", "six", "seven", "eight", "nine", "ten", "eleven"]
+SENTENCES = [f"{WORDS[a]} plus {WORDS[b]} is {WORDS[a + b]} ." for a in range(7) for b in range(6)]
+
+SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4}
+
+
+def tokenizer() -> PreTrainedTokenizerFast:
+    """A token for each word of SENTENCES."""
+    words = Tokenizer(models.WordLevel(unk_token="<unk>"))
+    words.pre_tokenizer = pre_tokenizers.Whitespace()
+    words.train_from_iterator(SENTENCES, trainers.WordLevelTrainer(special_tokens=["<pad>", "<unk>", "<eos>"]))
+    return PreTrainedTokenizerFast(tokenizer_object=words, pad_token="<pad>", unk_token="<unk>", eos_token="<eos>")
+
+
+def checkpoint(kind: str, **options: object) -> str:
+    """A folder with a small causal language model of this kind ("llama", ...) and its tokenizer, gone at exit."""
+    folder = tempfile.mkdtemp(prefix=f"fastlora-{kind}-")
+    atexit.register(shutil.rmtree, folder, ignore_errors=True)
+    words = tokenizer()
+    special = {"pad_token_id": words.pad_token_id, "eos_token_id": words.eos_token_id, "bos_token_id": words.eos_token_id}
+    torch.manual_seed(0)
+    config = AutoConfig.for_model(kind, vocab_size=len(words), max_position_embeddings=64, **SIZES, **special, **options)
+    AutoModelForCausalLM.from_config(config).save_pretrained(folder)
+    words.save_pretrained(folder)
+    return folder
+
+
+def check_that_it_falls(losses: Sequence[float]) -> None:
+    """The mean loss of the last quarter of the steps must be below that of the first quarter."""
+    quarter = len(losses) // 4
+    if quarter:
+        first, last = fmean(losses[:quarter]), fmean(losses[-quarter:])
+        print(f"loss {first:.3f} -> {last:.3f} in {len(losses)} steps")
+        assert last < first, losses
