@@ -85,7 +85,7 @@ def backward(
         dS, dB = _grad_s_and_b(dy, lora_B, None if S is None else S.contiguous(), scaling, adapter_dtype, target)
         dA = bits = dx = None
         if x is not None and dS is not None:
-            bits = empty_bits(*x.shape, x.device) if fused and seed is not None else None
+            bits = empty_bits(x.shape, x.device) if fused and seed is not None else None
             dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if weight is not None and not fused else None
             V = None if dx is None else lora_A
             dA = outer(x, dS, adapter_dtype, target, seed=seed, dropout_p=dropout_p, bits=bits, V=V, C=dx)

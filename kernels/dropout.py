@@ -1,5 +1,7 @@
 """The keep mask on the device: the function that `fastlora/dropout.py` specifies, as a tile of booleans or of packed bits."""
 
+from collections.abc import Sequence
+
 import torch
 import triton
 import triton.language as tl
@@ -63,14 +65,14 @@ def pack_bits_kernel(bits, seed, M, row_bytes, limit, BLOCK_M: tl.constexpr, BLO
     store_bytes(bits, w0, w1, w2, w3, limit, rows, first_col, M, row_bytes, BLOCK_K)
 
 
-def empty_bits(rows: int, cols: int, device: torch.device) -> Tensor:
-    """The buffer for the packed mask of a (rows, cols) activation: uint8 (rows, ⌈cols / 8⌉)."""
-    return torch.empty((rows, -(-cols // 8)), dtype=torch.uint8, device=device)
+def empty_bits(shape: Sequence[int], device: torch.device) -> Tensor:
+    """The buffer for the packed mask of an activation of `shape` (M, K): uint8 (M, ⌈K / 8⌉)."""
+    return torch.empty((shape[0], cdiv(shape[1], 8)), dtype=torch.uint8, device=device)
 
 
 def pack_bits(seed: Tensor, rows: int, cols: int, dropout_p: float) -> Tensor:
     """The packed keep mask, for a backward that needs the mask but does not stream x."""
-    bits = empty_bits(rows, cols, seed.device)
+    bits = empty_bits((rows, cols), seed.device)
     block_m, block_k = 32, 256
     launch.launch(
         pack_bits_kernel,

@@ -134,6 +134,7 @@ def _plan(
     M, N = U.shape[0], V.shape[1]
     C = Layout.new(M, N, dtype=dtype)
     descriptors = transposed = False
+    strides: tuple[int, ...]
     if P is None or Q is None:
         config, programs = prefill_config(dtype, precision), None
         K, strides = 0, (0, 0, 0, 0)
@@ -191,7 +192,7 @@ def gemm(
     """
     C = torch.empty((U.shape[0], V.shape[1]), dtype=dtype, device=U.device)
     layouts = [None if tensor is None else Layout.of(tensor) for tensor in (P, Q, U, V, bias, bits)]
-    plan = _plan(*layouts, dtype, matmul_precision(dtype), config, target)  # type: ignore[arg-type]  # U and V are not None
+    plan = _plan(*layouts, dtype, matmul_precision(dtype), config, target)
     operands: tuple[Any, ...] = (P, Q, C)
     if plan.blocks and P is not None and Q is not None:
         matrices = (P, Q.t() if plan.options["Q_TRANSPOSED"] else Q, C)

@@ -62,7 +62,7 @@ def test_packed_bits_are_the_mask(p, rows, cols):
     expected = dropout_mask(seed, rows, cols, p)
     assert torch.equal(unpack(pack_bits(seed, rows, cols, p), cols), expected)
     x, U = torch.randn(rows, cols), torch.randn(rows, 3)
-    bits = empty_bits(rows, cols, x.device)
+    bits = empty_bits(x.shape, x.device)
     outer(x, U, torch.float32, INTERPRETER, seed=seed, dropout_p=p, bits=bits)
     assert torch.equal(unpack(bits, cols), expected)
 

@@ -68,7 +68,7 @@ def test_kernels_draw_the_bits_of_the_mask():
     seed = torch.tensor([2**40 + 5], device="cuda")
     expected = dropout_mask(seed, 500, 333, 0.3)
     x, U = torch.randn(500, 333, device="cuda"), torch.randn(500, 4, device="cuda")
-    from_dA = empty_bits(500, 333, x.device)
+    from_dA = empty_bits(x.shape, x.device)
     outer(x, U, torch.float32, target_of(x.device), seed=seed, dropout_p=0.3, bits=from_dA)
     shifts = torch.arange(8, device="cuda")
     for bits in (pack_bits(seed, 500, 333, 0.3), from_dA):

@@ -4,6 +4,7 @@ from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -70,7 +71,7 @@ class Case:
         seed = _meta(1, dtype=torch.int64) if dropout_p > 0 else None
         with _float32_products("tf32" if self.dtype.endswith("tf32") else "ieee"):
             choice = kernels.Choice("prefill" if self.step.startswith("prefill") else "fused")
-            options = {"choice": choice, "target": self.target}
+            options: dict[str, Any] = {"choice": choice, "target": self.target}
             if self.step.endswith("forward"):
                 kernels.forward(x, weight, lora_A, lora_B, bias, seed, 2.0, dropout_p, **options)
             elif self.step.endswith("backward"):

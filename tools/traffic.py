@@ -182,7 +182,8 @@ class _Operations(TorchDispatchMode):
     def __torch_dispatch__(
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
-        result = func(*args, **(kwargs or {}))
+        kwargs = kwargs or {}
+        result = func(*args, **kwargs)
         name = func._schema.name.removeprefix("aten::")
         is_view = any(out.alias_info is not None and not out.alias_info.is_write for out in func._schema.returns)
         if not self._paused and not is_view and name not in ALLOCATIONS:
