@@ -59,7 +59,7 @@ class Suite:
         #: id -> what was measured under it, by contender; or contender -> why it was left out, None for all of them
         self._linears: dict[str, dict[str, benchmark.Measurement]] = {}
         self._models: dict[str, dict[tuple[str, str], list[float]]] = {}
-        self._failed: dict[str, dict[str | None, RuntimeError]] = {}
+        self._failed: dict[str, dict[str | None, Exception]] = {}
         self._ceilings: dict[torch.dtype, benchmark.Ceilings] = {}
 
     def contenders(self, size: Size) -> list[benchmark.Contender]:
@@ -71,7 +71,7 @@ class Suite:
 
         Raises:
             NotMeasuredError: there is no measurement, and why.
-            RuntimeError: the contender, or the measurement of the size, failed.
+            Exception: whatever the contender, or the measurement of the size, failed with.
         """
         self._once(size.id, lambda: self._measure(size))
         self._raise_failure(size.id, contender)
@@ -102,7 +102,7 @@ class Suite:
             self._failed[id_] = {}
             try:
                 measure()
-            except RuntimeError as error:
+            except Exception as error:  # raised below, and again for each test of what is named `id_`
                 self._failed[id_][None] = error.with_traceback(None)  # its frames hold the tensors
         self._raise_failure(id_, None)
 
@@ -114,7 +114,7 @@ class Suite:
             raise error
 
     def _measure(self, size: Size) -> None:
-        excluded: dict[str, RuntimeError] = {}
+        excluded: dict[str, Exception] = {}
         measurements = benchmark.run(
             self.contenders(size),
             size.case,

@@ -12,6 +12,7 @@ from typing import Any
 
 import pytest
 import torch
+from triton.runtime.errors import OutOfResources
 
 from fastlora.benchmark import WrongResultError
 from fastlora.peft import Report
@@ -146,26 +147,45 @@ def test_a_run_stops_with_its_budget_and_goes_on(
     assert suite.content["rows"] == []
 
 
-@pytest.mark.parametrize("broken", ["chained_addmm", "frozen_linear"])
-def test_a_wrong_contender_fails_alone_and_a_wrong_floor_fails_all(
-    broken: str, benches: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+@pytest.mark.parametrize(
+    ("broken", "error"),
+    [("chained_addmm", None), ("frozen_linear", None), ("chained_addmm", OutOfResources(300000, 232448, "shared memory"))],
+    ids=["wrong", "floor", "raises"],
+)
+def test_a_broken_contender_fails_alone_and_a_broken_floor_fails_all(
+    broken: str, error: Exception | None, benches: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("fastlora.benchmark.ceilings.SIZES", {"cpu": (32, 1 << 16)})
     calls = []
 
     def wrong(x: torch.Tensor, weight: torch.Tensor, *rest: Any, **options: Any) -> torch.Tensor:
         calls.append(x)
+        if error:
+            raise error
         return torch.nn.functional.linear(x, weight * 2)
 
     monkeypatch.setattr(f"fastlora.benchmark.baselines.{broken}", wrong)
     suite, size = make_suite(benches, tmp_path / "results.json"), benches["grid"].sizes("toy", CPU)[1]
     for name in LINEAR_CONTENDERS:
         if broken == "frozen_linear" or name == "chained addmm_":
-            with pytest.raises(RuntimeError, match="is wrong on"):
+            with pytest.raises(type(error or WrongResultError("")), match="out of resource" if error else "is wrong on"):
                 suite.linear(size, name)
         else:
             suite.linear(size, name)
     assert len(calls) == 1  # judged once, for all tests of the size
+
+
+def test_whatever_fails_it_is_measured_once_and_told_each_time(
+    benches: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def fail(*args: Any, **options: Any) -> None:
+        raise ImportError("no module named peft")
+
+    monkeypatch.setattr(benches["decoder"], "Layer", fail)
+    suite = make_suite(benches, tmp_path / "results.json")
+    for contender in ("PEFT", "fastlora"):
+        with pytest.raises(ImportError, match="peft"):
+            suite.layer(contender, "forward", toy=True)
 
 
 def test_what_does_not_fit_is_skipped(benches: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -79,7 +79,7 @@ def test_a_wrong_contender_is_not_timed(change: dict[str, Any], monkeypatch: pyt
     with pytest.raises(RuntimeError, match="wrong is wrong on f32 96x64x80"):
         benchmark.run([eager, wrong], CASE, CPU, repeats=1)
     monkeypatch.undo()
-    excluded: dict[str, RuntimeError] = {}
+    excluded: dict[str, Exception] = {}
     timed = benchmark.run([eager, wrong], CASE, CPU, repeats=1, copies=1, excluded=excluded)
     assert [result.contender for result in timed] == ["eager LoRA"]
     assert list(excluded) == ["wrong"]
@@ -192,6 +192,25 @@ def test_steps_take_the_sets_in_turn() -> None:
         assert torch.equal(forward(), F.linear(inputs.x, inputs.weights.weight))
     for step, inputs in ((backward, sets[1]), (both, sets[2])):
         assert torch.equal(step()[0], inputs.dy @ inputs.weights.weight)
+
+
+def test_no_two_steps_in_succession_read_the_same_set() -> None:
+    """Whoever is timed side by side: what one contender has left in the cache is not what the next one reads."""
+    read: list[int] = []
+
+    def spied(bind: Any) -> Any:
+        def bound(weights: benchmark.Weights, *options: float) -> Any:
+            forward = bind(weights, *options)
+            return lambda x: read.append(x.data_ptr()) or forward(x)
+
+        return bound
+
+    rivals = [replace(rival, bind=spied(rival.bind)) for rival in benchmark.contenders_for(CASE, CPU)[:3]]
+    benchmark.run(rivals, CASE, CPU, repeats=4, copies=3)
+    timed = read[len(rivals) : -2 * len(rivals)]  # before, each was checked; after, its bytes were counted
+    assert len(timed) == 3 * len(rivals) * (clock.WARMUP + 4)
+    assert timed == timed[:3] * (len(timed) // 3)
+    assert len(set(timed)) == 3
 
 
 def test_quantiles() -> None:

@@ -104,6 +104,19 @@ def test_a_wrong_result_ends_the_run(
     assert not list(tmp_path.iterdir())
 
 
+def test_too_little_memory_ends_the_run(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    def full(*args: Any, **options: Any) -> None:
+        raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 TiB.")
+
+    monkeypatch.setattr(trial, "draw", full)
+    assert cli.main(["bench", *SMALL, "--output", str(tmp_path)]) == 1
+    captured = capsys.readouterr()
+    assert "CUDA out of memory. Tried to allocate 2.00 TiB." in captured.err
+    assert not captured.out
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -165,6 +165,22 @@ def test_an_interruption(
     assert len(stored()) == 2
 
 
+def test_a_lost_device(gpu: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    """What was measured before is shown."""
+    measure, calls = tune.measure, []
+
+    def lost(*args: Any) -> Any:
+        calls.append(args)
+        if len(calls) == 2:
+            raise torch.AcceleratorError("an illegal memory access was encountered")
+        return measure(*args)
+
+    monkeypatch.setattr(tune, "measure", lost)
+    with pytest.raises(torch.AcceleratorError):
+        cli.main(["tune", *SMALL])
+    assert "1 of 4 problems measured, 1 better than the default" in capsys.readouterr().out
+
+
 def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
     """What it says as it refuses, having touched nothing."""
     try:

@@ -159,17 +159,22 @@ class Measurement:
         return quantiles(self.seconds[name])
 
 
-def steps_of(contender: Contender, case: oracle.Case, sets: Sequence[Inputs]) -> dict[str, Step]:
-    """The three passes of `contender`, each call on the next of `sets`."""
+def steps_of(
+    contender: Contender, case: oracle.Case, sets: Sequence[Inputs], turn: Iterator[int] | None = None
+) -> dict[str, Step]:
+    """The three passes of `contender`, each call on the next of `sets`.
+
+    turn: whose turn it is, by index; shared by contenders that are timed side by side, so that none finds in the cache what
+    the one before it has read.
+    """
     bound = [(inputs, contender.bind(inputs.weights, case.scaling, case.dropout_p)) for inputs in sets]
-    turn = itertools.cycle(bound)
+    turn = turn or itertools.cycle(range(len(sets)))
 
     def forward() -> Tensor:
-        inputs, function = next(turn)
-        return function(inputs.x)
+        return run_forward()[1]
 
     def run_forward() -> tuple[Inputs, Tensor]:
-        inputs, function = next(turn)
+        inputs, function = bound[next(turn)]
         return inputs, function(inputs.x)
 
     def backward(state: tuple[Inputs, Tensor]) -> object:
@@ -187,7 +192,7 @@ def run(
     repeats: int,
     limit: float = math.inf,
     copies: int | None = None,
-    excluded: dict[str, RuntimeError] | None = None,
+    excluded: dict[str, Exception] | None = None,
     progress: Callable[[str], None] = lambda what: None,
 ) -> list[Measurement]:
     """Check every contender, then time its passes against those of the others and count its bytes.
@@ -195,8 +200,8 @@ def run(
     Args:
         repeats, limit: see `measure`.
         copies: sets of inputs to take in turn; default as many as exceed the cache.
-        excluded: where a contender that is wrong, or that torch.compile or the memory fails, is put by name with its error,
-            to be left out; by default its error is raised.
+        excluded: where a contender that is wrong or fails is put by name with its error, to be left out; by default its error
+            is raised.
         progress: called with what was just done: len(rivals) + WARMUP times, and after each timed round.
 
     Raises:
@@ -210,7 +215,7 @@ def run(
     for contender in rivals:
         try:
             judge.verify(contender)
-        except RuntimeError as error:
+        except Exception as error:  # torch.compile, Triton and PEFT have no base of their errors in common
             if excluded is None:
                 raise
             excluded[contender.name] = error.with_traceback(None)  # its frames hold the tensors
@@ -219,7 +224,8 @@ def run(
     rivals = [contender for contender in rivals if contender.name not in (excluded or {})]
     copies = copies or copies_beyond_cache(first.nbytes, device)
     sets = [first, *(draw(case, device, index) for index in range(1, copies))]
-    passes = {contender.name: steps_of(contender, case, sets) for contender in rivals}
+    turn = itertools.cycle(range(copies))
+    passes = {contender.name: steps_of(contender, case, sets, turn) for contender in rivals}
     steps = {(contender, name): step for contender, by_pass in passes.items() for name, step in by_pass.items()}
     clock = device_clock(device)
     seconds = measure(steps, device, repeats, limit=limit, clock=clock, progress=progress)

@@ -31,7 +31,7 @@ def register(subparsers: Any) -> None:
         "bench",
         help="time forward and backward against eager LoRA",
         description=DESCRIPTION,
-        epilog=f"Default size: {', '.join(sizes.values())}. Exit code: 0 measured, 1 a result was wrong, 2 wrong usage.",
+        epilog=f"Default size: {', '.join(sizes.values())}. Exit code: 0 measured, 1 wrong result or no memory, 2 wrong usage.",
     )
     number = common.positive_int
     parser.add_argument("-M", "--rows", type=number, metavar="M", help="rows of x: tokens in the batch")
@@ -87,7 +87,7 @@ def run(args: argparse.Namespace) -> int:
         return common.refuse("bench", str(error))
     try:
         measurements = _measure(rivals, case, args)
-    except benchmark.WrongResultError as error:
+    except (benchmark.WrongResultError, torch.OutOfMemoryError) as error:
         common.consoles()[1].print(str(error), style="red", markup=False)
         return 1
     ceilings = benchmark.measure_ceilings(case.dtype, device)

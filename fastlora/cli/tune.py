@@ -96,10 +96,8 @@ def run(args: argparse.Namespace) -> int:
     results: list[Result] = []
     try:
         _measure(problems, args, adapters, rate, results)
-    except KeyboardInterrupt:
+    finally:  # what is stored is shown, whatever ended the run: an interruption, a lost device
         _report(results, len(problems), target, file, args)
-        raise
-    _report(results, len(problems), target, file, args)
     return 1 if any(result.wrong or result.choice is None for result in results) else 0
 
 
