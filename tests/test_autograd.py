@@ -288,9 +288,9 @@ def test_torch_backend_makes_the_mask_in_chunks(monkeypatch):
     seen = []
     keep_rows = torch_backend.keep_rows
 
-    def watch(seed, rows, cols, p):
+    def watch(seed, rows, cols, p, dtype):
         seen.append(len(rows))
-        return keep_rows(seed, rows, cols, p)
+        return keep_rows(seed, rows, cols, p, dtype)
 
     monkeypatch.setattr(torch_backend, "keep_rows", watch)
     monkeypatch.setattr(torch_backend, "_CPU_CHUNK", 16 * 40)
