@@ -101,7 +101,7 @@ def _by_id(rows: Sequence[results.Row]) -> dict[str, list[results.Row]]:
 
 def _conditions(run: Run) -> str:
     facts = run["facts"]
-    names = ("driver", "cuda", "torch", "triton", "peft", "commit", "date", "threads")
+    names = ("driver", "cuda", "torch", "triton", "peft", "commit", "tuned", "date", "threads")
     known = ", ".join(f"{name} {facts[name]}" for name in names if facts.get(name) is not None)
     ceilings = "; ".join(
         f"{dtype}: matrix product {three_digits(rates['gemm_tflops'])} TFLOP/s, copy {three_digits(rates['copy_gbps'])} GB/s"

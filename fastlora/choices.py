@@ -103,6 +103,14 @@ def uses_descriptors(problem: Problem, target: Target) -> bool:
     return target.has_descriptors and all(width * problem.dtype.itemsize % 16 == 0 for width in widths)
 
 
+def fingerprint(target: Target) -> str | None:
+    """Of the target's file, which tells times from before and after a tune apart; None where there is none."""
+    try:
+        return hashlib.sha256(path_of(target).read_bytes()).hexdigest()[:10]
+    except (OSError, RuntimeError):
+        return None
+
+
 def environment(target: Target) -> dict[str, Any]:
     """What a measurement holds for."""
     gpu = {"gpu": target.name, "capability": target.capability, "multiprocessors": target.sms}

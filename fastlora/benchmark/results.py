@@ -22,6 +22,7 @@ from fastlora import __version__, oracle
 from fastlora.benchmark.ceilings import Ceilings
 from fastlora.benchmark.clock import quantiles
 from fastlora.benchmark.trial import PASSES, Measurement
+from fastlora.functional import available_backends
 
 Row = dict[str, Any]
 
@@ -87,6 +88,7 @@ def environment(device: torch.device) -> dict[str, Any]:
             "capability": capability,
             "cuda": torch.version.cuda,
             "driver": _driver(),
+            "tuned": _tuned(device),
         }
     return {**known, "device": _processor(), "threads": torch.get_num_threads()}
 
@@ -117,6 +119,16 @@ def _driver() -> str | None:
         return None
     query = [smi, "--query-gpu=driver_version", "--format=csv,noheader"]
     return next(iter(subprocess.run(query, capture_output=True, text=True, check=False).stdout.splitlines()), None)
+
+
+def _tuned(device: torch.device) -> str | None:
+    """Which measured choices the kernels go by."""
+    if "triton" not in available_backends(device):
+        return None
+    from fastlora import choices
+    from fastlora.kernels.target import target_of
+
+    return choices.fingerprint(target_of(device))
 
 
 def _processor() -> str:
