@@ -9,6 +9,7 @@ from typing import Any
 
 import pytest
 import torch
+from tuned import GPU, LARGE, TILE, TILED, forget, problems
 
 from fastlora import choices, kernels, lora_linear, oracle
 from fastlora.kernels import launch
@@ -17,36 +18,20 @@ from fastlora.kernels.forms import Choice, Problem, default_choice
 from fastlora.kernels.gemm import gemm_kernel
 from fastlora.kernels.target import INTERPRETER, Target
 
-GPU = Target(90, 132, 232448, "Test GPU 9000")
-PROBLEM = Problem("forward", torch.bfloat16, 8192, 4096, 4096, 16, True)
-TILE = GemmConfig(128, 256, 64, 32, 8, 3)  # takes descriptors, in bfloat16
-assert default_choice(PROBLEM, GPU).form == "prefill"
-FUSED = Choice("fused", TILE)
-
 pytestmark = pytest.mark.usefixtures("empty_cache")
-
-
-def forget() -> None:
-    """As another process begins."""
-    choices._known.clear()
-    choices._warned.clear()
-
-
-def problems(count: int) -> list[Problem]:
-    return [replace(PROBLEM, in_features=64 * (index + 1)) for index in range(count)]
 
 
 # What is stored is taken
 
 
 def test_without_a_file_arithmetic_decides(empty_cache: Path) -> None:
-    assert choices.choose(PROBLEM, GPU) == default_choice(PROBLEM, GPU)
+    assert choices.choose(LARGE, GPU) == default_choice(LARGE, GPU)
     assert not empty_cache.exists()
 
 
 def test_without_a_name_nothing_is_looked_up(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(choices, "_read", lambda target: pytest.fail("looked up"))
-    assert choices.choose(PROBLEM, INTERPRETER) == default_choice(PROBLEM, INTERPRETER)
+    assert choices.choose(LARGE, INTERPRETER) == default_choice(LARGE, INTERPRETER)
 
 
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
@@ -65,11 +50,11 @@ def test_every_choice_comes_back(dtype: torch.dtype) -> None:
 
 def test_stores_add_up() -> None:
     first, second, third = problems(3)
-    path = choices.store(GPU, {first: FUSED, second: FUSED})
+    path = choices.store(GPU, {first: TILED, second: TILED})
     assert choices.store(GPU, {second: Choice("prefill"), third: Choice("fused")}) == path
     forget()
     taken = [choices.choose(problem, GPU) for problem in (first, second, third)]
-    assert taken == [FUSED, Choice("prefill"), Choice("fused")]
+    assert taken == [TILED, Choice("prefill"), Choice("fused")]
     assert len(json.loads(path.read_text())["results"]) == 3
 
 
@@ -77,26 +62,26 @@ def test_only_what_was_measured_is_written() -> None:
     """Not the defaults that were asked for in between."""
     first, second = problems(2)
     choices.choose(first, GPU)
-    path = choices.store(GPU, {second: FUSED})
+    path = choices.store(GPU, {second: TILED})
     choices.choose(first, GPU)
     choices.store(GPU, {})
     assert [record["in_features"] for record in json.loads(path.read_text())["results"]] == [second.in_features]
 
 
 def test_a_choice_holds_for_its_own_problem_and_gpu() -> None:
-    choices.store(GPU, {PROBLEM: FUSED})
+    choices.store(GPU, {LARGE: TILED})
     changes: list[dict[str, Any]] = [{"direction": "backward"}, {"dtype": torch.float16}, {"rows": 4096}, {"r": 8}]
     changes += [{"in_features": 4104}, {"out_features": 4104}, {"dropout": False}]
     for change in changes:
-        other = replace(PROBLEM, **change)
-        assert choices.choose(other, GPU) == default_choice(other, GPU) != FUSED
+        other = replace(LARGE, **change)
+        assert choices.choose(other, GPU) == default_choice(other, GPU) != TILED
     for target in (replace(GPU, name="Another"), replace(GPU, sms=66), replace(GPU, capability=100)):
-        assert choices.choose(PROBLEM, target) == default_choice(PROBLEM, target) != FUSED
-    assert choices.choose(PROBLEM, GPU) == FUSED
+        assert choices.choose(LARGE, target) == default_choice(LARGE, target) != TILED
+    assert choices.choose(LARGE, GPU) == TILED
 
 
 def test_float32_is_kept_by_matmul_precision(monkeypatch: pytest.MonkeyPatch) -> None:
-    problem = replace(PROBLEM, dtype=torch.float32)
+    problem = replace(LARGE, dtype=torch.float32)
     assert default_choice(problem, GPU) != Choice("fused")
     with monkeypatch.context() as patch:
         patch.setattr(choices, "matmul_precision", lambda dtype: "tf32")
@@ -106,11 +91,11 @@ def test_float32_is_kept_by_matmul_precision(monkeypatch: pytest.MonkeyPatch) ->
 
 
 def test_one_look_at_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    choices.store(GPU, {PROBLEM: FUSED})
+    choices.store(GPU, {LARGE: TILED})
     forget()
     reads, where = [], choices.path_of
     monkeypatch.setattr(choices, "path_of", lambda target: reads.append(target) or where(target))
-    for problem in (PROBLEM, *problems(20)) * 2:
+    for problem in (LARGE, *problems(20)) * 2:
         choices.choose(problem, GPU)
     assert reads == [GPU]
 
@@ -157,8 +142,8 @@ def test_trying_holds_for_the_time_being_and_in_every_thread() -> None:
     def look() -> None:
         seen.append([choices.choose(problem, GPU) for problem in (first, second)])
 
-    with choices.trying({first: FUSED}, GPU):
-        with choices.trying({first: Choice("prefill"), second: FUSED}, GPU):
+    with choices.trying({first: TILED}, GPU):
+        with choices.trying({first: Choice("prefill"), second: TILED}, GPU):
             thread = threading.Thread(target=look)
             thread.start()
             thread.join(60)
@@ -166,20 +151,20 @@ def test_trying_holds_for_the_time_being_and_in_every_thread() -> None:
         assert choices.choose(first, replace(GPU, sms=66)) == default_choice(first, GPU)
     look()
     default = default_choice(second, GPU)
-    assert seen == [[Choice("prefill"), FUSED], [FUSED, default], [Choice("fused"), default]]
+    assert seen == [[Choice("prefill"), TILED], [TILED, default], [Choice("fused"), default]]
 
 
 def test_trying_ends_with_an_error_too() -> None:
-    with pytest.raises(KeyboardInterrupt), choices.trying({PROBLEM: FUSED}, GPU):
+    with pytest.raises(KeyboardInterrupt), choices.trying({LARGE: TILED}, GPU):
         raise KeyboardInterrupt
-    assert choices.choose(PROBLEM, GPU) == default_choice(PROBLEM, GPU)
+    assert choices.choose(LARGE, GPU) == default_choice(LARGE, GPU)
     assert not choices.path_of(GPU).exists()
 
 
 def test_another_thread_can_look_first_while_trying() -> None:
     """As the thread of a first backward does."""
-    with choices.trying({PROBLEM: FUSED}, GPU):
-        thread = threading.Thread(target=choices.choose, args=(replace(PROBLEM, r=8), GPU), daemon=True)
+    with choices.trying({LARGE: TILED}, GPU):
+        thread = threading.Thread(target=choices.choose, args=(replace(LARGE, r=8), GPU), daemon=True)
         thread.start()
         thread.join(60)
         assert not thread.is_alive()
@@ -254,7 +239,7 @@ def test_unaligned_operands_take_another_tile_and_stay_right(unaligned: str, nam
     forward = Problem("forward", torch.bfloat16, 64, 64, 96, 4, True)
     assert TILE in choices.tiles(forward, named)
     assert not TILE.is_valid(named, torch.bfloat16, "ieee", descriptors=False)
-    choices.store(named, {forward: FUSED, replace(forward, direction="backward"): FUSED})
+    choices.store(named, {forward: TILED, replace(forward, direction="backward"): TILED})
 
     def shifted(tensor: torch.Tensor) -> torch.Tensor:
         storage = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)

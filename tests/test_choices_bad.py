@@ -12,29 +12,13 @@ from typing import Any
 
 import pytest
 import torch
+from tuned import GPU, LARGE, TILE, TILED, forget, problems
 
 from fastlora import choices
-from fastlora.kernels.config import GemmConfig
 from fastlora.kernels.forms import Choice, Problem, default_choice
-from fastlora.kernels.target import INTERPRETER, Target
-
-GPU = Target(90, 132, 232448, "Test GPU 9000")
-PROBLEM = Problem("forward", torch.bfloat16, 8192, 4096, 4096, 16, True)
-TILE = GemmConfig(128, 256, 64, 32, 8, 3)  # takes descriptors, in bfloat16
-assert default_choice(PROBLEM, GPU).form == "prefill"
-FUSED = Choice("fused", TILE)
+from fastlora.kernels.target import INTERPRETER
 
 pytestmark = pytest.mark.usefixtures("empty_cache")
-
-
-def forget() -> None:
-    """As another process begins."""
-    choices._known.clear()
-    choices._warned.clear()
-
-
-def problems(count: int) -> list[Problem]:
-    return [replace(PROBLEM, in_features=64 * (index + 1)) for index in range(count)]
 
 
 # Files that cannot be believed
@@ -104,16 +88,16 @@ BAD: dict[str, Callable[[str], str | bytes]] = {
 @pytest.mark.parametrize("name", BAD)
 def test_a_bad_file_is_ignored_with_one_warning(name: str) -> None:
     """And the next store writes it anew."""
-    path = choices.store(GPU, {PROBLEM: FUSED, replace(PROBLEM, r=8): FUSED})
+    path = choices.store(GPU, {LARGE: TILED, replace(LARGE, r=8): TILED})
     bad = BAD[name](path.read_text())
     path.write_bytes(bad if isinstance(bad, bytes) else bad.encode())
     forget()
-    other = replace(PROBLEM, r=32)
+    other = replace(LARGE, r=32)
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
-        for problem in (PROBLEM, replace(PROBLEM, r=8), *problems(3)) * 2:
+        for problem in (LARGE, replace(LARGE, r=8), *problems(3)) * 2:
             assert choices.choose(problem, GPU) == default_choice(problem, GPU)
-        choices.store(GPU, {other: FUSED})
+        choices.store(GPU, {other: TILED})
     assert len(caught) == 1
     message = str(caught[0].message)
     assert message.startswith(f"{path} is ignored: ")
@@ -121,8 +105,8 @@ def test_a_bad_file_is_ignored_with_one_warning(name: str) -> None:
     forget()
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        assert choices.choose(other, GPU) == FUSED
-        assert choices.choose(PROBLEM, GPU) == default_choice(PROBLEM, GPU)
+        assert choices.choose(other, GPU) == TILED
+        assert choices.choose(LARGE, GPU) == default_choice(LARGE, GPU)
 
 
 @pytest.mark.parametrize(
@@ -130,18 +114,18 @@ def test_a_bad_file_is_ignored_with_one_warning(name: str) -> None:
     [("another torch", "'torch': '2.0.0'"), ("an unknown form", "'magic'"), ("a tile that does not fit", "'num_stages': 4")],
 )
 def test_the_warning_says_why(name: str, reason: str) -> None:
-    path = choices.store(GPU, {PROBLEM: FUSED, replace(PROBLEM, r=8): FUSED})
+    path = choices.store(GPU, {LARGE: TILED, replace(LARGE, r=8): TILED})
     path.write_text(BAD[name](path.read_text()))
     forget()
     with pytest.warns(UserWarning, match=reason):
-        choices.choose(PROBLEM, GPU)
+        choices.choose(LARGE, GPU)
 
 
 def test_a_file_from_elsewhere_is_foreign() -> None:
     other = replace(GPU, name="Another GPU")
-    choices.store(other, {PROBLEM: FUSED}).rename(choices.path_of(GPU))
+    choices.store(other, {LARGE: TILED}).rename(choices.path_of(GPU))
     with pytest.warns(UserWarning, match="it is for .*Another GPU"):
-        assert choices.choose(PROBLEM, GPU) == default_choice(PROBLEM, GPU)
+        assert choices.choose(LARGE, GPU) == default_choice(LARGE, GPU)
 
 
 # Folders that cannot be used
@@ -150,20 +134,20 @@ def test_a_file_from_elsewhere_is_foreign() -> None:
 def test_the_folder_is_a_file(empty_cache: Path) -> None:
     empty_cache.write_text("")
     with pytest.warns(UserWarning, match="is ignored: .*Not a directory"):
-        assert choices.choose(PROBLEM, GPU) == default_choice(PROBLEM, GPU)
+        assert choices.choose(LARGE, GPU) == default_choice(LARGE, GPU)
     with pytest.raises(OSError, match="cache"):
-        choices.store(GPU, {PROBLEM: FUSED})
-    assert choices.choose(PROBLEM, GPU) == default_choice(PROBLEM, GPU)
+        choices.store(GPU, {LARGE: TILED})
+    assert choices.choose(LARGE, GPU) == default_choice(LARGE, GPU)
 
 
 def test_the_file_is_a_folder() -> None:
     choices.path_of(GPU).mkdir(parents=True)
     with pytest.warns(UserWarning, match="is ignored: .*Is a directory"):
-        assert choices.choose(PROBLEM, GPU) == default_choice(PROBLEM, GPU)
+        assert choices.choose(LARGE, GPU) == default_choice(LARGE, GPU)
 
 
 def test_a_file_that_may_not_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
-    choices.store(GPU, {PROBLEM: FUSED})
+    choices.store(GPU, {LARGE: TILED})
     forget()
 
     def refuse(path: Path, *options: Any) -> str:
@@ -171,7 +155,7 @@ def test_a_file_that_may_not_be_read(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(Path, "read_text", refuse)
     with pytest.warns(UserWarning, match="is ignored: .*Permission denied"):
-        assert choices.choose(PROBLEM, GPU) == default_choice(PROBLEM, GPU)
+        assert choices.choose(LARGE, GPU) == default_choice(LARGE, GPU)
 
 
 def test_no_home(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -182,8 +166,8 @@ def test_no_home(monkeypatch: pytest.MonkeyPatch) -> None:
         monkeypatch.delenv(name, raising=False)
     monkeypatch.setattr(Path, "home", homeless)
     with pytest.warns(UserWarning, match="is ignored: Could not determine home"):
-        assert choices.choose(PROBLEM, GPU) == default_choice(PROBLEM, GPU)
-    assert choices.choose(replace(PROBLEM, r=8), GPU) == default_choice(PROBLEM, GPU)
+        assert choices.choose(LARGE, GPU) == default_choice(LARGE, GPU)
+    assert choices.choose(replace(LARGE, r=8), GPU) == default_choice(LARGE, GPU)
 
 
 # Storing
@@ -192,16 +176,16 @@ def test_no_home(monkeypatch: pytest.MonkeyPatch) -> None:
 @pytest.mark.parametrize(
     ("problem", "choice"),
     [
-        (PROBLEM, Choice("magic")),
-        (PROBLEM, Choice("torch")),
-        (PROBLEM, Choice("prefill", TILE)),
-        (PROBLEM, Choice("fused", replace(TILE, num_stages=4))),
-        (replace(PROBLEM, rows=100), FUSED),
-        (replace(PROBLEM, dtype=torch.float64), FUSED),
+        (LARGE, Choice("magic")),
+        (LARGE, Choice("torch")),
+        (LARGE, Choice("prefill", TILE)),
+        (LARGE, Choice("fused", replace(TILE, num_stages=4))),
+        (replace(LARGE, rows=100), TILED),
+        (replace(LARGE, dtype=torch.float64), TILED),
     ],
 )
 def test_what_would_not_be_read_is_not_written(problem: Problem, choice: Choice) -> None:
-    path = choices.store(GPU, {replace(PROBLEM, r=8): FUSED})
+    path = choices.store(GPU, {replace(LARGE, r=8): TILED})
     before = path.read_bytes()
     with pytest.raises(ValueError, match=r"no problem|none that|no tile"):
         choices.store(GPU, {problem: choice})
@@ -216,7 +200,7 @@ def test_nothing_is_stored_without_a_name() -> None:
 @pytest.mark.parametrize("moment", ["fsync", "replace"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
 def test_an_interrupted_store_leaves_the_old_file(moment: str, error: Any, monkeypatch: pytest.MonkeyPatch) -> None:
-    path = choices.store(GPU, {PROBLEM: FUSED})
+    path = choices.store(GPU, {LARGE: TILED})
     before, names = path.read_bytes(), sorted(path.parent.iterdir())
 
     def interrupt(*arguments: Any) -> None:
@@ -225,11 +209,11 @@ def test_an_interrupted_store_leaves_the_old_file(moment: str, error: Any, monke
     with monkeypatch.context() as patch:
         patch.setattr(os, moment, interrupt)
         with pytest.raises((KeyboardInterrupt, OSError)):
-            choices.store(GPU, {replace(PROBLEM, r=8): FUSED})
+            choices.store(GPU, {replace(LARGE, r=8): TILED})
     assert path.read_bytes() == before
     assert sorted(path.parent.iterdir()) == names
-    assert choices.choose(replace(PROBLEM, r=8), GPU) == default_choice(PROBLEM, GPU)
-    choices.store(GPU, {replace(PROBLEM, r=8): FUSED})
+    assert choices.choose(replace(LARGE, r=8), GPU) == default_choice(LARGE, GPU)
+    choices.store(GPU, {replace(LARGE, r=8): TILED})
     assert len(json.loads(path.read_text())["results"]) == 2
 
 
@@ -246,16 +230,16 @@ def in_processes(*functions: Callable[[], None]) -> list[int | None]:
 
 def test_a_killed_store_leaves_the_old_file(monkeypatch: pytest.MonkeyPatch) -> None:
     """Killed between writing and replacing, holding the lock."""
-    path = choices.store(GPU, {PROBLEM: FUSED})
+    path = choices.store(GPU, {LARGE: TILED})
     before = path.read_bytes()
 
     def killed() -> None:
         os.replace = lambda *paths: os.kill(os.getpid(), signal.SIGKILL)
-        choices.store(GPU, {replace(PROBLEM, r=8): FUSED})
+        choices.store(GPU, {replace(LARGE, r=8): TILED})
 
     assert in_processes(killed) == [-signal.SIGKILL]
     assert path.read_bytes() == before
-    choices.store(GPU, {replace(PROBLEM, r=32): FUSED})
+    choices.store(GPU, {replace(LARGE, r=32): TILED})
     assert {record["r"] for record in json.loads(path.read_text())["results"]} == {16, 32}
 
 
@@ -266,7 +250,7 @@ def test_processes_that_store_at_once_keep_all() -> None:
     def writer(first: int) -> Callable[[], None]:
         def write() -> None:
             for problem in everything[first::writers]:
-                choices.store(GPU, {problem: FUSED})
+                choices.store(GPU, {problem: TILED})
 
         return write
 

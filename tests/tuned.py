@@ -1,4 +1,4 @@
-"""What the tests of the tuner share: small problems, a GPU's name for the interpreter, a clock, the file."""
+"""What the tests of the tuner and of its file share: problems, a GPU and a name for the interpreter's, a clock, the file."""
 
 from collections.abc import Mapping
 from dataclasses import replace
@@ -7,13 +7,31 @@ import torch
 
 from fastlora import choices, tune
 from fastlora.benchmark.clock import Prepared
-from fastlora.kernels.forms import Choice, Problem
+from fastlora.kernels.config import GemmConfig
+from fastlora.kernels.forms import Choice, Problem, default_choice
 from fastlora.kernels.target import INTERPRETER, Target
 
 PROBLEM = Problem("forward", torch.float32, 16, 32, 48, 4, True)
 PROBLEMS = [PROBLEM, replace(PROBLEM, direction="backward"), replace(PROBLEM, in_features=48, dropout=False)]
 PREFILL, FUSED, TORCH = map(Choice, ("prefill", "fused", "torch"))
 NAMED = replace(INTERPRETER, name="Interpreted GPU")
+
+GPU = Target(90, 132, 232448, "Test GPU 9000")
+LARGE = Problem("forward", torch.bfloat16, 8192, 4096, 4096, 16, True)
+TILE = GemmConfig(128, 256, 64, 32, 8, 3)  # takes descriptors, in bfloat16
+TILED = Choice("fused", TILE)
+assert default_choice(LARGE, GPU).form == "prefill"
+
+
+def problems(count: int) -> list[Problem]:
+    """LARGE, at so many widths."""
+    return [replace(LARGE, in_features=64 * (index + 1)) for index in range(count)]
+
+
+def forget() -> None:
+    """As another process begins."""
+    choices._known.clear()
+    choices._warned.clear()
 
 
 def favouring(winner: Choice, timed: list[Choice] | None = None) -> tune.Clock:
