@@ -169,9 +169,43 @@ def check_linear(linear: nn.Module, fan_in_fan_out: bool) -> tuple[Tensor, Tenso
         raise TypeError(f"fan_in_fan_out=True is for a weight stored (in, out); {kind} stores it (out, in)")
     if parametrize.is_parametrized(linear) or any(name in linear._parameters for name in ("weight_g", "weight_orig")):
         raise TypeError(f"linear is a {kind} whose weight is parametrised: remove the parametrisation first")
-    if linear._forward_hooks or linear._forward_pre_hooks or linear._backward_hooks or linear._backward_pre_hooks:
-        raise ValueError(f"linear is a {kind} with hooks, which the new module would not run: remove them first")
+    if is_altered(linear):
+        raise ValueError(
+            f"linear is a {kind} with hooks or a forward of its own, which the new module would not run: remove them first"
+        )
     return cast(tuple[Tensor, Tensor | None], (linear.weight, linear.bias))
+
+
+def check_model(model: nn.Module) -> None:
+    """`model` is a module."""
+    if not isinstance(model, nn.Module):
+        raise TypeError(f"model must be an nn.Module, got {type(model).__name__}")
+
+
+def is_altered(module: nn.Module) -> bool:
+    """Whether calling `module` does more, or something else, than the forward of its class.
+
+    accelerate's hook on each module of a model with a device_map does not, as long as the weights stay where they are: it moves
+    x to them.
+    """
+    return bool(
+        module._forward_hooks
+        or module._forward_pre_hooks
+        or module._backward_hooks
+        or module._backward_pre_hooks
+        or ("forward" in module.__dict__ and not _only_moves_x(module))
+    )
+
+
+def _only_moves_x(module: nn.Module) -> bool:
+    """Whether the forward of this instance is accelerate's around the forward of its class, without offloading."""
+    hook, inner = getattr(module, "_hf_hook", None), getattr(module, "_old_forward", None)
+    return (
+        (type(hook).__module__, type(hook).__name__) == ("accelerate.hooks", "AlignDevicesHook")
+        and not (hook.offload or hook.no_grad)  # type: ignore[union-attr]  # told by its names: accelerate need not be there
+        and getattr(module.forward, "__wrapped__", None) == inner
+        and getattr(inner, "__func__", None) is type(module).forward
+    )
 
 
 def check_frozen(weight: Tensor, bias: Tensor | None, adapter_dtype: torch.dtype, fan_in_fan_out: bool) -> None:

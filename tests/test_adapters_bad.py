@@ -62,7 +62,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "empty": (lambda f: os.truncate(f / WEIGHTS, 0), ValueError, "not a whole safetensors"),
     "longer": (lambda f: (f / WEIGHTS).open("ab").write(b"x"), ValueError, "not a whole safetensors"),
     "a pickle": (lambda f: (f / WEIGHTS).write_bytes(pickle.dumps({})), ValueError, "not a whole safetensors"),
-    "only a pickle": (lambda f: (f / WEIGHTS).rename(f / "adapter_model.bin"), FileNotFoundError, WEIGHTS),
+    "only a pickle": (lambda f: (f / WEIGHTS).rename(f / "adapter_model.bin"), FileNotFoundError, "a pickle, is never read"),
     "no config": (lambda f: (f / CONFIG).unlink(), FileNotFoundError, CONFIG),
     "not text": (lambda f: (f / CONFIG).write_bytes(b"\xff\xfe"), ValueError, "not a JSON file"),
     "missing bias": (tensors(lambda t: t.pop(Q0 + ".base_layer.bias")), ValueError, rf"lacks 1 keys.*{Q0}\.base_layer\.bias"),

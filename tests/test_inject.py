@@ -1,12 +1,16 @@
 """inject: PEFT's choice of linears, everything else frozen, and a model left alone by every error."""
 
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
 import pytest
 import torch
 from hypothesis import given
 from hypothesis import strategies as st
 from torch import nn
 
-from fastlora import FusedLoraLinear
+from fastlora import FusedLoraLinear, from_pretrained, load_adapter, merge_and_unload, save_adapter, unload
 from fastlora.injection.inject import inject, match_targets
 
 peft = pytest.importorskip("peft")
@@ -188,6 +192,22 @@ def test_errors_leave_the_model_alone(options: dict[str, object], error: type[Ex
         inject(model, **options)
     assert dict(model.named_modules()) == modules
     assert all(parameter.requires_grad for parameter in model.parameters())
+
+
+def test_models_with_layers_of_peft_are_refused() -> None:
+    model = peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"holds layers of PEFT's, such as '.*q_proj': fastlora\.accelerate"):
+        inject(model, target_modules="all-linear")
+    assert model.get_nb_trainable_parameters()[0] > 0
+
+
+@pytest.mark.parametrize("function", [save_adapter, load_adapter, from_pretrained, unload, merge_and_unload, inject])
+def test_what_is_no_model_is_refused(function: Callable[..., Any], tmp_path: Path) -> None:
+    if function is from_pretrained:
+        save_adapter(inject(llama(), target_modules=["q_proj"]), tmp_path)
+    arguments = {inject: {"target_modules": "x"}, unload: {}, merge_and_unload: {}}.get(function, {"folder": tmp_path})
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module, got str"):
+        function("llama", **arguments)
 
 
 def test_refuses_a_second_injection_and_models_without_linears() -> None:

@@ -10,8 +10,8 @@ from typing import Any
 import torch
 from torch import nn
 
-from fastlora.injection.inject import LoraOptions
 from fastlora.injection.matching import exact_pattern, match_modules_to_save, pattern_value
+from fastlora.injection.options import LoraOptions
 from fastlora.modules import FusedLoraLinear
 
 CONFIG_NAME = "adapter_config.json"

@@ -22,9 +22,11 @@ from torch import Tensor, nn
 from fastlora.adapters import config as adapter_config
 from fastlora.adapters import tensors as adapter_tensors
 from fastlora.adapters.config import CONFIG_NAME
-from fastlora.injection.inject import LoraOptions, install, plan
+from fastlora.injection.inject import install, plan
 from fastlora.injection.matching import warn
+from fastlora.injection.options import LoraOptions
 from fastlora.modules import FusedLoraLinear
+from fastlora.validation import check_model
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 
@@ -106,6 +108,7 @@ def from_pretrained(
     Raises:
         What `fastlora.inject` and `load_adapter` raise.  The model is then unchanged.
     """
+    check_model(model)
     folder = Path(folder)
     safetensors = _safetensors()
     config = adapter_config.read(folder / CONFIG_NAME)
@@ -124,6 +127,7 @@ def from_pretrained(
 
 def _eager(model: nn.Module) -> nn.Module:
     """The module that torch.compile wrapped, whose names are the file's."""
+    check_model(model)
     original = getattr(model, "_orig_mod", model)
     return original if isinstance(original, nn.Module) else model
 
@@ -166,6 +170,9 @@ def _warn_unsaved(model: nn.Module, saved: Iterable[Tensor]) -> None:
 
 
 def _read(path: Path, safetensors: Any) -> dict[str, Tensor]:
+    pickled = path.with_name("adapter_model.bin")
+    if not path.exists() and pickled.exists():
+        raise FileNotFoundError(f"{str(path)!r} is missing; {pickled.name!r}, a pickle, is never read: save with safetensors")
     try:
         return safetensors.torch.load(path.read_bytes())
     except safetensors.SafetensorError as error:

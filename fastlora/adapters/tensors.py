@@ -12,8 +12,8 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlora.injection.inject import LoraOptions
 from fastlora.injection.matching import match_modules_to_save
+from fastlora.injection.options import LoraOptions
 from fastlora.modules import FusedLoraLinear
 
 _PREFIX = "base_model.model."

@@ -1,8 +1,9 @@
 """`inject`: swap the linears of a model for LoRA linears and freeze the rest, by PEFT's rules for which and what."""
 
+import sys
 from collections import defaultdict
 from collections.abc import Iterable, Mapping, Sequence
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import torch
 from torch import nn
@@ -17,54 +18,15 @@ from fastlora.injection.matching import (
     pattern_value,
     warn,
 )
+from fastlora.injection.options import LoraOptions, listed, values_by_regex
 from fastlora.modules import FusedLoraLinear
-from fastlora.quantized import KINDS, is_quantized, quantize
+from fastlora.quantized import is_quantized, quantize
 from fastlora.quantized_module import FusedLoraLinear4bit
+from fastlora.validation import check_model
 
-__all__ = ["ALL_LINEAR", "BIASES", "LoraOptions", "Plan", "inject", "install", "match_targets", "plan"]
+__all__ = ["ALL_LINEAR", "Plan", "inject", "install", "match_targets", "plan"]
 
 Holders = list[tuple[nn.Module, str]]  # the modules that hold one parameter, with its full name in each
-BIASES = ("none", "all", "lora_only")
-
-
-@dataclass(frozen=True, kw_only=True)
-class LoraOptions:
-    """What to inject; see `inject`, which leaves them on the model as `model.lora_options`.
-
-    Raises TypeError or ValueError for options that no model could fulfil.
-    """
-
-    target_modules: str | Sequence[str]
-    exclude_modules: str | Sequence[str] | None = None
-    layers_to_transform: int | Sequence[int] | None = None
-    layers_pattern: str | Sequence[str] | None = None
-    r: int = 8
-    lora_alpha: float = 8
-    lora_dropout: float = 0.0
-    bias: str = "none"
-    modules_to_save: Sequence[str] = ()
-    rank_pattern: Mapping[str, int] = field(default_factory=dict)
-    alpha_pattern: Mapping[str, float] = field(default_factory=dict)
-    use_rslora: bool = False
-    fan_in_fan_out: bool | None = None
-    adapter_dtype: torch.dtype | None = None
-    quantize: str | None = None
-
-    def __post_init__(self) -> None:
-        ranks = {"r": self.r, **{f"rank_pattern[{key!r}]": r for key, r in self.rank_pattern.items()}}
-        for name, r in ranks.items():
-            if isinstance(r, int) and r < 1:  # another type is refused where the layer is made
-                raise ValueError(f"{name} must be >= 1, got {r}: a model without adapters needs no injection")
-        if self.bias not in BIASES:
-            raise ValueError(f"bias must be one of {', '.join(map(repr, BIASES))}, got {self.bias!r}")
-        if self.quantize not in (None, *KINDS):
-            raise ValueError(f"quantize must be None or one of {', '.join(map(repr, KINDS))}, got {self.quantize!r}")
-        if isinstance(self.modules_to_save, str) or not all(isinstance(name, str) for name in self.modules_to_save):
-            raise TypeError(f"modules_to_save must be a list of names, got {self.modules_to_save!r}")
-        if isinstance(self.target_modules, str) and (self.layers_to_transform is not None or self.layers_pattern):
-            raise ValueError("layers_to_transform and layers_pattern need target_modules as a list, got a string")
-        if self.layers_pattern and self.layers_to_transform is None:
-            raise ValueError(f"layers_pattern={self.layers_pattern!r} needs layers_to_transform")
 
 
 def inject(
@@ -117,24 +79,25 @@ def inject(
 
     Raises:
         ValueError: nothing matches (the message lists near names) or all is excluded, a module to save that does not exist or
-            holds a target, an option out of range, `model` holds LoRA linears already, or a target sits in an
-            nn.TransformerEncoderLayer while torch's fast path is enabled, which computes with the weight alone in evaluation.
+            holds a target, an option out of range, `model` holds LoRA linears or layers of PEFT's already, or a target sits in
+            an nn.TransformerEncoderLayer while torch's fast path is on, which computes with the weight alone in evaluation.
         ImportError: quantize without bitsandbytes.
-        TypeError: a target that is neither a plain nn.Linear nor a Conv1D nor a Linear4bit, or whose weight FusedLoraLinear
-            cannot wrap, a module to save that cannot be trained.  After an error the model is unchanged.
+        TypeError: an option of another type, a target that is neither a plain nn.Linear nor a Conv1D nor a Linear4bit, or whose
+            weight FusedLoraLinear cannot wrap, a module to save that cannot be trained.
+        After an error the model is unchanged.
     """
     options = LoraOptions(
-        target_modules=_listed(target_modules),
-        exclude_modules=None if exclude_modules is None else _listed(exclude_modules),
+        target_modules=listed(target_modules, "target_modules"),
+        exclude_modules=None if exclude_modules is None else listed(exclude_modules, "exclude_modules"),
         layers_to_transform=layers_to_transform,
         layers_pattern=layers_pattern,
         r=r,
         lora_alpha=lora_alpha,
         lora_dropout=lora_dropout,
         bias=bias,
-        modules_to_save=_listed(modules_to_save or ()),
-        rank_pattern=dict(rank_pattern or {}),
-        alpha_pattern=dict(alpha_pattern or {}),
+        modules_to_save=listed(modules_to_save or (), "modules_to_save"),
+        rank_pattern=values_by_regex(rank_pattern, "rank_pattern"),
+        alpha_pattern=values_by_regex(alpha_pattern, "alpha_pattern"),
         use_rslora=use_rslora,
         fan_in_fan_out=fan_in_fan_out,
         adapter_dtype=adapter_dtype,
@@ -155,8 +118,13 @@ class Plan:
 
 def plan(model: nn.Module, options: LoraOptions, layer: type[FusedLoraLinear] = FusedLoraLinear) -> Plan:
     """Check everything and make the new layers, without a change to `model`.  Raises what `inject` raises."""
+    check_model(model)
+    if not (isinstance(layer, type) and issubclass(layer, FusedLoraLinear)):
+        raise TypeError(f"layer must be FusedLoraLinear or a subclass of it, got {layer!r}")
     if present := [name for name, module in model.named_modules() if isinstance(module, FusedLoraLinear)]:
         raise ValueError(f"model holds {len(present)} LoRA linears already, the first one at {present[0]!r}")
+    if present := [name for name, module in model.named_modules() if _is_of_peft(module)]:
+        raise ValueError(f"model holds layers of PEFT's, such as {present[0]!r}: fastlora.accelerate(model) is for those")
     targets = match_targets(
         model,
         options.target_modules,
@@ -213,6 +181,11 @@ def install(model: nn.Module, plan: Plan) -> nn.Module:
     return model
 
 
+def _is_of_peft(module: nn.Module) -> bool:
+    peft = sys.modules.get("peft.tuners.tuners_utils")
+    return peft is not None and isinstance(module, peft.BaseTunerLayer)
+
+
 def _base(linear: nn.Module, kind: str | None) -> nn.Module:
     """`linear`, or what quantising it gives."""
     return linear if kind is None or is_quantized(linear) else quantize(linear, kind)
@@ -225,10 +198,6 @@ def _class_on(base: nn.Module, layer: type[FusedLoraLinear]) -> type[FusedLoraLi
     if layer is not FusedLoraLinear and not issubclass(layer, FusedLoraLinear4bit):
         raise TypeError(f"layer={layer.__name__} cannot hold a quantised weight, expected a FusedLoraLinear4bit")
     return layer if issubclass(layer, FusedLoraLinear4bit) else FusedLoraLinear4bit
-
-
-def _listed(names: str | Iterable[str]) -> str | tuple[str, ...]:
-    return names if isinstance(names, str) else tuple(names)
 
 
 def _trained_biases(model: nn.Module, bias: str, layers: Mapping[str, FusedLoraLinear]) -> list[nn.Parameter]:

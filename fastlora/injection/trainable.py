@@ -2,12 +2,15 @@
 
 from torch import nn
 
+from fastlora.validation import check_model
+
 
 def get_nb_trainable_parameters(model: nn.Module) -> tuple[int, int]:
     """(trainable, all): the number of elements of `model`'s parameters, a tied one counted once.
 
     bitsandbytes packs two 4-bit weights into a byte; they count as the weights they are.
     """
+    check_model(model)
     trainable = total = 0
     for parameter in model.parameters():
         count = parameter.numel()

@@ -5,7 +5,9 @@ from torch import nn
 
 from fastlora.injection.matching import warn
 from fastlora.modules import FusedLoraLinear
+from fastlora.quantized import is_quantized
 from fastlora.quantized_module import FusedLoraLinear4bit
+from fastlora.validation import check_model
 
 
 def merge_and_unload(model: nn.Module, safe_merge: bool = False) -> nn.Module:
@@ -60,6 +62,7 @@ def unload(model: nn.Module) -> nn.Module:
 
 
 def _layers(model: nn.Module) -> dict[str, FusedLoraLinear]:
+    check_model(model)
     layers = {name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, FusedLoraLinear)}
     if not layers:
         raise ValueError("model holds no LoRA linear: there is nothing to unload")
@@ -76,6 +79,7 @@ def _replace(model: nn.Module, layers: dict[str, FusedLoraLinear], *, merged: bo
     if hasattr(model, "lora_options"):
         del model.lora_options
     _tell_config_of_untying(model)
+    _tell_config_of_dense_weights(model, [name for name in layers if not is_quantized(model.get_submodule(name))])
     return model
 
 
@@ -106,3 +110,15 @@ def _tell_config_of_untying(model: nn.Module) -> None:
     if head is not None and embeddings is not None and head.weight is not embeddings.weight:
         config.tie_word_embeddings = False  # type: ignore[union-attr]
         warn("the input and output embeddings are no longer tied: config.tie_word_embeddings is now False")
+
+
+def _tell_config_of_dense_weights(model: nn.Module, dense: list[str]) -> None:
+    """A transformers model that was loaded in 4 bits would be saved with a config that still says so of what is dense now."""
+    quantizer = getattr(model, "hf_quantizer", None)
+    if quantizer is None or not dense:
+        return
+    if any(is_quantized(module) for module in model.modules()):
+        quantizer.quantization_config.llm_int8_skip_modules = [*quantizer.modules_to_not_convert, *dense]
+    else:
+        quantizer.remove_quantization_config(model)
+        model.is_loaded_in_4bit = False  # type: ignore[assignment]  # not a submodule: transformers' flag
