@@ -5,7 +5,9 @@ import io
 import pickle
 import subprocess
 import sys
+import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from typing import Any
 
 import peft
@@ -19,6 +21,8 @@ from transformers.pytorch_utils import Conv1D
 
 import fastlora
 from fastlora.peft import layers
+
+pytestmark = pytest.mark.filterwarnings("ignore:fastlora. ")  # of layers that are left
 
 
 def test_nothing_but_the_class_changes_and_it_changes_back() -> None:
@@ -43,7 +47,9 @@ def test_nothing_but_the_class_changes_and_it_changes_back() -> None:
 def test_accelerating_twice_says_so_and_changes_nothing() -> None:
     model = wrap(build(), target_modules=["q_proj"])
     assert str(fastlora.accelerate(model)) == "fastlora: 2 of 2 LoRA layers accelerated"
-    again = fastlora.accelerate(model)
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = fastlora.accelerate(model)
     assert again.taken == ()
     assert {reason for _, reason in again.left} == {"already accelerated"}
     assert len(fastlora.peft.status(model).taken) == 2
@@ -89,7 +95,8 @@ def test_layers_that_are_left_are_told_with_their_reason(kind: str) -> None:
         nn.ModuleDict({"it": make(*args), "plain": nn.Linear(4, 4)}), peft.LoraConfig(target_modules=["it", "plain"])
     )
     classes = [type(m) for m in model.modules()]
-    report = fastlora.accelerate(model)
+    with pytest.warns(UserWarning, match=f"1 of 2 LoRA layers accelerated\n  left, {reason}") if reason else nullcontext():
+        report = fastlora.accelerate(model)
     name = "base_model.model.it"
     assert report.taken == ((name, "base_model.model.plain") if reason is None else ("base_model.model.plain",))
     assert report.left == (() if reason is None else ((name, reason),))
@@ -125,7 +132,7 @@ def test_subclasses_of_pefts_layer_are_left() -> None:
 
 
 def test_report_groups_by_reason() -> None:
-    text = str(fastlora.peft.Report(("a",), (("b", "why"),), (*((name, "because") for name in "cdefg"), ("h", "so"))))
+    text = repr(fastlora.peft.Report(("a",), (("b", "why"),), (*((name, "because") for name in "cdefg"), ("h", "so"))))
     assert text.splitlines() == [
         "fastlora: 1 of 8 LoRA layers accelerated",
         "  waiting, why: 1 (b)",

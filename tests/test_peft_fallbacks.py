@@ -12,9 +12,11 @@ import torch
 from peft.tuners.lora.layer import Linear
 from peft_models import MaskedDropout, build, counted_calls, logits_of, wrap
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 from torch.nn.utils import parametrizations
 
 import fastlora
+from fastlora import oracle
 from fastlora.peft import calls, fallbacks, layers
 
 
@@ -187,6 +189,34 @@ def test_functorch_transforms_are_pefts() -> None:
     for transform in (torch.func.vmap, lambda f: torch.func.jacrev(f)):
         assert torch.equal(transform(layer)(x), transform(expected)(x))
     assert set(layer._fastlora_tally.fallbacks) == {"a functorch transform (torch.func) is active"}
+
+
+def test_forward_mode_and_tracing_are_pefts() -> None:
+    layer = layer_of().eval()
+    x = x_of().detach()
+    with forward_ad.dual_level():
+        tangent = forward_ad.unpack_dual(layer(forward_ad.make_dual(x, torch.ones_like(x)))).tangent
+    assert oracle.relative_error(tangent, layer(x + 1) - layer(x)) <= 4 * oracle.FLOOR[x.dtype, x.dtype]
+    traced = torch.jit.trace(layer, x, check_trace=False)
+    assert traced(x[:2]).shape == (2, 12)
+    assert dict(layer._fastlora_tally.fallbacks) == {"forward-mode differentiation is active": 1, "torch.jit is tracing": 1}
+
+
+@pytest.mark.filterwarnings("ignore:fastlora")
+@pytest.mark.parametrize("own_forward", [False, True])
+def test_hooks_of_accelerate_that_only_move_x_are_harmless(own_forward: bool) -> None:
+    """As a device_map puts them on every module of a model over several devices."""
+    big_modeling = pytest.importorskip("accelerate.big_modeling")
+    base = nn.Sequential(nn.Linear(8, 12))
+    if own_forward:
+        forward_of_its_own(base[0])
+    big_modeling.dispatch_model(base, {"": "cpu"}, force_hooks=True, main_device="cpu")
+    assert hasattr(base[0], "_hf_hook")
+    model = wrap(base, target_modules=["0"])
+    fastlora.accelerate(model)
+    with counted_calls() as made:
+        model(x_of())
+    assert len(made) == (not own_forward)
 
 
 @pytest.mark.parametrize("x", [torch.ones(5, 8).to_sparse(), torch.nested.nested_tensor([torch.ones(2, 8), torch.ones(3, 8)])])

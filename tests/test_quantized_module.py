@@ -243,6 +243,23 @@ def test_merge_and_unload_gives_dense_linears(dtype):
     assert oracle.relative_error(model(x).detach(), y.double()) <= 8 * oracle.FLOOR[dtype, dtype]
 
 
+@pytest.mark.parametrize("targets", ["all-linear", ["q_proj"]], ids=str)
+def test_a_4_bit_model_with_merged_layers_is_saved_as_what_it_is(targets, tmp_path):
+    """transformers' config says which linears are packed: all but the head, then all but that and what was merged, or none."""
+    transformers = pytest.importorskip("transformers")
+    sizes = {"vocab_size": 8, "hidden_size": 64, "intermediate_size": 64, "num_hidden_layers": 1, "num_attention_heads": 1}
+    transformers.LlamaForCausalLM(transformers.LlamaConfig(**sizes)).save_pretrained(tmp_path / "base")
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    in_4_bits = transformers.BitsAndBytesConfig(load_in_4bit=True, bnb_4bit_quant_type="nf4")
+    model = load(tmp_path / "base", quantization_config=in_4_bits, device_map={"": "cpu"})
+    merge_and_unload(inject(model, target_modules=targets, r=4)).save_pretrained(tmp_path / "merged")
+    loaded = load(tmp_path / "merged")
+    assert [type(module) for module in loaded.modules()] == [type(module) for module in model.modules()]
+    assert any(type(module) is Linear4bit for module in loaded.modules()) == (targets != "all-linear")
+    expected = model.state_dict()
+    assert all(torch.equal(tensor, expected[name]) for name, tensor in loaded.state_dict().items())
+
+
 def test_adapter_files(tmp_path):
     model, other, x = injected(), injected(), torch.randn(3, 24)
     nn.init.normal_(other[0].lora_B)

@@ -11,6 +11,7 @@ added, switched, merged or disabled later just work.
 The installed PEFT is imported when a function is called, not with this module.
 """
 
+import warnings
 from typing import Any
 
 from torch import nn
@@ -33,7 +34,8 @@ def accelerate(model: nn.Module) -> Report:
         model: a PeftModel, or any module with PEFT's LoRA layers inside.
 
     Returns:
-        The layers taken, and the name and reason of each other one.  Layers already accelerated count among the latter.
+        The layers taken, and the name and reason of each other one.  Layers already accelerated count among the latter; for
+        any other that is left there is a warning with the whole report.
 
     Raises:
         TypeError: model is no nn.Module.
@@ -51,6 +53,8 @@ def accelerate(model: nn.Module) -> Report:
     for name, layer in found.items():
         if obstacles[name] is None:
             layers.fuse(layer, warned)
+    if any(reason != layers.ALREADY for _, reason in outcome.left):
+        warnings.warn(str(outcome), stacklevel=2)
     return outcome
 
 

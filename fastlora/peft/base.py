@@ -7,6 +7,7 @@ from transformers.pytorch_utils import Conv1D
 
 from fastlora import quantized
 from fastlora.quantized import QuantizedWeight
+from fastlora.validation import is_altered
 
 PLAIN_TENSORS = (Tensor, nn.Parameter)
 
@@ -32,14 +33,3 @@ def weight_of(base_layer: nn.Module) -> Tensor | QuantizedWeight | str:
         reason = quantized.obstacle(base_layer)
         return f"its base layer {reason}" if reason else quantized.weight_of(base_layer)
     return weight if kind is nn.Linear else weight.t()
-
-
-def is_altered(module: nn.Module) -> bool:
-    """Whether calling `module` does more, or something else, than the forward of its class."""
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or "forward" in module.__dict__
-    )

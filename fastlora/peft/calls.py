@@ -6,7 +6,7 @@ A call is fused when exactly one active adapter has weights in the layer, and
     the adapter   is no variant (DoRA, aLoRA, ...); A and B are linears without bias, its dropout is nn.Dropout or nn.Identity
     the base      is an nn.Linear or Conv1D that does nothing else, with a frozen weight; or a 4-bit or 8-bit linear of
                   bitsandbytes, whose dtypes `fastlora.quantized.why_not` judges
-    the call      passes x alone, a dense tensor, with no functorch transform around it
+    the call      passes x alone, a dense tensor; is not traced by torch.jit, and not differentiated by torch.func or forwards
     the dtypes    x, W and bias share one; A and B share that one, or are float32 while it is 16-bit (as autocast leaves them)
 """
 
@@ -14,12 +14,13 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.autograd import forward_ad
 
 from fastlora import quantized
 from fastlora.functional import _autocast_dtype
-from fastlora.peft.base import PLAIN_TENSORS, is_altered, weight_of
+from fastlora.peft.base import PLAIN_TENSORS, weight_of
 from fastlora.quantized import QuantizedWeight
-from fastlora.validation import FLOAT_DTYPES, HALF_DTYPES, autocast_target
+from fastlora.validation import FLOAT_DTYPES, HALF_DTYPES, autocast_target, is_altered
 
 DISABLED = "adapters are disabled"
 MERGED = "adapters are merged"
@@ -95,8 +96,13 @@ def obstacle_of_input(x: Tensor, given: Operands, layer: Any) -> str | None:
         return f"x is a {type(x).__name__} that is not dense"
     if x.device != given.weight.device:
         return f"x is on {x.device}, the base weight on {given.weight.device}"
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        return "a functorch transform (torch.func) is active"
+    if not torch.compiler.is_compiling():
+        if torch._C._are_functorch_transforms_active():
+            return "a functorch transform (torch.func) is active"
+        if forward_ad._current_level >= 0:
+            return "forward-mode differentiation is active"
+        if torch.jit.is_tracing():
+            return "torch.jit is tracing"
     autocast = _autocast_dtype(x.device)
     base, adapter = autocast_target(x, autocast), autocast_target(given.lora_A, autocast)
     if isinstance(given.weight, Tensor):

@@ -8,9 +8,9 @@ from dataclasses import dataclass, field
 NAMES_SHOWN = 3
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Report:
-    """The LoRA layers of a model by what their forward is; `print(report)` groups them by reason.
+    """The LoRA layers of a model by what their forward is; printed, it groups them by reason.
 
     taken: names of the layers that run through `lora_linear`.
     waiting: (name, reason) of layers that would, were it not for the adapters' present state: until that changes, their calls
@@ -22,7 +22,7 @@ class Report:
     waiting: tuple[tuple[str, str], ...] = ()
     left: tuple[tuple[str, str], ...] = ()
 
-    def __str__(self) -> str:
+    def __repr__(self) -> str:
         total = len(self.taken) + len(self.waiting) + len(self.left)
         lines = [f"fastlora: {len(self.taken)} of {total} LoRA layers accelerated"]
         lines += (f"  waiting, {line}" for line in _grouped(self.waiting))
