@@ -32,11 +32,12 @@ class GemmConfig:
     num_warps: int
     num_stages: int
     group_m: int = 8
+    store_parts: int = 1  # blocks of columns in which a descriptor stores the tile: smaller ones leave room for a stage
 
     def shared_memory(self, itemsize: int, descriptors: bool) -> int:
         """Bytes of the operand pipeline, of V's tile and, with descriptors, of the tile that is staged for the store."""
         pipeline = self.num_stages * (self.block_m + self.block_n) * self.block_k
-        staged = self.block_m * self.block_n if descriptors else 0
+        staged = self.block_m * self.block_n // self.store_parts if descriptors else 0
         return (pipeline + self.block_r * self.block_n + staged) * itemsize + 1024
 
     def is_valid(self, target: Target, dtype: torch.dtype, precision: str, descriptors: bool) -> bool:
@@ -68,6 +69,8 @@ def gemm_candidates(dtype: torch.dtype, precision: str) -> Iterator[GemmConfig]:
         for block_k in (depth, depth // 2):
             for stages in (4, 3):
                 yield GemmConfig(block_m, block_n, block_k, 32, warps, stages)
+    # A fourth stage of the largest tile, at the price of a store in four parts: for a tuner to weigh.
+    yield GemmConfig(128, 256, depth, 32, 8, 4, store_parts=4)
 
 
 @functools.lru_cache(maxsize=4096)

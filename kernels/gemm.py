@@ -43,6 +43,33 @@ def keep_from_bits(bits, rows, first_n, M, row_bytes, BLOCK_M: tl.constexpr, BLO
     return tl.reshape(keep != 0, (BLOCK_M, BLOCK_N))
 
 
+@triton.jit
+def halves(acc):
+    """The left and the right half of a tile's columns; a thread's own registers, nothing moves."""
+    pair = tl.reshape(acc, (acc.shape[0], 2, acc.shape[1] // 2))
+    return tl.split(tl.permute(pair, (0, 2, 1)))
+
+
+@triton.jit
+def store_tile(C, acc, first_m, first_n, DTYPE: tl.constexpr, PARTS: tl.constexpr):
+    """acc in DTYPE to descriptor C, in PARTS (1, 2 or 4) blocks of columns through one buffer of shared memory."""
+    if PARTS == 1:
+        C.store([first_m, first_n], round_to(acc, DTYPE))
+    else:
+        left, right = halves(acc)
+        width: tl.constexpr = acc.shape[1] // PARTS
+        if PARTS == 2:
+            C.store([first_m, first_n], round_to(left, DTYPE))
+            C.store([first_m, first_n + width], round_to(right, DTYPE))
+        else:
+            a, b = halves(left)
+            c, d = halves(right)
+            C.store([first_m, first_n], round_to(a, DTYPE))
+            C.store([first_m, first_n + width], round_to(b, DTYPE))
+            C.store([first_m, first_n + 2 * width], round_to(c, DTYPE))
+            C.store([first_m, first_n + 3 * width], round_to(d, DTYPE))
+
+
 @triton.jit(do_not_specialize=["M"])
 def gemm_kernel(
     P,
@@ -70,6 +97,7 @@ def gemm_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
+    STORE_PARTS: tl.constexpr,
     DTYPE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_MASK: tl.constexpr,
@@ -112,7 +140,7 @@ def gemm_kernel(
                     q = tl.load(Q + offs_k[:, None] * stride_qk + safe_n[None, :] * stride_qn, mask=q_mask, other=other)
                 acc = dot(p, q, acc, PRECISION)
         if DESCRIPTORS:
-            C.store([first_m, first_n], round_to(acc, DTYPE))
+            store_tile(C, acc, first_m, first_n, DTYPE, STORE_PARTS)
         else:
             c_mask = (rows[:, None] < M) & (cols[None, :] < N)
             tl.store(C + offs_m[:, None] * N + offs_n[None, :], round_to(acc, DTYPE), mask=c_mask)
@@ -154,6 +182,7 @@ def _plan(
         "BLOCK_K": config.block_k,
         "BLOCK_R": rank_block(U.shape[1], config.block_r),
         "GROUP_M": config.group_m,
+        "STORE_PARTS": config.store_parts if descriptors else 1,
         "DTYPE": TRITON_DTYPES[dtype],
         "HAS_BIAS": bias is not None,
         "HAS_MASK": bits is not None,
@@ -167,7 +196,8 @@ def _plan(
         "num_stages": config.num_stages,
     }
     small = (*V.stride, 0 if bias is None else bias.stride[0], 0 if bits is None else bits.shape[1])
-    blocks = ([config.block_m, config.block_k], tile_q, [config.block_m, config.block_n]) if descriptors else ()
+    tile_c = [config.block_m, config.block_n // config.store_parts]
+    blocks = ([config.block_m, config.block_k], tile_q, tile_c) if descriptors else ()
     return launch.Plan((min(tiles, programs or tiles),), (M, N, K, *strides, *small), options, blocks)
 
 

@@ -10,6 +10,7 @@ from hypothesis import strategies as st
 
 from fastlora import lora_linear, oracle
 from fastlora.kernels import launch, target
+from fastlora.kernels.config import GemmConfig
 from fastlora.kernels.gemm import gemm
 from fastlora.oracle import Case
 
@@ -151,6 +152,21 @@ def test_fan_in_fan_out_weight(transposed):
     result = gemm(P, stored, U, V, P.dtype, target.INTERPRETER, alpha=0.5)
     expected = P.double() @ Q.double() + 0.5 * U.double() @ V.double()
     assert oracle.relative_error(result, expected) <= oracle.FLOOR[torch.float32, torch.float32]
+
+
+@pytest.mark.parametrize("parts", [2, 4])
+def test_a_tile_stored_in_parts(parts, monkeypatch):
+    """The parts of a tile land where the whole one does, at a ragged edge too."""
+    seen, run = [], launch.launch
+    monkeypatch.setattr(launch, "launch", lambda *args, **options: seen.append(options["STORE_PARTS"]) or run(*args, **options))
+    P, Q, U, V = torch.randn(70, 64), torch.randn(64, 136), torch.randn(70, 4), torch.randn(4, 136)
+    whole = GemmConfig(64, 64, 16, 16, 4, 3)
+    results = [
+        gemm(P, Q, U, V, P.dtype, target.INTERPRETER, alpha=0.5, config=config)
+        for config in (whole, replace(whole, store_parts=parts))
+    ]
+    assert seen == [1, parts]
+    assert torch.equal(*results)
 
 
 @pytest.mark.parametrize("backend", BACKENDS)

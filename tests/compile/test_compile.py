@@ -1,10 +1,17 @@
 """The kernels, compiled for GPUs that need not be there: no spill, memory that exists, tensor cores, costs within budget."""
 
-import pytest
+from dataclasses import astuple
 
+import pytest
+import torch
+
+from fastlora.kernels.config import GemmConfig, gemm_candidates
+from fastlora.kernels.gemm import gemm
+from tools.aot import offline
 from tools.budgets import over_budget, recorded
-from tools.cases import Case, gated_cases
+from tools.cases import TARGETS, Case, gated_cases
 from tools.measure import faults, measure
+from tools.sass import read_cubin
 
 
 @pytest.mark.parametrize("case", gated_cases(), ids=str)
@@ -14,3 +21,31 @@ def test_kernels(case: Case) -> None:
     complaints = [f"{row.key}: {fault}" for row in rows for fault in faults(row)]
     complaints += [f"{row.key}: {fault}" for row in rows for fault in over_budget(row, recorded().get(row.key, {}))]
     assert not complaints, "\n".join(complaints)
+
+
+@pytest.mark.parametrize(
+    ("capability", "config"),
+    [
+        pytest.param(capability, config, id=f"sm{capability}-{'x'.join(map(str, astuple(config)))}")
+        for capability in (90, 100)
+        for config in gemm_candidates(torch.bfloat16, "ieee")
+        if config.is_valid(TARGETS[capability], torch.bfloat16, "ieee", descriptors=True)
+    ],
+)
+def test_tiles_that_a_tuner_may_choose(capability: int, config: GemmConfig) -> None:
+    """Every valid tile of the GEMM, forward and masked backward, within registers and shared memory."""
+    target = TARGETS[capability]
+
+    def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    rows, weight = meta(8192, 4096), meta(4096, 4096)
+    U, bits = meta(8192, 16, dtype=torch.float32), meta(8192, 512, dtype=torch.uint8)
+    with offline(capability) as launches:
+        gemm(rows, weight.t(), U, meta(4096, 16).t(), rows.dtype, target, alpha=2.0, config=config)
+        gemm(rows, weight, U, meta(16, 4096), rows.dtype, target, alpha=2.0, bits=bits, config=config)
+    for launch in launches:
+        assert launch.constexprs["BLOCK_M"] == config.block_m
+        sass = read_cubin(launch.compiled.asm["cubin"])
+        assert (sass.stack, sass.local) == (0, 0)
+        assert launch.compiled.metadata.shared <= target.shared_memory
