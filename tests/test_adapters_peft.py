@@ -7,6 +7,7 @@ from typing import Any
 import peft
 import pytest
 import torch
+import transformers
 from adapted import CASES, gpt2, llama, logits, our_name, randomise, roberta, tied_llama
 from torch import Tensor, nn
 
@@ -82,6 +83,15 @@ def test_from_pretrained_needs_nothing_but_the_folder(case: str, tmp_path: Path)
     assert torch.equal(logits(again), logits(model))
     assert not any(parameter.requires_grad for parameter in again.parameters())
     assert not any(module.training for module in again.modules())
+
+
+def test_peft_finds_the_class_and_the_place_of_the_base(tmp_path: Path) -> None:
+    llama().save_pretrained(tmp_path / "base")
+    base = transformers.AutoModelForCausalLM.from_pretrained(tmp_path / "base")
+    model = randomise(inject(base, target_modules=["q_proj"]))
+    save_adapter(model, tmp_path / "adapter")
+    for auto in (peft.AutoPeftModel, peft.AutoPeftModelForCausalLM):
+        assert oracle.relative_error(logits(auto.from_pretrained(tmp_path / "adapter")), logits(model)) <= oracle.FLOOR[torch.float32, torch.float32]
 
 
 def test_a_pefts_task_type_brings_modules_to_save_of_which_the_model_has_some(tmp_path: Path) -> None:

@@ -77,6 +77,7 @@ def describe(model: nn.Module, layers: Mapping[str, FusedLoraLinear], options: L
     return {
         "peft_type": "LORA",
         "task_type": None,
+        "auto_mapping": {"base_model_class": type(model).__name__, "parent_library": type(model).__module__},
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
         "bias": options.bias if options else "none",
         "fan_in_fan_out": any(layer.fan_in_fan_out for layer in layers.values()),

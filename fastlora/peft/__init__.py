@@ -53,7 +53,7 @@ def accelerate(model: nn.Module) -> Report:
     for name, layer in found.items():
         if obstacles[name] is None:
             layers.fuse(layer, warned)
-    if any(reason != layers.ALREADY for _, reason in outcome.left):
+    if not all(layers.is_fused(layer) for layer in found.values()):
         warnings.warn(str(outcome), stacklevel=2)
     return outcome
 

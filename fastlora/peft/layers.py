@@ -14,8 +14,6 @@ from fastlora.peft.calls import INTENDED, decide, operands
 from fastlora.peft.report import Report, Tally
 from fastlora.quantized import QuantizedWeight
 
-ALREADY = "already accelerated"
-
 
 class Fused(nn.Module):
     """Put before a LoRA linear of PEFT's: its forward is `lora_linear` wherever that computes the same.
@@ -79,7 +77,7 @@ def is_fused(layer: Any) -> bool:
 def obstacle(layer: Any) -> str | None:
     """Why the layer cannot be accelerated, whatever its adapters are; None where it can."""
     if is_fused(layer):
-        return ALREADY
+        return "already accelerated"
     if _fused_class(layer) is None:
         return f"it is a {type(layer).__module__}.{type(layer).__name__}, not peft's lora.Linear"
     if "forward" in layer.__dict__:
