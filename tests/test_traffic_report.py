@@ -1,6 +1,8 @@
 """The counts are right where they are known, and so are the report, the partial sums and what is saved for backward."""
 
 import json
+import os
+import subprocess
 import sys
 from pathlib import Path
 
@@ -22,6 +24,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))  # the tools are not installe
 
 from tools.traffic import Launch, counted
 from tools.traffic_report import FORMS, Case, main, rows
+
+ROOT = Path(__file__).parents[1]
 
 pytestmark = pytest.mark.usefixtures("unpoisoned")
 
@@ -189,3 +193,15 @@ def test_report_refuses(arguments, message, capsys):
     with pytest.raises(SystemExit):
         main(arguments)
     assert message in capsys.readouterr().err
+
+
+def test_only_the_command_turns_the_interpreter_on():
+    """An import must not: pytest -m gpu imports every test, and this one's tools, beside kernels that it compiles."""
+    program = "import os, tools.traffic_report; print(os.environ.get('TRITON_INTERPRET'))"
+    environment = {name: value for name, value in os.environ.items() if name != "TRITON_INTERPRET"}
+    command = [sys.executable, "-c", program]
+    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=True)
+    assert done.stdout == "None\n"
+    shape = ["-m", "tools.traffic_report", "--shape", "32,32,32", "--form", "prefill", "--json"]
+    done = subprocess.run([sys.executable, *shape], capture_output=True, text=True, cwd=ROOT, env=environment, check=True)
+    assert len(json.loads(done.stdout)) == 5

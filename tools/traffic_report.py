@@ -8,7 +8,8 @@ import sys
 from collections.abc import Sequence
 from dataclasses import dataclass
 
-os.environ["TRITON_INTERPRET"] = "1"  # read once, when kernels are imported
+if __name__ == "__main__":
+    os.environ["TRITON_INTERPRET"] = "1"  # read once, when kernels are imported
 
 import torch
 import triton
