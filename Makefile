@@ -14,7 +14,7 @@ PIP_INSTALL = $(@D)/bin/python -m pip install --quiet --disable-pip-version-chec
 PYTEST_OPTIONS := --numprocesses $(JOBS) --dist worksteal --durations 10 -m "$(MARKS)"
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-interpreter test-compile check bench bench-suite bench-report compile-report traffic-report clean
+.PHONY: help demo test test-interpreter test-compile check bench bench-suite bench-report compile-report traffic-report host-time clean
 
 help:  ## show the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 24
@@ -51,6 +51,9 @@ compile-report: $(REPORT_VENV)/.installed  ## registers, spills and shared memor
 
 traffic-report: $(VENV)/.installed  ## bytes that every step reads and writes against what it must, counted on a CPU
 	$(VENV)/bin/python -m tools.traffic_report $(ARGS)
+
+host-time: $(VENV)/.installed  ## CPU time of a call apart from its kernels, against eager LoRA and PEFT
+	$(VENV)/bin/python -m tools.host_time $(ARGS)
 
 clean:  ## remove the environments and what was built
 	rm -rf .venv .venv-triton-* build dist *.egg-info

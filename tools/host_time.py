@@ -1,0 +1,100 @@
+"""CPU time of a call apart from the kernels it launches, without a GPU. `python -m tools.host_time --help`
+
+The inputs are so small that a matrix product takes a microsecond, and the Triton launches do nothing: what is left of
+fastlora's time is its own Python, autograd, the operators and the vendor's GEMM calls.  Eager LoRA and PEFT keep all their
+operations.  On a GPU each launch adds its own time to either side: `launch_ms` of `pytest benches` has it all.
+"""
+
+import argparse
+import json
+import os
+import statistics
+import sys
+import time
+from collections.abc import Callable, Iterator, Sequence
+from contextlib import contextmanager
+from functools import partial
+
+if __name__ == "__main__":
+    os.environ["TRITON_INTERPRET"] = "1"  # read once, when kernels are imported; lets the launchers take CPU tensors
+
+import torch
+from rich.console import Console
+from rich.progress import track
+from rich.table import Table
+
+from fastlora import lora_linear, oracle
+from fastlora.benchmark.contenders import Contender, contenders_for, of_call
+from fastlora.benchmark.trial import draw, trained
+from fastlora.kernels import launch as launching
+
+ROWS, IN, OUT, RANK = 16, 64, 64, 16
+CALLS = 20  # a timing, long against the clock's tick
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Time, print, and return the exit status."""
+    parser = argparse.ArgumentParser(prog="python -m tools.host_time", description=__doc__)
+    parser.add_argument("-p", "--dropout", type=float, default=0.1, help="dropout rate (default: 0.1)")
+    parser.add_argument("--rounds", type=int, default=50, help="timings of each contender, in turn (default: 50)")
+    parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
+    options = parser.parse_args(arguments)
+    results = measure(options.dropout, options.rounds)
+    if options.json:
+        json.dump(results, sys.stdout, indent=1)
+        return 0
+    table = Table(title=f"µs of CPU time a call, x ({ROWS}, {IN}), r = {RANK}, p = {options.dropout:g}, float32")
+    for column in ("contender", "forward", "forward + backward"):
+        table.add_column(column, justify="left" if column == "contender" else "right")
+    for name, times in results.items():
+        table.add_row(name, *(f"{seconds * 1e6:.0f}" for seconds in times.values()))
+    Console().print(table)
+    return 0
+
+
+def measure(dropout_p: float, rounds: int) -> dict[str, dict[str, float]]:
+    """Seconds of CPU time of each contender's forward and forward + backward: the median of `rounds` timings."""
+    device = torch.device("cpu")
+    torch.set_num_threads(1)
+    case = oracle.Case((ROWS, IN, OUT), RANK, dropout_p=dropout_p, bias=False)
+    eager = [rival for rival in contenders_for(case, device) if rival.name in ("eager LoRA", "PEFT")]
+    forms = [Contender(f"fastlora {form}", of_call(partial(lora_linear, backend=form))) for form in ("fused", "prefill")]
+    steps = {(rival.name, name): step for rival in eager + forms for name, step in _steps(rival, case).items()}
+    times: dict[tuple[str, str], list[float]] = {key: [] for key in steps}
+    with launches_doing_nothing():
+        for _ in track(range(rounds), "timing", console=Console(stderr=True), transient=True):
+            for key, step in steps.items():
+                step()
+                start = time.process_time()
+                for _ in range(CALLS):
+                    step()
+                times[key].append((time.process_time() - start) / CALLS)
+    results: dict[str, dict[str, float]] = {}
+    for (contender, name), seconds in times.items():
+        results.setdefault(contender, {})[name] = statistics.median(seconds)
+    return results
+
+
+def _steps(contender: Contender, case: oracle.Case) -> dict[str, Callable[[], object]]:
+    inputs = draw(case, torch.device("cpu"))
+    forward = contender.bind(inputs.weights, case.scaling, case.dropout_p)
+    leaves = trained(contender, inputs)
+    return {
+        "forward": lambda: forward(inputs.x),
+        "forward + backward": lambda: torch.autograd.grad(forward(inputs.x), leaves, inputs.dy),
+    }
+
+
+@contextmanager
+def launches_doing_nothing() -> Iterator[None]:
+    """Every launch of the package returns at once."""
+    launch = launching.launch
+    launching.launch = lambda *args, **options: None
+    try:
+        yield
+    finally:
+        launching.launch = launch
+
+
+if __name__ == "__main__":
+    sys.exit(main())
