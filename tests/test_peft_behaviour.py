@@ -116,6 +116,26 @@ def test_mixed_batch() -> None:
     assert_same(eager, fused, calls.MIXED_BATCH, adapter_names=["default", "second", "__base__"])
 
 
+@pytest.mark.parametrize(
+    "call",
+    [
+        lambda model: model.set_adapter("other"),
+        lambda model: model.delete_adapter("other"),
+        lambda model: logits_of(model, adapter_names=["other"] * 3),
+    ],
+    ids=["set", "delete", "mixed batch"],
+)
+def test_unknown_adapters_are_refused_by_peft(call: Callable[[nn.Module], Any]) -> None:
+    eager, fused = pair()
+    errors = []
+    for model in (eager, fused):
+        with pytest.raises((ValueError, KeyError), match="other") as error:
+            call(model)
+        errors.append((error.type, str(error.value)))
+    assert errors[0] == errors[1]
+    assert_fused(eager, fused)
+
+
 def test_weighted_adapters() -> None:
     eager, fused = pair(r=3)
     steps = lambda model: (  # noqa: E731  # the same steps for both models
