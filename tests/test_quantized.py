@@ -74,7 +74,7 @@ def test_4_bit_weight_replaced_by_a_wrapper():
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize(("dtype", "adapter_dtype"), DTYPES)
 @pytest.mark.parametrize("dropout_p", [0.0, 0.2])
-@pytest.mark.parametrize("kind", KINDS)
+@pytest.mark.parametrize("kind", ["nf4 double", "fp4", "int8"])
 def test_parity_with_the_reference(kind, dropout_p, dtype, adapter_dtype, backend):
     """Against the eager computation on the dense weight rounded once from float32: ragged rows, bias, every gradient."""
 
@@ -218,10 +218,9 @@ def test_opcheck(kind):
         assert set(torch.library.opcheck(torch.ops.fastlora.dequantize, arguments).values()) == {"SUCCESS"}
 
 
-@pytest.mark.parametrize("compiler", ["aot_eager", "aot_eager_decomp_partition"])
-@pytest.mark.parametrize("kind", KINDS)
-def test_compile_in_one_graph_saves_the_packed_weight(kind, compiler):
-    """Reading the layer included; the second compiler moves work between forward and backward as inductor does."""
+@pytest.mark.parametrize("kind", ["nf4", "fp4 double", "int8"])
+def test_compile_in_one_graph_saves_the_packed_weight(kind):
+    """Reading the layer included; the compiler moves work between forward and backward as inductor does."""
     torch._dynamo.reset()
     layer = random_layer(kind, 48, 32)
     A, B = adapter(48, 32)
@@ -229,7 +228,7 @@ def test_compile_in_one_graph_saves_the_packed_weight(kind, compiler):
     def call(x):
         return lora_linear(x, weight_of(layer), A, B, dropout_p=0.2, seed=3).relu()
 
-    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend=compiler)
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager_decomp_partition")
     for M in (7, 5):
         x = torch.randn(M, 32, requires_grad=True)
         y = call(x)
