@@ -233,11 +233,12 @@ def name_of(choice: Choice) -> str:
 
 
 def tile_of(choice: Choice) -> str:
-    """M x N x K of the tile, warps and stages."""
+    """M x N x K of the tile, warps and stages, and in how many parts it is stored where that is not one."""
     tile = choice.config
     if tile is None:
         return "auto" if choice.form == "fused" else ""
-    return f"{tile.block_m}x{tile.block_n}x{tile.block_k}, {tile.num_warps} warps, {tile.num_stages} stages"
+    parts = f", stored in {tile.store_parts} parts" if tile.store_parts > 1 else ""
+    return f"{tile.block_m}x{tile.block_n}x{tile.block_k}, {tile.num_warps} warps, {tile.num_stages} stages{parts}"
 
 
 def check_device(device: torch.device) -> Target:

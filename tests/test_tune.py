@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from triton.runtime.errors import OutOfResources
-from tuned import FUSED, NAMED, PREFILL, PROBLEM, PROBLEMS, TORCH, favouring, stored
+from tuned import FUSED, LARGE, NAMED, PREFILL, PROBLEM, PROBLEMS, TORCH, favouring, stored
 
 from fastlora import choices, kernels, tune
 from fastlora.benchmark.clock import Prepared, Quantiles
@@ -56,6 +56,13 @@ def test_every_form_and_tile_competes_once(capability: int, dtype: torch.dtype) 
         assert {*tiles, automatic} == set(choices.tiles(problem, gpu))
         assert automatic not in tiles
         assert all(tile.is_valid(gpu, dtype, "ieee", descriptors) for tile in tiles)
+
+
+def test_every_candidate_has_a_name_of_its_own() -> None:
+    """Also on a GPU with room for all of them, where the tile that goes unnamed is a small one."""
+    everyone = tune.candidates(replace(LARGE, rows=512), Target(90, 132, 1 << 20, "GPU"))
+    assert len({tune.name_of(choice) for choice in everyone}) == len(everyone)
+    assert {choice.config.store_parts for choice in everyone if choice.config} == {1, 4}
 
 
 def test_the_problems_of_a_model() -> None:
