@@ -56,6 +56,8 @@ class FusedLoraLinear(nn.Module):
     ) -> None:
         validation.check_size(in_features, "in_features")
         validation.check_size(out_features, "out_features")
+        validation.check_flag(bias, "bias")
+        validation.check_flag(fan_in_fan_out, "fan_in_fan_out")
         validation.check_dtype(dtype or torch.get_default_dtype(), "dtype")
         base = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
         self._setup(
@@ -122,6 +124,8 @@ class FusedLoraLinear(nn.Module):
         validation.check_rank(r, in_features, out_features)
         validation.check_dropout_p(lora_dropout, "lora_dropout")
         validation.check_number(lora_alpha, "lora_alpha")
+        validation.check_flag(use_rslora, "use_rslora")
+        validation.check_flag(merge_weights, "merge_weights")
         super().__init__()
         self.in_features, self.out_features, self.r = in_features, out_features, r
         self.lora_alpha, self.lora_dropout, self.use_rslora = lora_alpha, lora_dropout, use_rslora

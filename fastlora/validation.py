@@ -39,6 +39,12 @@ def check_number(value: float, name: str) -> None:
         raise ValueError(f"{name} must be finite, got {value}")
 
 
+def check_flag(value: bool, name: str) -> None:
+    """`value` is a bool: PEFT's bias="none" would count as true."""
+    if not isinstance(value, bool):
+        raise TypeError(f"{name} must be a bool, got {type(value).__name__} {value!r}")
+
+
 def check_seed(seed: int | Tensor | None, device: torch.device | None = None) -> None:
     """`seed` is None, an int in [-2**63, 2**63), or an int64 tensor of one element (on `device`, where one is given)."""
     if isinstance(seed, Tensor):
@@ -155,7 +161,7 @@ def check_inputs(
 def check_dtype(dtype: torch.dtype, name: str) -> None:
     """`dtype` is one that can be computed with."""
     if dtype not in FLOAT_DTYPES:
-        raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {dtype}")
+        raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {dtype!r}")
 
 
 def check_linear(linear: nn.Module, fan_in_fan_out: bool) -> tuple[Tensor, Tensor | None]:

@@ -198,6 +198,9 @@ MODULE = {
     "alpha infinite": ({"lora_alpha": math.inf}, ValueError, "lora_alpha must be finite, got inf"),
     "half adapters on a float32 base": ({"adapter_dtype": torch.float16}, TypeError, "adapters must have weight's dtype"),
     "an integer dtype": ({"dtype": torch.int8}, TypeError, "dtype must be float32.*got torch.int8"),
+    "the name of a dtype": ({"adapter_dtype": "float32"}, TypeError, "adapter_dtype must be float32.*got 'float32'"),
+    "PEFT's bias": ({"bias": "none"}, TypeError, "bias must be a bool, got str 'none'"),
+    "a scaling rule": ({"use_rslora": "alpha"}, TypeError, "use_rslora must be a bool, got str 'alpha'"),
     "an integer adapter_dtype": ({"adapter_dtype": torch.int8}, TypeError, "adapter_dtype must be float32.*got torch.int8"),
 }
 
