@@ -149,12 +149,12 @@ class FusedLoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out)."""
-        weight = self.weight.t() if self.fan_in_fan_out else self.weight
+        W = self._W()
         if self.merged or self.lora_A is None or self.lora_B is None:
-            return nn.functional.linear(x, weight, self.bias)
+            return nn.functional.linear(x, W, self.bias)
         return lora_linear(
             x,
-            weight,
+            W,
             self.lora_A,
             self.lora_B,
             self.bias,
@@ -163,6 +163,10 @@ class FusedLoraLinear(nn.Module):
             training=self.training,
             backend=self.backend,
         )
+
+    def _W(self) -> Any:
+        """W (out, in) as `lora_linear` takes it: a tensor, or in a subclass a QuantizedWeight."""
+        return self.weight.t() if self.fan_in_fan_out else self.weight
 
     def train(self, mode: bool = True) -> "FusedLoraLinear":
         """Set the mode; with merge_weights, unmerge for training and merge for evaluation."""

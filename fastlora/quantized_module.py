@@ -6,7 +6,6 @@ import torch
 from torch import Tensor, nn
 
 from fastlora import quantized
-from fastlora.functional import lora_linear
 from fastlora.modules import FusedLoraLinear
 from fastlora.quantized import QuantizedWeight
 
@@ -57,21 +56,8 @@ class FusedLoraLinear4bit(FusedLoraLinear):
         """W, packed."""
         return quantized.of_4bit(self.weight, self._state)
 
-    def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out)."""
-        assert self.lora_A is not None
-        assert self.lora_B is not None
-        return lora_linear(
-            x,
-            self.quantized_weight,
-            self.lora_A,
-            self.lora_B,
-            self.bias,
-            scaling=self.scaling,
-            dropout_p=self.lora_dropout,
-            training=self.training,
-            backend=self.backend,
-        )
+    def _W(self) -> QuantizedWeight:
+        return self.quantized_weight
 
     def merged_weight(self) -> Tensor:
         """W + scaling · B A, dense, summed in float32 and rounded once to the dtype that W had before quantisation."""

@@ -11,7 +11,8 @@ from hypothesis import strategies as st
 from torch import nn
 
 from fastlora import FusedLoraLinear, from_pretrained, load_adapter, merge_and_unload, save_adapter, unload
-from fastlora.injection.inject import inject, match_targets
+from fastlora.injection.inject import inject
+from fastlora.injection.matching import match_targets
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")

@@ -9,7 +9,7 @@ from typing import Any
 from fastlora.cli import common, progress
 from fastlora.finetune.settings import DTYPES, Settings
 from fastlora.functional import BACKENDS
-from fastlora.injection.inject import ALL_LINEAR
+from fastlora.injection.matching import ALL_LINEAR
 
 DESCRIPTION = """\
 Adapt a causal language model to text with LoRA, twice side by side: with eager

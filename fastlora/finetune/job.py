@@ -15,7 +15,7 @@ from fastlora.finetune.model import load_base, load_tokenizer, pretrain, with_ad
 from fastlora.finetune.report import Control, Outcome, Report, environment
 from fastlora.finetune.settings import Settings
 from fastlora.finetune.train import Run, adapt, count, held_out_losses, kept_for_backward, trainable
-from fastlora.injection.inject import match_targets
+from fastlora.injection.matching import match_targets
 from fastlora.modules import FusedLoraLinear
 
 #: Hears of every step: phase, step, steps in the phase, losses by name, tokens per step.

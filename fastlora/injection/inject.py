@@ -9,7 +9,6 @@ import torch
 from torch import nn
 
 from fastlora.injection.matching import (
-    ALL_LINEAR,
     is_conv1d,
     match_modules_to_save,
     match_targets,
@@ -23,8 +22,6 @@ from fastlora.modules import FusedLoraLinear
 from fastlora.quantized import is_quantized, quantize
 from fastlora.quantized_module import FusedLoraLinear4bit
 from fastlora.validation import check_model
-
-__all__ = ["ALL_LINEAR", "Plan", "inject", "install", "match_targets", "plan"]
 
 Holders = list[tuple[nn.Module, str]]  # the modules that hold one parameter, with its full name in each
 
