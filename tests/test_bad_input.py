@@ -232,6 +232,12 @@ def hooked() -> nn.Linear:
     return linear
 
 
+def patched() -> nn.Linear:
+    linear = nn.Linear(K, N)
+    linear.forward = lambda x: x
+    return linear
+
+
 LINEAR = {
     "a ReLU": (nn.ReLU, {}, TypeError, "linear must be an nn.Linear with fan_in_fan_out=False, got ReLU"),
     "a convolution": (lambda: nn.Conv2d(3, 8, 3), {}, TypeError, "linear must be an nn.Linear.*got Conv2d"),
@@ -247,6 +253,7 @@ LINEAR = {
         "remove the parametrisation",
     ),
     "hooked": (hooked, {}, ValueError, "linear is a Linear with hooks"),
+    "with a forward of its own": (patched, {}, ValueError, "linear is a Linear with hooks or a forward of its own"),
     "a bias of another length": (lambda: Conv1D(K), {"fan_in_fan_out": True}, ValueError, r"bias must be \(10,\).*got \(8,\)"),
 }
 
