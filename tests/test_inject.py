@@ -202,6 +202,13 @@ def test_models_with_layers_of_peft_are_refused() -> None:
     assert model.get_nb_trainable_parameters()[0] > 0
 
 
+def test_offloaded_linears_are_refused() -> None:
+    big_modeling = pytest.importorskip("accelerate.big_modeling")
+    model = big_modeling.cpu_offload(llama(), execution_device="cpu")
+    with pytest.raises(ValueError, match="hooks or a forward of its own"):
+        inject(model, target_modules=["q_proj"])
+
+
 @pytest.mark.parametrize("function", [save_adapter, load_adapter, from_pretrained, unload, merge_and_unload, inject])
 def test_what_is_no_model_is_refused(function: Callable[..., Any], tmp_path: Path) -> None:
     if function is from_pretrained:
