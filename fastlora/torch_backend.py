@@ -13,10 +13,14 @@ from torch import Tensor
 
 from fastlora.dropout import keep_rows, keep_scale, row_chunks
 
-# Elements of x per chunk.  On a CPU 2**18 to 2**20 take the same time, 2**16 takes 9 % more (M = 2048, K = N = 1024, r = 16,
-# forward and backward on one core); an accelerator wants few launches and bounded memory.
+# Elements of x per chunk, on a CPU for each thread.  There 2**18 takes 5 to 8 % more time than 2**19 or 2**20 with two threads,
+# 2**17 takes 15 % more (M = 2048, K = N = 1024, r = 16, p = 0.1, forward and backward, interleaved medians of 22); an
+# accelerator wants few launches and bounded memory.
 _CPU_CHUNK = 1 << 19
 _DEVICE_CHUNK = 1 << 26
+
+#: Up to so many rows a forward without dropout waits for launches and for W, and nothing of it is worth a kernel of its own.
+DECODE_ROWS = 64
 
 
 def forward(
@@ -82,14 +86,14 @@ def _grad_s_and_b(dy: Tensor, lora_B: Tensor | None, S: Tensor | None, scaling: 
     dtype = _accumulator(dy)
     B = None if lora_B is None else lora_B.to(dtype)
     dS = None if B is None else dy.new_empty((dy.shape[0], B.shape[1]), dtype=dtype)
-    dB = None if S is None else dy.new_zeros((dy.shape[1], S.shape[1]), dtype=dtype)
+    dB_t = None if S is None else dy.new_zeros((S.shape[1], dy.shape[1]), dtype=dtype)  # half the time of dB itself
     for rows in _chunks(dy) if dy.dtype != dtype else [range(dy.shape[0])]:
         dy_rows = _rows(dy, rows).to(dtype)
         if B is not None and dS is not None:
             torch.mm(dy_rows, B, out=_rows(dS, rows))
-        if S is not None and dB is not None:
-            dB.addmm_(dy_rows.t(), _rows(S, rows))
-    return (None if dS is None else dS.mul_(scaling)), (None if dB is None else dB.mul_(scaling))
+        if S is not None and dB_t is not None:
+            dB_t.addmm_(_rows(S, rows).t(), dy_rows)
+    return (None if dS is None else dS.mul_(scaling)), (None if dB_t is None else dB_t.mul_(scaling).t().contiguous())
 
 
 def _grad_a_and_add_to_dx(
@@ -119,7 +123,8 @@ def _accumulator(tensor: Tensor) -> torch.dtype:
 
 
 def _chunks(tensor: Tensor) -> list[range]:
-    return row_chunks(tensor.shape[0], tensor.shape[1], _CPU_CHUNK if tensor.device.type == "cpu" else _DEVICE_CHUNK)
+    elements = _CPU_CHUNK * torch.get_num_threads() if tensor.device.type == "cpu" else _DEVICE_CHUNK
+    return row_chunks(tensor.shape[0], tensor.shape[1], elements)
 
 
 def _rows(tensor: Tensor, rows: range) -> Tensor:

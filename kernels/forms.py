@@ -15,6 +15,7 @@ import torch
 
 from fastlora.kernels.config import GemmConfig, cdiv
 from fastlora.kernels.target import Target
+from fastlora.torch_backend import DECODE_ROWS
 
 FORMS = ("fused", "prefill", "torch")
 #: Multiply-adds of 16-bit operands in the time that memory takes for an element of 2 bytes: 790 TFLOP/s over 4.3 TB/s, the
@@ -23,8 +24,6 @@ BALANCE = 184
 #: By how much Triton's GEMM is taken to be slower than the vendor's until `fastlora tune` has measured it: the middle of what
 #: is published for Hopper, 0.85 to 0.98 of cuBLAS.
 ASSUMED_SLOWDOWN = 0.08
-#: Up to so many rows a forward without dropout waits for launches and for W, and nothing of it is worth a kernel of its own.
-DECODE_ROWS = 64
 
 
 @dataclass(frozen=True)

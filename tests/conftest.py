@@ -17,7 +17,9 @@ import pytest
 from hypothesis import settings
 
 COMPILE_TESTS = Path(__file__).parent / "compile"
+GPU_TESTS = Path(__file__).parent / "test_gpu.py"
 INTERPRETED = pytest.StashKey[bool]()
+ON_GPU = pytest.StashKey[bool]()
 ALLOCATIONS = ("empty", "empty_like", "empty_permuted", "empty_strided")
 
 settings.register_profile("fixed", derandomize=True, deadline=None, print_blob=True)
@@ -29,10 +31,11 @@ def pytest_configure(config: pytest.Config) -> None:
     compiling = {COMPILE_TESTS in (path, *path.parents) for path in _asked_for(config)}
     if compiling == {True, False}:
         raise pytest.UsageError("tests/compile runs without Triton's interpreter: give it a pytest process of its own")
-    on_gpu = config.option.markexpr.split()[:1] == ["gpu"]
+    config.stash[ON_GPU] = on_gpu = config.option.markexpr.split()[:1] == ["gpu"]
     config.stash[INTERPRETED] = not on_gpu and compiling != {True}
     if config.stash[INTERPRETED]:
         os.environ["TRITON_INTERPRET"] = "1"
+        os.environ["CUDA_VISIBLE_DEVICES"] = ""  # the same tests where there is a GPU
     else:
         os.environ.pop("TRITON_INTERPRET", None)
 
@@ -42,7 +45,11 @@ def _asked_for(config: pytest.Config) -> list[Path]:
 
 
 def pytest_ignore_collect(collection_path: Path, config: pytest.Config) -> bool | None:
-    return True if config.stash[INTERPRETED] and collection_path == COMPILE_TESTS else None
+    if config.stash[INTERPRETED]:
+        return True if collection_path == COMPILE_TESTS else None
+    if config.stash[ON_GPU] and collection_path.suffix == ".py":
+        return True if collection_path != GPU_TESTS else None  # the others need packages that a GPU machine may lack
+    return None
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -293,7 +293,7 @@ def test_torch_backend_makes_the_mask_in_chunks(monkeypatch):
         return keep_rows(seed, rows, cols, p, dtype)
 
     monkeypatch.setattr(torch_backend, "keep_rows", watch)
-    monkeypatch.setattr(torch_backend, "_CPU_CHUNK", 16 * 40)
+    monkeypatch.setattr(torch_backend, "_CPU_CHUNK", 16 * 40 // torch.get_num_threads())
     oracle.assert_parity(case, backend="torch")
     assert set(seen) == {16, 70 % 16}
 

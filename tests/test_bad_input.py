@@ -145,6 +145,16 @@ def test_triton_without_a_driver(monkeypatch):
         lora_linear(**arguments(), backend="triton")
 
 
+def test_a_gpu_below_capability_80_takes_torch(monkeypatch):
+    gpu = torch.device("cuda:0")
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    assert functional.available_backends(gpu) == ("torch",)
+    assert functional._choose_backend(None, gpu, torch.float16) == "torch"
+    with pytest.raises(RuntimeError, match=r'backend="fused" cannot run tensors on cuda:0: it needs .* capability 8\.0'):
+        functional._choose_backend("fused", gpu, torch.float16)
+
+
 def test_mixed_dtypes_are_judged_after_autocast():
     """Under autocast a float32 weight and a bfloat16 x are cast alike; float64 is not, so it stays a mismatch."""
     with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(TypeError, match=r"x is torch.float64"):

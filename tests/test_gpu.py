@@ -1,6 +1,8 @@
 """The compiled kernels on this machine's GPU: pytest -m gpu."""
 
+from collections.abc import Callable, Iterator
 from functools import partial
+from typing import TypeVar
 
 import pytest
 import torch
@@ -12,6 +14,7 @@ from fastlora.kernels.target import target_of
 from fastlora.oracle import Case
 
 pytestmark = pytest.mark.gpu
+T = TypeVar("T")
 
 DTYPES = [
     (torch.float32, None),
@@ -20,7 +23,7 @@ DTYPES = [
     (torch.float16, torch.float32),
     (torch.bfloat16, torch.float32),
 ]
-SHAPES = [(1, 64, 64), (17, 131, 77), (512, 1024, 4096), (2048, 4096, 1024), (4099, 2053, 1030)]
+SHAPES = [(1, 64, 64), (17, 131, 77), (512, 1024, 4096), (2048, 4096, 1024), (4096, 512, 2048), (4099, 2053, 1030)]
 
 
 @pytest.mark.parametrize("dropout_p", [0.0, 0.1])
@@ -76,17 +79,40 @@ def test_kernels_draw_the_bits_of_the_mask():
         assert torch.equal(unpacked, expected)
 
 
-def test_tf32_follows_torch(monkeypatch):
+@pytest.fixture
+def restored_switch() -> Iterator[None]:
+    """Puts torch's switch for float32 products back; monkeypatch cannot, since it would delete it."""
+    before = torch.backends.cuda.matmul.fp32_precision
+    yield
+    torch.backends.cuda.matmul.fp32_precision = before
+
+
+@pytest.mark.usefixtures("restored_switch")
+@pytest.mark.parametrize("backend", ["fused", "prefill"])
+def test_tf32_follows_torch(backend):
     """With torch's switch on, float32 products lose 13 bits, in fastlora as in eager; with it off they do not."""
     case = Case((512, 1024, 768), rank=16, dropout_p=0.1)
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "tf32")
-    assert max(row.error for row in oracle.assert_parity(case, backend="triton", device="cuda")) > 2e-5
-    monkeypatch.setattr(torch.backends.cuda.matmul, "fp32_precision", "ieee")
-    assert max(row.error for row in oracle.assert_parity(case, backend="triton", device="cuda")) < 2e-6
+    torch.backends.cuda.matmul.fp32_precision = "tf32"
+    assert max(row.error for row in oracle.assert_parity(case, backend=backend, device="cuda")) > 2e-5
+    torch.backends.cuda.matmul.fp32_precision = "ieee"
+    assert max(row.error for row in oracle.assert_parity(case, backend=backend, device="cuda")) < 2e-6
+
+
+def captured(step: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
+    """A graph of step(), warmed up, and what its replays write to."""
+    stream = torch.cuda.Stream()
+    stream.wait_stream(torch.cuda.current_stream())
+    with torch.cuda.stream(stream):
+        step()
+    torch.cuda.current_stream().wait_stream(stream)
+    graph = torch.cuda.CUDAGraph()
+    with torch.cuda.graph(graph):
+        results = step()
+    return graph, results
 
 
 @pytest.mark.parametrize("backend", ["fused", "prefill"])
-def test_graph_capture_redraws_the_mask_at_each_replay(backend):
+def test_a_replay_follows_its_seed(backend):
     """A replay with a new seed gives, bit for bit, what an eager step with that seed gives."""
     inputs = oracle.draw(Case((128, 256, 512), rank=8, dtype=torch.bfloat16), device="cuda")
     x, A, B = (t.requires_grad_() for t in (inputs.x, inputs.lora_A, inputs.lora_B))
@@ -96,31 +122,35 @@ def test_graph_capture_redraws_the_mask_at_each_replay(backend):
         y = lora_linear(x, inputs.weight, A, B, dropout_p=0.5, seed=seed, backend=backend)
         return [y, *torch.autograd.grad(y, (x, A, B), inputs.dy)]
 
-    stream = torch.cuda.Stream()
-    stream.wait_stream(torch.cuda.current_stream())
-    with torch.cuda.stream(stream):
-        step()
-    torch.cuda.current_stream().wait_stream(stream)
-    graph = torch.cuda.CUDAGraph()
-    with torch.cuda.graph(graph):
-        captured = step()
+    graph, results = captured(step)
     for value in (7, 8):
         seed.fill_(value)
         graph.replay()
-        assert all(torch.equal(a, b) for a, b in zip(captured, step(), strict=True))
+        assert all(torch.equal(a, b) for a, b in zip(results, step(), strict=True))
+
+
+def test_each_replay_draws_its_own_mask():
+    inputs = oracle.draw(Case((128, 256, 512), rank=8, dtype=torch.bfloat16), device="cuda")
+    graph, y = captured(lambda: lora_linear(inputs.x, inputs.weight, inputs.lora_A, inputs.lora_B, dropout_p=0.5))
+    replays = []
+    for _ in range(3):
+        graph.replay()
+        replays.append(y.clone())
+    assert len({float(replay.double().sum()) for replay in replays}) == 3
 
 
 def test_compile():
     layer = FusedLoraLinear(256, 512, r=8, lora_dropout=0.1, device="cuda", dtype=torch.bfloat16)
     torch.nn.init.normal_(layer.lora_B)
     x = torch.randn(128, 256, device="cuda", dtype=torch.bfloat16)
+    dy = torch.randn(128, 512, device="cuda", dtype=torch.bfloat16)
     compiled = torch.compile(layer, fullgraph=True)
     results = []
     for function in (layer, compiled):
         with torch._inductor.config.patch(fallback_random=True):  # Inductor's own generator would draw another seed
             torch.manual_seed(0)
             y = function(x)
-        y.sum().backward()
+        y.backward(dy)
         results.append((y.detach(), layer.lora_A.grad.clone()))
         layer.zero_grad()
     assert all(torch.equal(eager, inductor) for eager, inductor in zip(*results, strict=True))

@@ -231,6 +231,25 @@ def test_tensors_that_are_not_dense_are_pefts(x: Tensor) -> None:
 
 
 @pytest.mark.filterwarnings("ignore:an accelerated LoRA layer")
+@pytest.mark.parametrize(
+    ("rows", "grad", "device", "expected"),
+    [
+        ((64,), False, "meta", True),
+        ((4, 16), False, "meta", True),
+        ((65,), False, "meta", False),
+        ((64,), True, "meta", False),
+        ((64,), False, "cpu", False),
+    ],
+)
+def test_decoding_on_an_accelerator_is_pefts(rows: tuple[int, ...], grad: bool, device: str, expected: bool) -> None:
+    """The meta device stands for one that is not a CPU."""
+    layer = layer_of().to(device)
+    with torch.set_grad_enabled(grad):
+        decision = calls.decide(layer, torch.empty(*rows, 8, device=device), (), {})
+    assert (decision == calls.DECODING) == expected
+    assert isinstance(decision, str) == expected
+
+
 def test_more_arguments_than_x_are_pefts() -> None:
     layer = layer_of()
     with counted_calls() as made, pytest.raises(TypeError):

@@ -6,7 +6,8 @@ A call is fused when exactly one active adapter has weights in the layer, and
     the adapter   is no variant (DoRA, aLoRA, ...); A and B are linears without bias, its dropout is nn.Dropout or nn.Identity
     the base      is an nn.Linear or Conv1D that does nothing else, with a frozen weight; or a 4-bit or 8-bit linear of
                   bitsandbytes, whose dtypes `fastlora.quantized.why_not` judges
-    the call      passes x alone, a dense tensor; is not traced by torch.jit, and not differentiated by torch.func or forwards
+    the call      passes x alone, a dense tensor; is not decoding on a GPU (few rows, no gradient), where launches are all there
+                  is; is not traced by torch.jit, and not differentiated by torch.func or forwards
     the dtypes    x, W and bias share one; A and B share that one, or are float32 while it is 16-bit (as autocast leaves them)
 """
 
@@ -20,6 +21,7 @@ from fastlora import quantized
 from fastlora.functional import _autocast_dtype
 from fastlora.peft.base import PLAIN_TENSORS, weight_of
 from fastlora.quantized import QuantizedWeight
+from fastlora.torch_backend import DECODE_ROWS
 from fastlora.validation import FLOAT_DTYPES, HALF_DTYPES, autocast_target, is_altered
 
 DISABLED = "adapters are disabled"
@@ -28,8 +30,10 @@ INACTIVE = "no active adapter has weights here"
 MIXED_BATCH = "adapter_names mixes adapters in one batch"
 UNCAST = "casting of the input is disabled"
 
-#: What somebody asked for in so many words, and no warning needs to tell.
-INTENDED = frozenset({DISABLED, MERGED, INACTIVE, MIXED_BATCH, UNCAST})
+DECODING = "few rows without a gradient, as in decoding"
+
+#: What somebody asked for in so many words, or loses nothing by, and no warning needs to tell.
+INTENDED = frozenset({DISABLED, MERGED, INACTIVE, MIXED_BATCH, UNCAST, DECODING})
 
 
 class Operands(NamedTuple):
@@ -122,12 +126,21 @@ def obstacle_of_input(x: Tensor, given: Operands, layer: Any) -> str | None:
     return f"x is {x.dtype}, the base weight {stored}, the adapter {given.lora_A.dtype} (autocast: {autocast})"
 
 
+def _decodes(x: Tensor) -> bool:
+    """Whether the call waits for launches alone, of which PEFT makes as many for less time on the host: `make host-time`."""
+    if torch.compiler.is_compiling() or torch.is_grad_enabled() or type(x) not in PLAIN_TENSORS:
+        return False
+    return x.device.type != "cpu" and x.numel() <= DECODE_ROWS * x.shape[-1]
+
+
 def decide(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operands | str:
     """The operands of a fused call, or the reason why layer(x, *args, **kwargs) is PEFT's."""
     if kwargs.get("adapter_names") is not None:
         return MIXED_BATCH
     if args or any(value is not None for value in kwargs.values()):
         return "the layer is called with more than x"
+    if _decodes(x):
+        return DECODING
     given = operands(layer)
     if isinstance(given, str):
         return given
