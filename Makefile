@@ -84,4 +84,4 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 build/typed:
 	@rm -rf $@ && mkdir -p $@/fastlora
 	@ln -s $(CURDIR)/fastlora/* $(CURDIR)/kernels $@/fastlora/
-	@ln -s $(CURDIR)/tools $@/
+	@ln -s $(CURDIR)/tools $(CURDIR)/benches $@/
