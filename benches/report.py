@@ -1,13 +1,13 @@
 """`python -m benches.report`: README's tables and the plots from the files in benches/results.
 
-Of each device the file with the most rows counts, of a GPU as of a CPU; where no GPU was measured the README says so.
+Of each device the file with the most rows counts; where no GPU was measured README says so.
 Everything between the two markers in README.md is replaced.  With --check nothing is written, and the exit code is 1 when
 README.md is not what the files say.
 """
 
 import argparse
 import sys
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -18,6 +18,7 @@ ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- python -m benches.report writes from here -->", "<!-- to here -->"
 COMMAND = "pytest benches --benchmark-only"
 OVERVIEW = ("frozen linear", "PEFT", "chained addmm_", "fastlora fused", "fastlora prefill", "fastlora")
+LISTED = 8  # sizes in the short table; a grid begins with the most telling ones
 
 Run = dict[str, Any]
 
@@ -69,8 +70,8 @@ def text(runs: dict[Path, Run]) -> str:
     parts = []
     if not any("driver" in run["facts"] for run in runs.values()):
         parts.append(
-            f"**Speed on a GPU has not been measured yet.** `{COMMAND}` measures it on yours within 8 minutes,\n"
-            "with `--quick` within 2; `python -m benches.report` then writes the tables here."
+            f"**Speed on a GPU has not been measured yet.** `{COMMAND}` measures it on yours and begins no size after\n"
+            "8 minutes, with `--quick` after 2; `python -m benches.report` then writes the tables here."
         )
     for path, run in runs.items():
         parts += _of_run(path, run)
@@ -78,18 +79,13 @@ def text(runs: dict[Path, Run]) -> str:
 
 
 def _of_run(path: Path, run: Run) -> list[str]:
-    """Conditions, the first sizes in full, every linear in short, and the models."""
-    linears = _by_id([row for row in run["rows"] if row["kind"] == "linear"])
-    models = [row for row in run["rows"] if row["kind"] != "linear"]
-    shown = list(linears.values())[: 1 if "driver" in run["facts"] else 2]
-    parts = [_conditions(run), *(_in_full(rows) for rows in shown)]
-    if shown:
-        parts.append(f"![times of every contender](benches/results/{path.with_suffix('.png').name})")
-    if len(linears) > len(shown):
-        parts.append(_in_short(list(linears.values())))
-    if models:
-        parts.append(_of_models(models))
-    return parts
+    """Conditions, the first size in full, the next ones in short, and the models."""
+    linears = list(_by_id([row for row in run["rows"] if row["kind"] == "linear"]).values())
+    models = _by_id([row for row in run["rows"] if row["kind"] != "linear"]).values()
+    parts = [_conditions(path, run), *(_in_full(rows) for rows in linears[:1])]
+    if len(linears) > 1:
+        parts.append(_in_short(linears[1:]))
+    return [*parts, *(_of_model(rows) for rows in models)]
 
 
 def _by_id(rows: Sequence[results.Row]) -> dict[str, list[results.Row]]:
@@ -99,7 +95,7 @@ def _by_id(rows: Sequence[results.Row]) -> dict[str, list[results.Row]]:
     return found
 
 
-def _conditions(run: Run) -> str:
+def _conditions(path: Path, run: Run) -> str:
     facts = run["facts"]
     names = ("driver", "cuda", "torch", "triton", "peft", "commit", "tuned", "date", "threads")
     known = ", ".join(f"{name} {facts[name]}" for name in names if facts.get(name) is not None)
@@ -107,66 +103,72 @@ def _conditions(run: Run) -> str:
         f"{dtype}: matrix product {three_digits(rates['gemm_tflops'])} TFLOP/s, copy {three_digits(rates['copy_gbps'])} GB/s"
         for dtype, rates in run["ceilings"].items()
     )
-    measured = f" Measured in the same run, {ceilings}." if ceilings else ""
-    return f"**{facts['device']}** ({known}).{measured}"
+    measured = f"\nMeasured in the same run, {ceilings}." if ceilings else ""
+    table, plot = (f"benches/results/{path.stem}.{suffix}" for suffix in ("csv", "png"))
+    where = f"Times are medians. All rows: [csv]({table}). The first size: [plot]({plot})."
+    return f"**{facts['device']}** ({known}).{measured}\n{where}"
 
 
 def _in_full(rows: Sequence[results.Row]) -> str:
     """One size: every contender and pass."""
-    header = [
-        "contender",
-        *(f"{pass_}, ms" for pass_ in PASSES),
-        "p20 to p80",
-        "× frozen",
-        "% of roofline",
-        "saved, MiB",
-        "peak, MiB",
-    ]
+    columns = {
+        "× frozen": lambda row: f"{row['over_frozen']:.2f}",
+        "% of roofline": lambda row: f"{row['roofline_percent']:.0f}",
+        "saved, MiB": lambda row: _mib(row["saved_bytes"]),
+        "peak, MiB": lambda row: _mib(row["peak_bytes"]),
+    }
+    return f"{_title(rows[0])}; the columns from p20 on are of {PASSES[-1]}:\n\n{_by_contender(rows, columns)}"
+
+
+def _of_model(rows: Sequence[results.Row]) -> str:
+    """A decoder layer or a training step: every contender and pass."""
+    columns = {"× PEFT": lambda row: f"{row['over_eager']:.2f}", "peak, MiB": lambda row: _mib(row["peak_bytes"])}
+    first = rows[0]
+    what = f"{first['kind'].capitalize()}, {first['used_by']}, {first['M']} tokens, r={first['r']} p={first['p']:g}"
+    return f"{what}, {_dtypes(first)}, an adapter on every linear:\n\n{_by_contender(rows, columns)}"
+
+
+def _by_contender(rows: Sequence[results.Row], columns: dict[str, Callable[[results.Row], str]]) -> str:
+    """A line for each contender: the medians of its passes, then what `columns` say of the last pass."""
+    passes = list(dict.fromkeys(row["pass"] for row in rows))
     lines = []
     for name in dict.fromkeys(row["contender"] for row in rows):
-        passes = [next(row for row in rows if (row["contender"], row["pass"]) == (name, pass_)) for pass_ in PASSES]
-        whole = passes[-1]
-        lines.append(
-            [
-                name,
-                *(three_digits(row["median_ms"]) for row in passes),
-                f"{three_digits(whole['p20_ms'])} to {three_digits(whole['p80_ms'])}",
-                f"{whole['over_frozen']:.2f}",
-                f"{whole['roofline_percent']:.0f}",
-                *(three_digits(whole[key] / 2**20) for key in ("saved_bytes", "peak_bytes")),
-            ]
-        )
-    return f"{_title(rows[0])}; the last columns are of forward + backward:\n\n{_table(header, lines)}"
+        found = [next(row for row in rows if (row["contender"], row["pass"]) == (name, pass_)) for pass_ in passes]
+        spread = f"{three_digits(found[-1]['p20_ms'])} to {three_digits(found[-1]['p80_ms'])}"
+        more = [column(found[-1]) for column in columns.values()]
+        lines.append([name, *(three_digits(row["median_ms"]) for row in found), spread, *more])
+    return _table(["contender", *(f"{pass_}, ms" for pass_ in passes), "p20 to p80", *columns], lines)
 
 
 def _in_short(sizes: Sequence[Sequence[results.Row]]) -> str:
-    """Every size: forward + backward over the frozen linear's."""
-    present = {row["contender"] for rows in sizes for row in rows}
+    """A line for each size, the first LISTED of them: forward + backward over the frozen linear's."""
+    listed = sizes[:LISTED]
+    present = {row["contender"] for rows in listed for row in rows}
     names = [name for name in OVERVIEW[1:] if name in present]
     lines = []
-    for rows in sizes:
+    for rows in listed:
         whole = {row["contender"]: row for row in rows if row["pass"] == PASSES[-1]}
         frozen = three_digits(whole["frozen linear"]["median_ms"])
         ratios = [f"{whole[name]['over_frozen']:.2f}" if name in whole else "" for name in names]
-        lines.append([rows[0]["used_by"], _title(rows[0]), frozen, *ratios])
-    header = ["linear", "size", "frozen, ms", *(f"{name}, ×" for name in names)]
-    return f"Forward + backward of every size, over the frozen linear's:\n\n{_table(header, lines)}"
+        lines.append([_title(rows[0]), frozen, *ratios, rows[0]["used_by"]])
+    header = ["size", "frozen, ms", *(f"{name}, ×" for name in names), "linear of"]
+    if not any(line[-1] for line in lines):
+        header, lines = header[:-1], [line[:-1] for line in lines]
+    which = "the other sizes" if len(listed) == len(sizes) else f"the next {len(listed)} of {len(sizes)} other sizes"
+    return f"Forward + backward of {which}, over the frozen linear's:\n\n{_table(header, lines)}"
 
 
-def _of_models(rows: Sequence[results.Row]) -> str:
-    header = ["", "pass", "contender", "median, ms", "p20 to p80", "× PEFT"]
-    lines = []
-    for row in sorted(rows, key=lambda row: (row["kind"], PASSES.index(row["pass"]) if row["pass"] in PASSES else 0)):
-        spread = f"{three_digits(row['p20_ms'])} to {three_digits(row['p80_ms'])}"
-        what = f"{row['kind']}, {row['used_by']}, {row['M']} tokens, {row['dtype']}"
-        lines.append([what, row["pass"], row["contender"], three_digits(row["median_ms"]), spread, f"{row['over_eager']:.2f}"])
-    return f"Whole models, adapters on every linear:\n\n{_table(header, lines)}"
+def _mib(size: float | None) -> str:
+    return "" if size is None else three_digits(size / 2**20)
 
 
 def _title(row: results.Row) -> str:
-    adapters = f" with {row['adapter_dtype']} adapters" if row["adapter_dtype"] != row["dtype"] else ""
     bias = ", bias" if row["bias"] else ""
-    return f"M={row['M']} K={row['K']} N={row['N']} r={row['r']} p={row['p']:g}, {row['dtype']}{adapters}{bias}"
+    return f"M={row['M']} K={row['K']} N={row['N']} r={row['r']} p={row['p']:g}, {_dtypes(row)}{bias}"
+
+
+def _dtypes(row: results.Row) -> str:
+    return row["dtype"] + (f" with {row['adapter_dtype']} adapters" if row["adapter_dtype"] != row["dtype"] else "")
 
 
 def _table(header: Sequence[str], lines: Sequence[Sequence[str]]) -> str:

@@ -270,12 +270,21 @@ def test_the_report(run: tuple[Path, dict, dict], benches: dict[str, ModuleType]
     assert all(path.read_bytes().startswith(b"\x89PNG") for path in folder.glob("*.png"))
     assert list(folder.glob("*.png"))
 
-    gpu = {**own, "facts": {**own["facts"], "device": "a GPU", "driver": "1"}}
+    step = next(r for r in own["rows"] if (r["kind"], r["contender"]) == ("training step", "fastlora"))
+    table = text.partition("| contender | training step, ms |")[2]
+    line = next(line for line in table.splitlines() if line.startswith("| fastlora |"))
+    assert f"| {report.three_digits(step['median_ms'])} |" in line
+    assert f"| {step['over_eager']:.2f} | {report.three_digits(step['peak_bytes'] / 2**20)} |" in line
+
+    linears = [row for row in own["rows"] if row["kind"] == "linear"]
+    more = [{**row, "id": f"{row['id']}-{copy}", "used_by": "a model"} for copy in range(report.LISTED) for row in linears]
+    gpu = {"facts": {**own["facts"], "device": "a GPU", "driver": "1"}, "ceilings": {}, "rows": [*own["rows"], *more]}
     (folder / "gpu.json").write_text(json.dumps(gpu))
     shown = report.text(report.load(folder))
     assert "has not been measured" not in shown
     assert shown.index("**a GPU**") < shown.index(f"**{own['facts']['device']}**")
-    assert "over the frozen linear's" in shown
+    assert f"the next {report.LISTED} of {1 + 2 * report.LISTED} other sizes, over the frozen linear's" in shown
+    assert shown.count("| a model |") == report.LISTED - 1  # the first of them is the second size of the suite
 
     readme.write_text("no markers")
     with pytest.raises(ValueError, match=r"README\.md must hold"):
