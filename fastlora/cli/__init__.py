@@ -16,9 +16,7 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Each module in COMMANDS has `register(subparsers)`, which sets the default `func(args) -> int`.
     """
-    parser = argparse.ArgumentParser(
-        prog="fastlora", description="LoRA linears at the cost of their frozen linears: try it, check it, time it."
-    )
+    parser = argparse.ArgumentParser(prog="fastlora", description="Fused LoRA linears: try them, check them, time them.")
     parser.add_argument("--version", action="version", version=f"fastlora {__version__}")
     subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
     for command in COMMANDS:

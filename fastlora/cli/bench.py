@@ -31,7 +31,8 @@ def register(subparsers: Any) -> None:
         "bench",
         help="time forward and backward against eager LoRA",
         description=DESCRIPTION,
-        epilog=f"Default size: {', '.join(sizes.values())}. Exit code: 0 measured, 1 wrong result or no memory, 2 wrong usage.",
+        epilog=f"Default size: {', '.join(sizes.values())}. "
+        "Exit code: 0 measured, 1 wrong result or no memory, 2 wrong arguments.",
     )
     number = common.positive_int
     parser.add_argument("-M", "--rows", type=number, metavar="M", help="rows of x: tokens in the batch")

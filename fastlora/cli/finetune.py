@@ -70,41 +70,47 @@ def _add_arguments(parser: argparse.ArgumentParser) -> None:
     add = parser.add_argument_group("model, text, results").add_argument
     add("--model", type=Path, metavar="FOLDER", help="local Hugging Face model; its tokenizer is used where it has one")
     add("--text", type=Path, nargs="+", default=(), metavar="PATH", help="text to adapt to: files, or folders of .txt .md .rst")
-    add("--output", type=Path, default=Settings.output, metavar="FOLDER", help="where the results go (%(default)s)")
+    add("--output", type=Path, default=Settings.output, metavar="FOLDER", help="where the results go (default: %(default)s)")
     add("--json", action="store_true", help="print the report as JSON to standard output, and nothing else")
 
     add = parser.add_argument_group("LoRA").add_argument
     add(
         "--target-modules", nargs="+", default=Settings.target_modules, metavar="NAME", action=_Targets,
-        help="linears to adapt: names or ends of names, one regular expression for the full name, or all-linear (default)",
+        help="linears to adapt: names or ends of names, a regular expression for the full name, or all-linear (the default)",
     )  # fmt: skip
-    add("--r", "--rank", dest="r", type=int, default=Settings.r, metavar="N", help="rank (%(default)s)")
-    add("--alpha", type=float, default=Settings.alpha, help="the scale of the update is alpha / r (%(default)s)")
-    add("--dropout", type=float, default=Settings.dropout, metavar="P", help="dropout rate before A (%(default)s)")
+    add("--r", "--rank", dest="r", type=int, default=Settings.r, metavar="N", help="rank (default: %(default)s)")
+    add("--alpha", type=float, default=Settings.alpha, help="the scale of the update is alpha / r (default: %(default)s)")
+    add("--dropout", type=float, default=Settings.dropout, metavar="P", help="dropout rate before A (default: %(default)s)")
 
     add = parser.add_argument_group("training").add_argument
-    add("--steps", type=int, default=Settings.steps, metavar="N", help="optimizer steps (%(default)s)")
-    add("--batch-size", type=int, default=Settings.batch_size, metavar="N", help="sequences per step (%(default)s)")
-    add("--seq-len", type=int, default=Settings.seq_len, metavar="N", help="tokens per sequence (%(default)s)")
-    add("--lr", type=float, default=Settings.lr, help="peak learning rate (%(default)s)")
-    add("--seed", type=int, default=Settings.seed, metavar="N", help="of weights, batches and masks (%(default)s)")
+    add("--steps", type=int, default=Settings.steps, metavar="N", help="optimizer steps (default: %(default)s)")
+    add("--batch-size", type=int, default=Settings.batch_size, metavar="N", help="sequences per step (default: %(default)s)")
+    add("--seq-len", type=int, default=Settings.seq_len, metavar="N", help="tokens per sequence (default: %(default)s)")
+    add("--lr", type=float, default=Settings.lr, help="peak learning rate (default: %(default)s)")
+    add("--seed", type=int, default=Settings.seed, metavar="N", help="of weights, batches and masks (default: %(default)s)")
     add(
         "--check", action=argparse.BooleanOptionalAction, default=Settings.check,
         help="compare every layer with float64, and bound the distance of the curves by a third, control run",
     )  # fmt: skip
 
     add = parser.add_argument_group("machine").add_argument
-    add("--dtype", choices=list(DTYPES), default=Settings.dtype, help="of the frozen model (%(default)s)")
-    add("--adapter-dtype", choices=list(DTYPES), help="of A and B (float32)")
-    add("--device", type=common.device, default=common.default_device(), help="cpu, cuda or cuda:N (%(default)s)")
-    add("--backend", choices=BACKENDS, help="of the fused linears (triton on a GPU, torch on a CPU)")
-    add("--threads", type=int, metavar="N", help="CPU threads (1 for the small model, else torch's default)")
+    add("--dtype", choices=list(DTYPES), default=Settings.dtype, help="of the frozen model (default: %(default)s)")
+    add("--adapter-dtype", choices=list(DTYPES), help="of A and B (default: float32)")
+    add("--device", type=common.device, default=common.default_device(), help="cpu, cuda or cuda:N (default: %(default)s)")
+    add("--backend", choices=BACKENDS, help="of the fused linears (default: triton on a GPU, torch on a CPU)")
+    add("--threads", type=int, metavar="N", help="CPU threads (default: 1 for the small model, else torch's)")
 
     add = parser.add_argument_group("the small model built without --model").add_argument
-    add("--hidden-size", type=int, default=Settings.hidden_size, metavar="N", help="width (%(default)s)")
-    add("--layers", type=int, default=Settings.layers, metavar="N", help="depth (%(default)s)")
-    add("--pretrain-steps", type=int, default=Settings.pretrain_steps, metavar="N", help="steps of pretraining (%(default)s)")
-    add("--pretrain-lr", type=float, default=Settings.pretrain_lr, metavar="LR", help="peak learning rate (%(default)s)")
+    add("--hidden-size", type=int, default=Settings.hidden_size, metavar="N", help="width (default: %(default)s)")
+    add("--layers", type=int, default=Settings.layers, metavar="N", help="depth (default: %(default)s)")
+    add(
+        "--pretrain-steps", type=int, default=Settings.pretrain_steps, metavar="N",
+        help="steps of pretraining (default: %(default)s)",
+    )  # fmt: skip
+    add(
+        "--pretrain-lr", type=float, default=Settings.pretrain_lr, metavar="LR",
+        help="its peak learning rate (default: %(default)s)",
+    )  # fmt: skip
 
 
 class _Targets(argparse.Action):

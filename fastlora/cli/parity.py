@@ -42,7 +42,7 @@ def register(subparsers: Any) -> None:
         "parity",
         help="check forward and all gradients against float64",
         description=DESCRIPTION,
-        epilog=f"Exit code: 0 every error within its bound, 1 one over it, 2 wrong usage. {INTERPRETER_HINT}",
+        epilog=f"Exit code: 0 every error within its bound, 1 one over it, 2 wrong arguments. {INTERPRETER_HINT}",
     )
     parser.add_argument("--cases", type=common.positive_int, default=40, metavar="N", help="cases to draw (default: 40)")
     parser.add_argument("--seed", type=int, default=0, help="seed of the cases, their inputs and their masks (default: 0)")

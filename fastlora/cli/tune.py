@@ -72,7 +72,7 @@ def register(subparsers: Any) -> None:
     add("--dtype", choices=common.DTYPES, default="bfloat16", help="of x, weight and bias (default: %(default)s)")
     add("--adapter-dtype", choices=common.DTYPES, help="of A and B: that dtype or float32 (default: that dtype)")
     add("--repeats", type=number, default=20, metavar="N", help="timed rounds (default: 20)")
-    add("--device", type=common.device, default=common.default_device(), help="cuda or cuda:N (default: %(default)s)")
+    add("--device", type=common.device, default=common.default_device(), help="cuda or cuda:N (default: the first GPU)")
     add("--json", action="store_true", help="print JSON instead of the table")
     parser.set_defaults(func=run)
 
