@@ -1,4 +1,4 @@
-"""fastlora: a LoRA linear at the cost of its frozen linear, with dropout, at any shape, with gradients one can trust."""
+"""fastlora: LoRA linears on fused Triton kernels, with dropout, at any shape, with gradients one can trust."""
 
 from fastlora import reference
 from fastlora._version import __version__

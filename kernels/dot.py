@@ -1,5 +1,8 @@
 """Dots whose second operand may be wider than the first, the rank-r term of a tile, and the reduction of partial sums."""
 
+import functools
+import math
+
 import torch
 import triton
 import triton.language as tl
@@ -8,6 +11,7 @@ from triton import knobs
 
 from fastlora.kernels import launch
 from fastlora.kernels.config import cdiv
+from fastlora.kernels.layout import Layout
 
 TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
@@ -107,17 +111,17 @@ def sum_partials(partials: Tensor, dtype: torch.dtype) -> Tensor:
     """(splits, ...) float32 -> (...) in `dtype`."""
     if partials.shape[0] == 1 and partials.dtype == dtype:
         return partials[0]
+    plan = _sum_plan(Layout.of(partials), dtype)
     out = torch.empty(partials.shape[1:], dtype=dtype, device=partials.device)
-    block = 1024
-    launch.launch(
-        sum_partials_kernel,
-        (cdiv(out.numel(), block),),
-        (partials, out, out.numel(), partials.shape[0]),
-        BLOCK=block,
-        num_warps=4,
-        num_stages=1,
-    )
+    launch.launch(sum_partials_kernel, plan.grid, (partials, out, *plan.sizes), ready=plan.ready, **plan.options)
     return out
+
+
+@functools.lru_cache(maxsize=4096)
+def _sum_plan(partials: Layout, dtype: torch.dtype) -> launch.Plan:
+    """`dtype`, of the result, is in the key only: a kernel that writes it is another one."""
+    splits, size = partials.shape[0], math.prod(partials.shape[1:])
+    return launch.Plan((cdiv(size, 1024),), (size, splits), {"BLOCK": 1024, "num_warps": 4, "num_stages": 1})
 
 
 def matmul_precision(dtype: torch.dtype) -> str:

@@ -221,13 +221,23 @@ def gemm(
     a tile that was measured with descriptors, say.
     """
     C = torch.empty((U.shape[0], V.shape[1]), dtype=dtype, device=U.device)
-    layouts = [None if tensor is None else Layout.of(tensor) for tensor in (P, Q, U, V, bias, bits)]
-    plan = _plan(*layouts, dtype, matmul_precision(dtype), config, target)
+    plan = _plan(
+        Layout.maybe(P),
+        Layout.maybe(Q),
+        Layout.of(U),
+        Layout.of(V),
+        Layout.maybe(bias),
+        Layout.maybe(bits),
+        dtype,
+        matmul_precision(dtype),
+        config,
+        target,
+    )
     operands: tuple[Any, ...] = (P, Q, C)
     if plan.blocks and P is not None and Q is not None:
         matrices = (P, Q.t() if plan.options["Q_TRANSPOSED"] else Q, C)
         operands = tuple(map(_descriptor, matrices, plan.blocks))
-    launch.launch(gemm_kernel, plan.grid, (*operands, bias, U, V, bits, *plan.sizes, alpha), **plan.options)
+    launch.launch(gemm_kernel, plan.grid, (*operands, bias, U, V, bits, *plan.sizes, alpha), ready=plan.ready, **plan.options)
     return C
 
 

@@ -97,5 +97,5 @@ def grad_s_and_b(
     col_blocks, parts = plan.grid
     dS = torch.empty((col_blocks, *S.shape), dtype=torch.float32, device=dy.device)
     dB = torch.empty((parts, *B.shape), dtype=dtype if parts == 1 else torch.float32, device=dy.device)
-    launch.launch(grad_b_kernel, plan.grid, (dy, B, S, dS, dB, *plan.sizes, scaling), **plan.options)
+    launch.launch(grad_b_kernel, plan.grid, (dy, B, S, dS, dB, *plan.sizes, scaling), ready=plan.ready, **plan.options)
     return sum_partials(dS, torch.float32), sum_partials(dB, dtype)

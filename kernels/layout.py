@@ -19,6 +19,11 @@ class Layout(NamedTuple):
         return cls(tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() % 16 == 0)
 
     @classmethod
+    def maybe(cls, tensor: torch.Tensor | None) -> "Layout | None":
+        """The layout of `tensor`, where there is one."""
+        return None if tensor is None else cls.of(tensor)
+
+    @classmethod
     def new(cls, *shape: int, dtype: torch.dtype) -> "Layout":
         """The layout of a matrix that the launcher allocates."""
         return cls(shape, (shape[1], 1), dtype, True)

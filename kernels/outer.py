@@ -109,7 +109,7 @@ def _plan(
     V: Layout | None,
     dtype: torch.dtype,
     transposed: bool,
-    dropout: bool,
+    seed: Layout | None,
     pack: bool,
     precision: str,
     target: Target,
@@ -133,7 +133,7 @@ def _plan(
         "BLOCK_R": config.block_r,
         "TERM_R": rank_block(r, TERM_RANKS),
         "DTYPE": TRITON_DTYPES[x.dtype],
-        "HAS_DROPOUT": dropout,
+        "HAS_DROPOUT": seed is not None,
         "PACK": pack,
         "PREFILL": V is not None,
         "SPLIT": dtype == torch.float32,
@@ -169,10 +169,10 @@ def outer(
     plan = _plan(
         Layout.of(x),
         Layout.of(U),
-        None if V is None else Layout.of(V),
+        Layout.maybe(V),
         dtype,
         transposed,
-        seed is not None,
+        Layout.maybe(seed),
         bits is not None,
         matmul_precision(x.dtype),
         target,
@@ -182,5 +182,5 @@ def outer(
     scale = keep_scale(dropout_p)
     limit = 0 if seed is None else lane_limit(dropout_p)
     args = (x, U, partials, bits, V, C, seed, *plan.sizes, scaling * scale, scale, limit)
-    launch.launch(outer_kernel, plan.grid, args, **plan.options)
+    launch.launch(outer_kernel, plan.grid, args, ready=plan.ready, **plan.options)
     return sum_partials(partials, dtype)

@@ -65,7 +65,7 @@ def project_kernel(
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan(x: Layout, A: Layout, dropout: bool, precision: str, target: Target) -> launch.Plan:
+def _plan(x: Layout, A: Layout, seed: Layout | None, precision: str, target: Target) -> launch.Plan:
     (M, K), r = x.shape, A.shape[0]
     config = stream_config((M, K), r, x.dtype, A.dtype, target, fits_descriptor(x))
     row_blocks, rank_blocks = cdiv(M, config.block_m), cdiv(r, config.block_r)
@@ -77,7 +77,7 @@ def _plan(x: Layout, A: Layout, dropout: bool, precision: str, target: Target) -
         "BLOCK_M": config.block_m,
         "BLOCK_K": config.block_k,
         "BLOCK_R": config.block_r,
-        "HAS_DROPOUT": dropout,
+        "HAS_DROPOUT": seed is not None,
         "WIDE": needs_int64(x, A),
         "PRECISION": precision,
         "num_warps": config.num_warps,
@@ -96,9 +96,9 @@ def project(
     dropout_p: float = 0.0,
 ) -> Tensor:
     """scaling · drop(x) Aᵀ, float32 (M, r), from x (M, K) and A (r, K) of any strides; without a seed there is no dropout."""
-    plan = _plan(Layout.of(x), Layout.of(A), seed is not None, matmul_precision(x.dtype), target)
+    plan = _plan(Layout.of(x), Layout.of(A), Layout.maybe(seed), matmul_precision(x.dtype), target)
     partials = torch.empty((plan.grid[1], x.shape[0], A.shape[0]), dtype=torch.float32, device=x.device)
     limit = 0 if seed is None else lane_limit(dropout_p)
     args = (x, A, partials, seed, *plan.sizes, scaling * keep_scale(dropout_p), limit)
-    launch.launch(project_kernel, plan.grid, args, **plan.options)
+    launch.launch(project_kernel, plan.grid, args, ready=plan.ready, **plan.options)
     return sum_partials(partials, torch.float32)

@@ -1,0 +1,92 @@
+"""A launch from a plan that has seen its kernel before hands Triton's launcher exactly what the first one did."""
+
+from collections.abc import Iterator
+from typing import Any
+
+import pytest
+import torch
+from triton.compiler import CompiledKernel
+from triton.compiler.compiler import LazyDict
+from triton.runtime import driver
+
+from fastlora import kernels
+from fastlora.kernels.dot import _sum_plan
+from fastlora.kernels.dropout import lane_limit
+from fastlora.kernels.gemm import _plan as _gemm_plan
+from fastlora.kernels.grad_b import _plan as _grad_b_plan
+from fastlora.kernels.outer import _plan as _outer_plan
+from fastlora.kernels.project import _plan as _project_plan
+from fastlora.kernels.project import project, project_kernel
+from tools.aot import OfflineDriver
+from tools.cases import TARGETS
+
+PLANS = (_project_plan, _gemm_plan, _grad_b_plan, _outer_plan, _sum_plan)
+M, K, N, R = 1024, 512, 768, 16
+Calls = list[tuple[Any, ...]]
+
+
+@pytest.fixture
+def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Calls]:
+    """What reaches the launchers that Triton made: nothing runs, the kernels are compiled for capability 90."""
+    calls: Calls = []
+
+    def load(self: CompiledKernel) -> None:
+        self.module, self.function = "loaded", self.metadata.name
+        self._run = lambda *args: calls.append(args)
+
+    monkeypatch.setattr(CompiledKernel, "_init_handles", load)
+    monkeypatch.setattr(torch.cuda, "current_device", lambda: 90)
+    for plan in PLANS:
+        plan.cache_clear()
+    active = driver._active  # reading `driver.active` would look for a GPU
+    driver.set_active(OfflineDriver(90))
+    yield calls
+    driver.set_active(active)
+    for plan in PLANS:
+        plan.cache_clear()
+
+
+def comparable(argument: Any) -> Any:
+    """Fresh tensors have other addresses; what a launcher reads of them is the same."""
+    if isinstance(argument, torch.Tensor):
+        return argument.dtype, tuple(argument.shape), argument.stride(), argument.device
+    if hasattr(argument, "block_shape"):
+        return comparable(argument.base), tuple(argument.shape), tuple(argument.strides), tuple(argument.block_shape)
+    if isinstance(argument, LazyDict):  # what a profiler's hook would be told
+        return argument.data
+    return argument
+
+
+@pytest.mark.parametrize("adapter", [torch.bfloat16, torch.float32])
+@pytest.mark.parametrize("form", ["fused", "prefill"])
+def test_a_planned_launch_is_what_triton_would_launch(launched: Calls, form: str, adapter: torch.dtype) -> None:
+    def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
+        return torch.empty(shape, dtype=dtype, device="meta")
+
+    def step(scaling: float, dropout_p: float) -> Calls:
+        launched.clear()
+        x, dy, weight, bias, S = meta(M, K), meta(M, N), meta(N, K), meta(N), meta(M, R, dtype=torch.float32)
+        A, B, seed = meta(R, K, dtype=adapter), meta(N, R, dtype=adapter), meta(1, dtype=torch.int64)
+        options: dict[str, Any] = {"choice": kernels.Choice(form), "target": TARGETS[90]}
+        kernels.forward(x, weight, A, B, bias, seed, scaling, dropout_p, **options)
+        kernels.backward(dy, x, weight, A, B, S, seed, scaling, dropout_p, adapter, **options)
+        return [tuple(map(comparable, call)) for call in launched]
+
+    first, again = step(2.0, 0.25), step(2.0, 0.25)
+    assert len(first) >= 5
+    assert again == first
+    other = step(3.0, 0.5)  # run-time arguments are not kept
+    assert [call[4] for call in other] == [call[4] for call in first]
+    assert any(lane_limit(0.5) in call for call in other)
+    assert not any(lane_limit(0.25) in call for call in other)
+
+
+def test_the_second_launch_does_not_ask_triton(launched: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, A = torch.empty(M, K, dtype=torch.bfloat16, device="meta"), torch.empty(R, K, dtype=torch.bfloat16, device="meta")
+    project(x, A, TARGETS[90])
+    monkeypatch.setattr(type(project_kernel), "run", lambda *args, **options: pytest.fail("looked up again"))
+    count = len(launched)
+    project(x, A, TARGETS[90])
+    assert len(launched) == 2 * count
+    with pytest.raises(pytest.fail.Exception, match="looked up again"):
+        project(x[:, : K - 8], A[:, : K - 8], TARGETS[90])
