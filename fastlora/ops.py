@@ -42,6 +42,8 @@ def _steps(direction: str, backend: str) -> Callable[..., Any]:
 
 def as_rows(tensor: Tensor) -> Tensor:
     """(..., K) as (M, K), also where K is 0."""
+    if tensor.dim() == 2:
+        return tensor
     return tensor.reshape(-1, tensor.shape[-1]) if tensor.shape[-1] else tensor.new_empty((tensor.shape[:-1].numel(), 0))
 
 
