@@ -43,4 +43,5 @@ def check_that_it_falls(losses: Sequence[float]) -> None:
     if quarter:
         first, last = fmean(losses[:quarter]), fmean(losses[-quarter:])
         print(f"loss {first:.3f} -> {last:.3f} in {len(losses)} steps")
-        assert last < first, losses
+        if not last < first:
+            raise SystemExit("the loss did not fall: take more --steps")
