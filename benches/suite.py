@@ -3,6 +3,7 @@
 import math
 import time
 from collections.abc import Callable
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -85,7 +86,7 @@ class Suite:
     def training(self, contender: str, *, toy: bool = False) -> tuple[list[float], results.Row]:
         """Seconds and row of a training step; raises as `linear` does."""
         setting = decoder.model_setting(self.device, toy=toy)
-        make = lambda: decoder.Training(setting, self.device)  # noqa: E731  # made only if it is to be measured
+        make = partial(decoder.Training, setting, self.device)  # made only if it is to be measured
         return self._model(decoder.TRAINING_STEP, setting, make, contender, decoder.TRAINING_STEP)
 
     def _rows(self, id_: str, contender: str) -> list[results.Row]:

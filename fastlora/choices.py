@@ -23,6 +23,7 @@ from typing import Any
 import torch
 import triton
 
+from fastlora import atomic
 from fastlora._version import __version__
 from fastlora.kernels.config import GemmConfig, gemm_candidates
 from fastlora.kernels.dot import matmul_precision
@@ -87,7 +88,8 @@ def store(target: Target, results: Mapping[Problem, Choice]) -> Path:
         fcntl.flock(lock, fcntl.LOCK_EX)
         measured = _read(target) | added
         records = [_record(key, choice) for key, choice in measured.items()]
-        _replace(path, json.dumps({"environment": environment(target), "results": records}, indent=1) + "\n")
+        content = json.dumps({"environment": environment(target), "results": records}, indent=1) + "\n"
+        atomic.write(path, content.encode())
         _known[target] = measured
     return path
 
@@ -159,19 +161,6 @@ def _read(target: Target) -> dict[Key, Choice]:
             _warned.add(where)
             warnings.warn(f"{where} is ignored: {error}; `fastlora tune` writes it anew", stacklevel=2)
         return {}
-
-
-def _replace(path: Path, text: str) -> None:
-    """Put `text` into place at once: whatever happens, the file is the old one or the new one.  Its lock is held."""
-    fresh = path.with_suffix(".tmp")
-    try:
-        with fresh.open("w", encoding="utf-8") as file:
-            file.write(text)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(fresh, path)
-    finally:
-        fresh.unlink(missing_ok=True)
 
 
 def _choices(data: Any, target: Target) -> dict[Key, Choice]:

@@ -276,6 +276,14 @@ def check(
     return [_row(case, output, *pools[output]) for output in outputs]
 
 
+def judge(case: Case, output: str, result: Tensor | None, eager: Tensor, ref: Tensor) -> Row:
+    """The verdict on one output of one draw, beside the eager computation of it; ref is float64."""
+    pool, eager_pool = _Pool(), _Pool()
+    pool.add(result, case.dtype_of(output), ref)
+    eager_pool.add(eager, case.dtype_of(output), ref)
+    return _row(case, output, pool, eager_pool)
+
+
 def _row(case: Case, output: str, pool: _Pool, eager: _Pool) -> Row:
     """An eager computation that overflows sets no bound: the floor then stands alone."""
     floor = FLOOR[case.dtype, case.dtype_of(output)]

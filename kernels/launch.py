@@ -38,7 +38,7 @@ def launch(
     """Run `kernel` over `grid` with run-time `args` in its own order; an empty grid launches nothing.
 
     With `ready`, which must belong to a plan that fixes the integers and the alignments in `args`, Triton finds the compiled
-    kernel once: afterwards it is launched as it is, in half of the time on the host.
+    kernel once: afterwards it is launched as it is, for a quarter of the host's time (benches/NOTES.md).
     """
     if 0 in grid:
         return

@@ -86,6 +86,17 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
     return tmp_path / "cache"
 
 
+@pytest.fixture
+def target(monkeypatch: pytest.MonkeyPatch) -> Any:
+    """What the interpreter stands for, under a name: the tuner keeps nothing of a GPU without one."""
+    from tuned import NAMED
+
+    from fastlora.kernels import target
+
+    monkeypatch.setattr(target, "INTERPRETER", NAMED)
+    return NAMED
+
+
 @pytest.fixture(scope="session", autouse=True)
 def poisoned_memory() -> Iterator[None]:
     """Fills what the package allocates without initialising it, so that an element no kernel wrote cannot pass for a result."""

@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlora import oracle
-from fastlora.adapters import files, load_adapter, save_adapter
+from fastlora.adapters import load_adapter, save_adapter
 from fastlora.finetune.eager import EagerLoraLinear
 from fastlora.injection.inject import inject
 from fastlora.modules import FusedLoraLinear
@@ -135,7 +135,7 @@ def test_an_interrupted_save_leaves_the_old_files_whole(tmp_path: Path, monkeypa
     def interrupt(*_: Any) -> None:
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(files.os, failing, interrupt)
+    monkeypatch.setattr(os, failing, interrupt)
     with pytest.raises(KeyboardInterrupt):
         save_adapter(injected(r=2), tmp_path)
     assert {path.name: path.read_bytes() for path in tmp_path.iterdir()} == before

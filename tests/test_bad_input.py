@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import nn
 
-from fastlora import FusedLoraLinear, dropout_mask, functional, lora_linear, ops, reference
+from fastlora import FusedLoraLinear, dropout_mask, functional, lora_linear, ops, oracle, reference
 
 M, K, N, R = 6, 8, 10, 3
 
@@ -195,9 +195,12 @@ def test_rank_above_both_sizes_warns_and_runs():
     rank = min(K, N) + 1
     tensors = arguments(lora_A=torch.randn(rank, K), lora_B=torch.randn(N, rank))
     with pytest.warns(UserWarning, match="r=9 is above min.in_features=8, out_features=10"):
-        lora_linear(**tensors)
+        y = lora_linear(**tensors)
+    exact = reference.lora_linear(**{name: tensor.double() for name, tensor in tensors.items()})
+    assert oracle.relative_error(y, exact) <= oracle.FLOOR[torch.float32, torch.float32]
     with pytest.warns(UserWarning, match="r=9 is above min"):
-        FusedLoraLinear(K, N, r=rank)
+        layer = FusedLoraLinear(K, N, r=rank)
+    assert layer.lora_A.shape == (rank, K)
 
 
 MODULE = {

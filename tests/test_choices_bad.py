@@ -118,7 +118,7 @@ def test_the_warning_says_why(name: str, reason: str) -> None:
     path.write_text(BAD[name](path.read_text()))
     forget()
     with pytest.warns(UserWarning, match=reason):
-        choices.choose(LARGE, GPU)
+        assert choices.choose(LARGE, GPU) == default_choice(LARGE, GPU)
 
 
 def test_a_file_from_elsewhere_is_foreign() -> None:

@@ -85,11 +85,13 @@ def test_what_has_no_effect_earns_one_warning_at_the_caller(build: Any, options:
 def test_no_warning_without_a_reason() -> None:
     with warnings.catch_warnings():
         warnings.simplefilter("error")
-        inject(
-            llama(), **Q, r=2, exclude_modules=["1.self_attn.q_proj"], rank_pattern={"q_proj": 1}, modules_to_save=["lm_head"]
-        )
-        inject(gpt2(), target_modules=["c_attn"], r=2, fan_in_fan_out=True)
-        inject(gpt2(), target_modules="all-linear", r=2)
+        options = {"exclude_modules": ["1.self_attn.q_proj"], "rank_pattern": {"q_proj": 1}, "modules_to_save": ["lm_head"]}
+        models = [
+            inject(llama(), **(Q | options), r=2),
+            inject(gpt2(), target_modules=["c_attn"], r=2, fan_in_fan_out=True),
+            inject(gpt2(), target_modules="all-linear", r=2),
+        ]
+    assert all(any(isinstance(module, FusedLoraLinear) for module in model.modules()) for model in models)
 
 
 def test_a_tied_module_to_save_gets_parameters_of_its_own() -> None:

@@ -11,9 +11,9 @@ from typing import Any
 import pytest
 import torch
 from triton.runtime.errors import OutOfResources
-from tuned import FUSED, LARGE, NAMED, PREFILL, PROBLEM, PROBLEMS, TORCH, favouring, stored
+from tuned import FUSED, LARGE, PREFILL, PROBLEM, PROBLEMS, TORCH, favouring, run, stored
 
-from fastlora import choices, kernels, tune
+from fastlora import choices, tune
 from fastlora.benchmark.clock import Prepared, Quantiles
 from fastlora.kernels import launch
 from fastlora.kernels.config import gemm_config
@@ -22,17 +22,6 @@ from fastlora.kernels.gemm import gemm_kernel
 from fastlora.kernels.target import Target
 
 pytestmark = pytest.mark.usefixtures("empty_cache")
-
-
-@pytest.fixture
-def target(monkeypatch: pytest.MonkeyPatch) -> Target:
-    """What the interpreter stands for, under a name."""
-    monkeypatch.setattr(kernels.target, "INTERPRETER", NAMED)
-    return NAMED
-
-
-def run(problems: list[Problem], clock: tune.Clock, **options: Any) -> list[tune.Result]:
-    return tune.tune(problems, "cpu", clock=clock, remark=lambda what: pytest.fail(what), **options)
 
 
 # Who competes

@@ -6,26 +6,15 @@ from typing import Any
 
 import pytest
 import torch
-from tuned import FUSED, NAMED, PROBLEM, PROBLEMS, favouring, stored
+from tuned import FUSED, NAMED, PROBLEM, PROBLEMS, favouring, run, stored
 
-from fastlora import choices, functional, kernels, tune
+from fastlora import choices, functional, tune
 from fastlora.benchmark.clock import Prepared
 from fastlora.kernels import launch
-from fastlora.kernels.forms import Choice, Problem, default_choice
+from fastlora.kernels.forms import Choice, default_choice
 from fastlora.kernels.target import Target
 
 pytestmark = pytest.mark.usefixtures("empty_cache")
-
-
-@pytest.fixture
-def target(monkeypatch: pytest.MonkeyPatch) -> Target:
-    """What the interpreter stands for, under a name."""
-    monkeypatch.setattr(kernels.target, "INTERPRETER", NAMED)
-    return NAMED
-
-
-def run(problems: list[Problem], clock: tune.Clock, **options: Any) -> list[tune.Result]:
-    return tune.tune(problems, "cpu", clock=clock, remark=lambda what: pytest.fail(what), **options)
 
 
 # Trouble on the way

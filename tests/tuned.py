@@ -2,7 +2,9 @@
 
 from collections.abc import Mapping
 from dataclasses import replace
+from typing import Any
 
+import pytest
 import torch
 
 from fastlora import choices, tune
@@ -26,6 +28,11 @@ assert default_choice(LARGE, GPU).form == "prefill"
 def problems(count: int) -> list[Problem]:
     """LARGE, at so many widths."""
     return [replace(LARGE, in_features=64 * (index + 1)) for index in range(count)]
+
+
+def run(problems: list[Problem], clock: tune.Clock, **options: Any) -> list[tune.Result]:
+    """Tune on the interpreter; a remark is a failure."""
+    return tune.tune(problems, "cpu", clock=clock, remark=pytest.fail, **options)
 
 
 def forget() -> None:

@@ -19,6 +19,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
+from fastlora import atomic
 from fastlora.adapters import config as adapter_config
 from fastlora.adapters import tensors as adapter_tensors
 from fastlora.adapters.config import CONFIG_NAME
@@ -54,8 +55,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     tensors = adapter_tensors.separate(contents)
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    _replace(folder / WEIGHTS_NAME, safetensors.torch.save(tensors, metadata={"format": "pt"}))
-    _replace(folder / CONFIG_NAME, adapter_config.encode(config))
+    atomic.write(folder / WEIGHTS_NAME, safetensors.torch.save(tensors, metadata={"format": "pt"}))
+    atomic.write(folder / CONFIG_NAME, adapter_config.encode(config))
 
 
 def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
@@ -177,19 +178,6 @@ def _read(path: Path, safetensors: Any) -> dict[str, Tensor]:
         return safetensors.torch.load(path.read_bytes())
     except safetensors.SafetensorError as error:
         raise ValueError(f"{str(path)!r} is not a whole safetensors file: {error}") from error
-
-
-def _replace(path: Path, content: bytes) -> None:
-    """Put `content` at `path` in one step: readers and a crash see the old file or the new one, never a part."""
-    temporary = path.with_name(f".{path.name}.{os.getpid()}.tmp")
-    try:
-        with open(temporary, "wb") as file:
-            file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
-    finally:
-        temporary.unlink(missing_ok=True)
 
 
 def _safetensors() -> Any:

@@ -4,7 +4,6 @@
 """
 
 from collections.abc import Mapping
-from contextlib import suppress
 from functools import reduce
 from pathlib import Path
 from typing import Any
@@ -12,7 +11,7 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-from fastlora.injection.matching import match_modules_to_save
+from fastlora.injection.matching import embeddings, match_modules_to_save
 from fastlora.injection.options import LoraOptions
 from fastlora.modules import FusedLoraLinear
 
@@ -37,14 +36,11 @@ def contents(model: nn.Module, layers: Mapping[str, FusedLoraLinear], options: L
 
 def _optional(model: nn.Module, layers: Mapping[str, FusedLoraLinear]) -> dict[str, Tensor]:
     """The embeddings' weights, by key: PEFT adds them to the file when they are targets or were resized."""
-    embeddings = []
-    for side in ("input", "output"):
-        with suppress(AttributeError, NotImplementedError):  # a model without embeddings
-            embeddings.append(getattr(model, f"get_{side}_embeddings")())
+    both = [embeddings(model, side) for side in ("input", "output")]
     return {
         f"{_PREFIX}{path}{'.base_layer' if path in layers else ''}.weight": module.weight
         for path, module in model.named_modules(remove_duplicate=False)
-        if module in embeddings and isinstance(module.weight, Tensor)
+        if module in both and isinstance(module.weight, Tensor)
     }
 
 
@@ -115,6 +111,7 @@ def separate(tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
 
 
 def check_loaded(tensors: Mapping[str, Tensor]) -> None:
+    """Raise ValueError where a tensor is on the meta device, and so has no values to save or to be overwritten."""
     if meta := [key for key, tensor in tensors.items() if tensor.is_meta]:
         raise ValueError(f"the model is half loaded: {len(meta)} tensors such as {meta[0]!r} are on the meta device")
 

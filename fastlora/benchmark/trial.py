@@ -117,21 +117,13 @@ class Judge:
             y = forward(self.inputs.x)
             results = [y.detach(), *torch.autograd.grad(y, trained(contender, self.inputs), self.inputs.dy, allow_unused=True)]
         refs, eager = self.expected(contender)
-        rows = [self._row(name, result, refs[name], eager[name]) for name, result in zip(outputs, results, strict=True)]
+        rows = [
+            oracle.judge(self.case, name, result, eager[name], refs[name])
+            for name, result in zip(outputs, results, strict=True)
+        ]
         if not all(row.passed for row in rows):
             raise WrongResultError(f"{contender.name} is wrong on {self.case}, so it is not timed:\n{oracle.table(rows)}")
         return rows
-
-    def _row(self, output: str, result: Tensor | None, ref: Tensor, eager: Tensor) -> oracle.Row:
-        dtype = self.case.dtype_of(output)
-        eager_error = oracle.relative_error(eager, ref)
-        floor = oracle.FLOOR[self.case.dtype, dtype]
-        bound = max(oracle.EAGER_FACTOR * eager_error, floor) if math.isfinite(eager_error) else floor
-        if result is None or result.dtype != dtype:
-            return oracle.Row(
-                self.case, output, math.inf, eager_error, bound, "no gradient" if result is None else str(result.dtype)
-            )
-        return oracle.Row(self.case, output, oracle.relative_error(result, ref), eager_error, bound)
 
 
 def verify(contender: Contender, case: oracle.Case, device: torch.device) -> list[oracle.Row]:

@@ -7,6 +7,7 @@ import re
 import sys
 import warnings
 from collections.abc import Callable, Iterable, Mapping, Sequence
+from contextlib import suppress
 from difflib import get_close_matches
 from typing import TypeVar
 
@@ -40,7 +41,7 @@ def match_targets(
     modules = _named(model)
     every_linear = isinstance(targets, str) and targets.lower() == ALL_LINEAR
     if every_linear:
-        head = _output_head(model)
+        head = embeddings(model, "output")
         found = {name for name, module in modules.items() if isinstance(module, _linear_types()) and module is not head}
     else:
         found = set(filter(_matcher(targets, "target_modules"), modules))
@@ -202,9 +203,12 @@ def _without_attention_outputs(linears: dict[str, nn.Module], target_modules: st
     return kept
 
 
-def _output_head(model: nn.Module) -> nn.Module | None:
-    get = getattr(model, "get_output_embeddings", None)
-    return get() if callable(get) else None
+def embeddings(model: nn.Module, side: str) -> nn.Module | None:
+    """The "input" embeddings or the "output" head of a transformers model; None where a model has no such thing."""
+    get = getattr(model, f"get_{side}_embeddings", None)
+    with suppress(AttributeError, NotImplementedError):  # transformers' answers for a model that does not say where they are
+        return get() if callable(get) else None
+    return None
 
 
 def _near(targets: str | tuple[str, ...], linears: list[str]) -> str:

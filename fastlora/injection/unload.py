@@ -1,9 +1,11 @@
 """From an injected model back to a plain one, with its adapters merged into the weights or without them."""
 
+from typing import Any
+
 import torch
 from torch import nn
 
-from fastlora.injection.matching import warn
+from fastlora.injection.matching import embeddings, warn
 from fastlora.modules import FusedLoraLinear
 from fastlora.quantized import is_quantized
 from fastlora.quantized_module import FusedLoraLinear4bit
@@ -100,15 +102,12 @@ def _plain(layer: FusedLoraLinear, merged: bool) -> nn.Module:
 
 def _tell_config_of_untying(model: nn.Module) -> None:
     """A transformers model whose config says that its embeddings are tied would lose one of two on saving."""
-    config = getattr(model, "config", None)
+    config: Any = getattr(model, "config", None)
     if not getattr(config, "tie_word_embeddings", False):
         return
-    try:
-        head, embeddings = model.get_output_embeddings(), model.get_input_embeddings()  # type: ignore[operator]
-    except (AttributeError, NotImplementedError):
-        return
-    if head is not None and embeddings is not None and head.weight is not embeddings.weight:
-        config.tie_word_embeddings = False  # type: ignore[union-attr]
+    tokens, head = embeddings(model, "input"), embeddings(model, "output")
+    if tokens is not None and head is not None and head.weight is not tokens.weight:
+        config.tie_word_embeddings = False
         warn("the input and output embeddings are no longer tied: config.tie_word_embeddings is now False")
 
 
