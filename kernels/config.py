@@ -11,7 +11,7 @@ from fastlora.kernels.target import Target
 
 
 def cdiv(a: int, b: int) -> int:
-    """⌈a / b⌉.  Triton's own takes 3 µs on the host, where a step makes a dozen."""
+    """⌈a / b⌉.  Triton's own takes 1.4 µs on the host (timeit), and forward and backward make thirty."""
     return -(-a // b)
 
 
