@@ -42,6 +42,12 @@ _lock = threading.RLock()  # of the two tables below; `choose` only reads them, 
 _known: dict[Target, dict[Key, Choice]] = {}  # what the file says, and the defaults that were asked for besides
 _tried: dict[tuple[Target, Key], Choice] = {}
 _warned: set[Path] = set()
+_revision = 0  # counts the times that a choice which was made before may have become another
+
+
+def revision() -> int:
+    """What was planned at another revision may rest on other choices."""
+    return _revision
 
 
 def choose(problem: Problem, target: Target) -> Choice:
@@ -61,15 +67,17 @@ def choose(problem: Problem, target: Target) -> Choice:
 @contextmanager
 def trying(choices: Mapping[Problem, Choice], target: Target) -> Iterator[None]:
     """Make these choices hold for the time being, in all threads: autograd runs backward in one of its own."""
-    global _tried
+    global _revision, _tried
     _look(target)  # now, because the thread of backward could not take the lock
     with _lock:
         before = _tried
         _tried = before | {(target, _key(problem)): choice for problem, choice in choices.items()}
+        _revision += 1
         try:
             yield
         finally:
             _tried = before
+            _revision += 1
 
 
 def store(target: Target, results: Mapping[Problem, Choice]) -> Path:
@@ -79,6 +87,7 @@ def store(target: Target, results: Mapping[Problem, Choice]) -> Path:
         ValueError: a target without a name, or a choice that its problem cannot take.
         OSError: the folder or the file cannot be written; the file is as it was.
     """
+    global _revision
     if not target.name:
         raise ValueError("target.name is empty: what is measured is kept under the name of a GPU")
     added = dict(_parse(_record(_key(problem), choice), target) for problem, choice in results.items())
@@ -91,6 +100,7 @@ def store(target: Target, results: Mapping[Problem, Choice]) -> Path:
         content = json.dumps({"environment": environment(target), "results": records}, indent=1) + "\n"
         atomic.write(path, content.encode())
         _known[target] = measured
+        _revision += 1
     return path
 
 

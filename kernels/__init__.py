@@ -8,7 +8,9 @@
 
 In the form "prefill" forward 2 and backward 3 are left to the vendor's GEMM, which accumulates onto the rank-r term that
 gemm.py or, in its pass over x, outer.py has written.  forms.py says which form is taken where; dropout.py (mask), dot.py
-(mixed-precision dots) and config.py (tiles) serve all of them; target.py tells GPUs apart.
+(mixed-precision dots), sums.py (results in parts) and config.py (tiles) serve all of them; target.py tells GPUs apart.
+
+What a step launches follows from the layouts of its operands: plans.py works it out once for them, launch.py runs it.
 """
 
 from contextlib import AbstractContextManager, nullcontext
@@ -18,18 +20,23 @@ from torch import Tensor
 
 from fastlora import choices, torch_backend
 from fastlora.dropout import keep_scale
-from fastlora.kernels.dropout import empty_bits, pack_bits
-from fastlora.kernels.forms import Choice, Problem, bucket
+from fastlora.kernels.dot import matmul_precision
+from fastlora.kernels.dropout import pack_bits
+from fastlora.kernels.forms import Choice
 from fastlora.kernels.gemm import gemm
-from fastlora.kernels.grad_b import MAX_RANK, grad_s_and_b
+from fastlora.kernels.grad_b import grad_s_and_b
+from fastlora.kernels.layout import Layout
 from fastlora.kernels.outer import outer
+from fastlora.kernels.plans import plan_backward, plan_forward
 from fastlora.kernels.project import project
+from fastlora.kernels.sums import sum_partials
 from fastlora.kernels.target import Target, target_of
 
 
 def _on(device: torch.device) -> AbstractContextManager[object]:
     """Triton launches on the current device: make it the tensors' own."""
-    return torch.cuda.device(device) if device.type == "cuda" else nullcontext()
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    return torch.cuda.device(device) if elsewhere else nullcontext()
 
 
 def forward(
@@ -47,15 +54,21 @@ def forward(
 ) -> tuple[Tensor, Tensor]:
     """(y (M, out) in x's dtype, S (M, r) float32) of 2-D x (M, in); the form is chosen from the shape when not given."""
     with _on(x.device):
-        target = target or target_of(x.device)
-        choice = choice or _choose("forward", x, weight, lora_A.shape[0], seed, target)
-        if choice.form == "torch":
+        form, plans = plan_forward(
+            *map(Layout.maybe, (x, weight, lora_A, lora_B, bias)),
+            seed is not None,
+            matmul_precision(x.dtype),
+            choice,
+            choices.revision(),
+            target or target_of(x.device),
+        )
+        if form == "torch":
             return torch_backend.forward(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p)
-        S = project(x, lora_A, target, seed=seed, dropout_p=dropout_p)
-        W_t, B_t = weight.t(), lora_B.t()
-        if choice.form == "fused":
-            return gemm(x, W_t, S, B_t, x.dtype, target, alpha=scaling, bias=bias, config=choice.config), S
-        return gemm(None, None, S, B_t, x.dtype, target, alpha=scaling, bias=bias).addmm_(x, W_t), S
+        S = project(plans["S"], x, lora_A, seed=seed, dropout_p=dropout_p)
+        (S,) = sum_partials(plans["sum S"], S)
+        if form == "fused":
+            return gemm(plans["y"], x, weight, S, lora_B, alpha=scaling, bias=bias), S
+        return gemm(plans["y"], None, None, S, lora_B, alpha=scaling, bias=bias).addmm_(x, weight.t()), S
 
 
 def backward(
@@ -75,44 +88,35 @@ def backward(
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dx, dA, dB), each computed where its operands are given: dx from weight and lora_A, dA from x, dB from S."""
     with _on(dy.device):
-        target = target or target_of(dy.device)
-        fused = False
-        if weight is not None and lora_A is not None:
-            choice = choice or _choose("backward", dy, weight, lora_A.shape[0], seed, target)
-            fused = choice.form == "fused"
-            if choice.form == "torch":
-                return torch_backend.backward(dy, x, weight, lora_A, lora_B, S, seed, scaling, dropout_p, adapter_dtype)
-        dS, dB = _grad_s_and_b(dy, lora_B, None if S is None else S.contiguous(), scaling, adapter_dtype, target)
-        dA = bits = dx = None
+        S = None if S is None else S.contiguous()
+        form, plans = plan_backward(
+            *map(Layout.maybe, (dy, x, weight, lora_A, lora_B, S)),
+            seed is not None,
+            adapter_dtype,
+            matmul_precision(dy.dtype),
+            choice,
+            choices.revision(),
+            target or target_of(dy.device),
+        )
+        if form == "torch":
+            return torch_backend.backward(dy, x, weight, lora_A, lora_B, S, seed, scaling, dropout_p, adapter_dtype)
+        dS = dB = dA = bits = term = None
+        if lora_B is not None and S is not None and "dS dB" in plans:
+            dS, dB = grad_s_and_b(plans["dS dB"], dy, lora_B, S, scaling=scaling)
+        else:
+            dS = None if lora_B is None else project(plans["dS"], dy, lora_B, scaling=scaling)
+            dB = None if S is None else outer(plans["dB"], dy, S, scaling=scaling)[0]
+        (dS,) = sum_partials(plans["sum dS"], dS)
         if x is not None and dS is not None:
-            bits = empty_bits(x.shape, x.device) if fused and seed is not None else None
-            dx = torch.empty(x.shape, dtype=x.dtype, device=x.device) if weight is not None and not fused else None
-            V = None if dx is None else lora_A
-            dA = outer(x, dS, adapter_dtype, target, seed=seed, dropout_p=dropout_p, bits=bits, V=V, C=dx)
-        if weight is None or lora_A is None or dS is None or choice is None:
+            dA, bits, term = outer(plans["dA"], x, dS, lora_A, seed=seed, dropout_p=dropout_p)
+        dA, dB = sum_partials(plans["sum dA dB"], dA, dB)
+        if weight is None or lora_A is None or dS is None:
             return None, dA, dB
-        if x is None and seed is not None:
-            bits = pack_bits(seed, dy.shape[0], weight.shape[1], dropout_p)
+        if seed is not None and "bits" in plans:
+            bits = pack_bits(plans["bits"], seed, dropout_p)
         alpha = keep_scale(dropout_p)
-        if fused:
-            return gemm(dy, weight, dS, lora_A, dy.dtype, target, alpha=alpha, bits=bits, config=choice.config), dA, dB
-        dx = gemm(None, None, dS, lora_A, dy.dtype, target, alpha=alpha, bits=bits) if dx is None else dx
-        return dx.addmm_(dy, weight), dA, dB
-
-
-def _choose(direction: str, rows: Tensor, weight: Tensor, r: int, seed: Tensor | None, target: Target) -> Choice:
-    out_features, in_features = weight.shape
-    return choices.choose(
-        Problem(direction, rows.dtype, bucket(rows.shape[0]), in_features, out_features, r, seed is not None), target
-    )
-
-
-def _grad_s_and_b(
-    dy: Tensor, lora_B: Tensor | None, S: Tensor | None, scaling: float, adapter_dtype: torch.dtype, target: Target
-) -> tuple[Tensor | None, Tensor | None]:
-    """Backward 1: both in one pass over dy up to rank MAX_RANK, each in its own above, and only what is asked for."""
-    if lora_B is not None and S is not None and S.shape[1] <= MAX_RANK:
-        return grad_s_and_b(dy, lora_B, S, adapter_dtype, target, scaling=scaling)
-    dS = None if lora_B is None else project(dy, lora_B.t(), target, scaling=scaling)
-    dB = None if S is None else outer(dy, S, adapter_dtype, target, transposed=True, scaling=scaling)
-    return dS, dB
+        if form == "fused":
+            return gemm(plans["dx"], dy, weight, dS, lora_A, alpha=alpha, bits=bits), dA, dB
+        if term is None:
+            term = gemm(plans["dx"], None, None, dS, lora_A, alpha=alpha, bits=bits)
+        return term.addmm_(dy, weight), dA, dB

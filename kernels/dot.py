@@ -1,17 +1,9 @@
-"""Dots whose second operand may be wider than the first, the rank-r term of a tile, and the reduction of partial sums."""
-
-import functools
-import math
+"""Dots whose second operand may be wider than the first, and the rank-r term of a tile."""
 
 import torch
 import triton
 import triton.language as tl
-from torch import Tensor
 from triton import knobs
-
-from fastlora.kernels import launch
-from fastlora.kernels.config import cdiv
-from fastlora.kernels.layout import Layout
 
 TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
@@ -93,35 +85,6 @@ def rank_term(
         v, inverse_v, scale_v = into_range(v, OPERAND)
         acc = dot(round_to(u, OPERAND), round_to(v, OPERAND), acc * (inverse * inverse_v), PRECISION) * (scale * scale_v)
     return acc
-
-
-@triton.jit(do_not_specialize=["splits"])
-def sum_partials_kernel(partials, out, size, splits, BLOCK: tl.constexpr):
-    """out[i] = Σ_s partials[s, i], in the order of s, whatever the launch: two runs are equal bit for bit."""
-    index = tl.program_id(0).to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
-    total = tl.zeros((BLOCK,), tl.float32)
-    pointers = partials + index
-    for _ in range(splits):
-        total += tl.load(pointers, mask=index < size, other=0.0)
-        pointers += size
-    tl.store(out + index, round_to(total, out.dtype.element_ty), mask=index < size)
-
-
-def sum_partials(partials: Tensor, dtype: torch.dtype) -> Tensor:
-    """(splits, ...) float32 -> (...) in `dtype`."""
-    if partials.shape[0] == 1 and partials.dtype == dtype:
-        return partials[0]
-    plan = _sum_plan(Layout.of(partials), dtype)
-    out = torch.empty(partials.shape[1:], dtype=dtype, device=partials.device)
-    launch.launch(sum_partials_kernel, plan.grid, (partials, out, *plan.sizes), ready=plan.ready, **plan.options)
-    return out
-
-
-@functools.lru_cache(maxsize=4096)
-def _sum_plan(partials: Layout, dtype: torch.dtype) -> launch.Plan:
-    """`dtype`, of the result, is in the key only: a kernel that writes it is another one."""
-    splits, size = partials.shape[0], math.prod(partials.shape[1:])
-    return launch.Plan((cdiv(size, 1024),), (size, splits), {"BLOCK": 1024, "num_warps": 4, "num_stages": 1})
 
 
 def matmul_precision(dtype: torch.dtype) -> str:

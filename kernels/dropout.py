@@ -10,6 +10,7 @@ from torch import Tensor
 from fastlora.dropout import threshold
 from fastlora.kernels import launch
 from fastlora.kernels.config import cdiv
+from fastlora.kernels.launch import Plan, Result
 
 
 def lane_limit(dropout_p: float) -> int:
@@ -56,7 +57,7 @@ def store_bytes(bits, w0, w1, w2, w3, limit, rows, first_col, M, row_bytes, BLOC
     tl.store(pointers, keep_bytes(w0, w1, w2, w3, limit), mask=(rows[:, None] < M) & (columns[None, :] < row_bytes))
 
 
-@triton.jit(do_not_specialize=["M", "limit"])
+@triton.jit(do_not_specialize=["M", "limit"], do_not_specialize_on_alignment=["seed"])
 def pack_bits_kernel(bits, seed, M, row_bytes, limit, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
     """bits (M, row_bytes) uint8: the packed mask."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -65,22 +66,20 @@ def pack_bits_kernel(bits, seed, M, row_bytes, limit, BLOCK_M: tl.constexpr, BLO
     store_bytes(bits, w0, w1, w2, w3, limit, rows, first_col, M, row_bytes, BLOCK_K)
 
 
-def empty_bits(shape: Sequence[int], device: torch.device) -> Tensor:
-    """The buffer for the packed mask of an activation of `shape` (M, K): uint8 (M, ⌈K / 8⌉)."""
-    return torch.empty((shape[0], cdiv(shape[1], 8)), dtype=torch.uint8, device=device)
+def packed_mask(shape: Sequence[int]) -> Result:
+    """The packed mask of an activation of `shape` (M, K): uint8 (M, ⌈K / 8⌉)."""
+    return Result((shape[0], cdiv(shape[1], 8)), torch.uint8)
 
 
-def pack_bits(seed: Tensor, rows: int, cols: int, dropout_p: float) -> Tensor:
+def plan_pack_bits(shape: Sequence[int], block_m: int = 32, block_k: int = 256) -> Plan:
+    """For an activation of `shape`."""
+    bits = packed_mask(shape)
+    options = {"BLOCK_M": block_m, "BLOCK_K": block_k, "num_warps": 4, "num_stages": 1}
+    return Plan(pack_bits_kernel, (cdiv(shape[0], block_m), cdiv(shape[1], block_k)), bits.shape, options, (bits,))
+
+
+def pack_bits(plan: Plan, seed: Tensor, dropout_p: float) -> Tensor:
     """The packed keep mask, for a backward that needs the mask but does not stream x."""
-    bits = empty_bits((rows, cols), seed.device)
-    block_m, block_k = 32, 256
-    launch.launch(
-        pack_bits_kernel,
-        (cdiv(rows, block_m), cdiv(cols, block_k)),
-        (bits, seed, rows, bits.shape[1], lane_limit(dropout_p)),
-        BLOCK_M=block_m,
-        BLOCK_K=block_k,
-        num_warps=4,
-        num_stages=1,
-    )
+    bits = plan.results[0].empty(seed.device)
+    launch.launch(plan, bits, seed, *plan.sizes, lane_limit(dropout_p))
     return bits

@@ -7,7 +7,6 @@ accumulator is ever live; the mask is read from packed bits.  Persistent program
 Without P and Q the same kernel writes bias + mask(alpha · U V) alone: the prefill, onto which another GEMM accumulates P Q.
 """
 
-import functools
 from typing import Any
 
 import torch
@@ -18,7 +17,9 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastlora.kernels import launch
 from fastlora.kernels.config import GemmConfig, cdiv, gemm_config, prefill_config, rank_block
-from fastlora.kernels.dot import TRITON_DTYPES, dot, matmul_precision, rank_term, round_to
+from fastlora.kernels.dot import TRITON_DTYPES, dot, rank_term, round_to
+from fastlora.kernels.dropout import packed_mask
+from fastlora.kernels.launch import Plan, Result
 from fastlora.kernels.layout import Layout, fits_descriptor, needs_int64
 from fastlora.kernels.target import Target
 
@@ -146,22 +147,28 @@ def gemm_kernel(
             tl.store(C + offs_m[:, None] * N + offs_n[None, :], round_to(acc, DTYPE), mask=c_mask)
 
 
-@functools.lru_cache(maxsize=4096)
-def _plan(
+def plan_gemm(
     P: Layout | None,
     Q: Layout | None,
     U: Layout,
     V: Layout,
-    bias: Layout | None,
-    bits: Layout | None,
     dtype: torch.dtype,
     precision: str,
-    config: GemmConfig | None,
     target: Target,
-) -> launch.Plan:
+    *,
+    bias: Layout | None = None,
+    masked: bool = False,
+    config: GemmConfig | None = None,
+) -> Plan:
+    """For P (M, K), Q (K, N), V (r, N) and bias (N,) of any strides and a contiguous U (M, r).
+
+    P, Q and C go through tensor descriptors where all three can, otherwise through pointers.  `config` is chosen from the shape
+    when it is not given, or not valid for these operands: a tile that was measured with descriptors, say.
+    """
     M, N = U.shape[0], V.shape[1]
     C = Layout.new(M, N, dtype=dtype)
-    descriptors = transposed = False
+    described: tuple[Layout, ...] = ()  # what goes through descriptors, as it is stored
+    transposed = False
     strides: tuple[int, ...]
     if P is None or Q is None:
         config, programs = prefill_config(dtype, precision), None
@@ -169,12 +176,11 @@ def _plan(
     else:
         K, strides, programs = P.shape[1], (*P.stride, *Q.stride), target.sms
         transposed = Q.stride[0] == 1 and Q.stride[1] != 1
-        stored_q = Q.t() if transposed else Q
-        descriptors = target.has_descriptors and all(fits_descriptor(matrix) for matrix in (P, stored_q, C))
-        if config is None or not config.is_valid(target, dtype, precision, descriptors):
-            config = gemm_config(M, N, dtype, precision, target, descriptors)
+        stored = P, Q.t() if transposed else Q, C
+        described = stored if target.has_descriptors and all(map(fits_descriptor, stored)) else ()
+        if config is None or not config.is_valid(target, dtype, precision, bool(described)):
+            config = gemm_config(M, N, dtype, precision, target, bool(described))
     tiles = cdiv(M, config.block_m) * cdiv(N, config.block_n)
-    tile_q = [config.block_n, config.block_k] if transposed else [config.block_k, config.block_n]
     options = {
         "R": U.shape[1],
         "BLOCK_M": config.block_m,
@@ -182,12 +188,12 @@ def _plan(
         "BLOCK_K": config.block_k,
         "BLOCK_R": rank_block(U.shape[1], config.block_r),
         "GROUP_M": config.group_m,
-        "STORE_PARTS": config.store_parts if descriptors else 1,
+        "STORE_PARTS": config.store_parts if described else 1,
         "DTYPE": TRITON_DTYPES[dtype],
         "HAS_BIAS": bias is not None,
-        "HAS_MASK": bits is not None,
+        "HAS_MASK": masked,
         "HAS_PRODUCT": P is not None,
-        "DESCRIPTORS": descriptors,
+        "DESCRIPTORS": bool(described),
         "Q_TRANSPOSED": transposed,
         "EVEN_K": K % config.block_k == 0,
         "WIDE": needs_int64(P, Q, C, U, V, bias),
@@ -195,51 +201,44 @@ def _plan(
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
-    small = (*V.stride, 0 if bias is None else bias.stride[0], 0 if bits is None else bits.shape[1])
-    tile_c = [config.block_m, config.block_n // config.store_parts]
-    blocks = ([config.block_m, config.block_k], tile_q, tile_c) if descriptors else ()
-    return launch.Plan((min(tiles, programs or tiles),), (M, N, K, *strides, *small), options, blocks)
+    small = (*V.stride, 0 if bias is None else bias.stride[0], packed_mask((M, N)).shape[1] if masked else 0)
+    block_q = (config.block_n, config.block_k) if transposed else (config.block_k, config.block_n)
+    blocks = (config.block_m, config.block_k), block_q, (config.block_m, config.block_n // config.store_parts)
+    return Plan(
+        gemm_kernel,
+        (min(tiles, programs or tiles),),
+        (M, N, K, *strides, *small),
+        options,
+        (Result((M, N), dtype),),
+        tuple((list(m.shape), list(m.stride), list(block)) for m, block in zip(described, blocks, strict=False)),
+    )
+
+
+class _Described(TensorDescriptor):
+    """A descriptor of which the plan has proved what `TensorDescriptor` would ask at every launch, a third of its cost."""
+
+    def __post_init__(self) -> None:
+        """See `fits_descriptor`."""
 
 
 def gemm(
+    plan: Plan,
     P: Tensor | None,
     Q: Tensor | None,
     U: Tensor,
     V: Tensor,
-    dtype: torch.dtype,
-    target: Target,
     *,
     alpha: float,
     bias: Tensor | None = None,
     bits: Tensor | None = None,
-    config: GemmConfig | None = None,
 ) -> Tensor:
-    """P Q + bias + mask(alpha · U V), (M, N) in `dtype`, that of P and Q; without them, the rest alone.
+    """P Q + bias + mask(alpha · U V), U in float32; without P and Q the rest alone.
 
-    P (M, K), Q (K, N) and V (r, N) of any strides, U (M, r) float32.  P, Q and C go through tensor descriptors where all three
-    can, otherwise through pointers.  `config` is chosen from the shape when it is not given, or not valid for these operands:
-    a tile that was measured with descriptors, say.
+    Of Q and V only the data is read: the plan has their layouts, so that Wᵀ and Bᵀ may be given as W and B.
     """
-    C = torch.empty((U.shape[0], V.shape[1]), dtype=dtype, device=U.device)
-    plan = _plan(
-        Layout.maybe(P),
-        Layout.maybe(Q),
-        Layout.of(U),
-        Layout.of(V),
-        Layout.maybe(bias),
-        Layout.maybe(bits),
-        dtype,
-        matmul_precision(dtype),
-        config,
-        target,
-    )
+    C = plan.results[0].empty(U.device)
     operands: tuple[Any, ...] = (P, Q, C)
-    if plan.blocks and P is not None and Q is not None:
-        matrices = (P, Q.t() if plan.options["Q_TRANSPOSED"] else Q, C)
-        operands = tuple(map(_descriptor, matrices, plan.blocks))
-    launch.launch(gemm_kernel, plan.grid, (*operands, bias, U, V, bits, *plan.sizes, alpha), ready=plan.ready, **plan.options)
+    if plan.descriptors:
+        operands = tuple(_Described(matrix, *facts) for matrix, facts in zip(operands, plan.descriptors, strict=True))
+    launch.launch(plan, *operands, bias, U, V, bits, *plan.sizes, alpha)
     return C
-
-
-def _descriptor(matrix: Tensor, block: list[int]) -> TensorDescriptor:
-    return TensorDescriptor(matrix, list(matrix.shape), list(matrix.stride()), block)

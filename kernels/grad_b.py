@@ -1,7 +1,5 @@
 """dS = scaling · dy B and dB = scaling · dyᵀ S together: one pass over dy, reduced along both its axes."""
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -9,7 +7,8 @@ from torch import Tensor
 
 from fastlora.kernels import launch
 from fastlora.kernels.config import cdiv, split_steps, super_tile_config
-from fastlora.kernels.dot import dot_wide, matmul_precision, round_to, sum_partials
+from fastlora.kernels.dot import dot_wide, round_to
+from fastlora.kernels.launch import Plan, Result
 from fastlora.kernels.layout import Layout, needs_int64
 from fastlora.kernels.target import Target
 
@@ -67,8 +66,8 @@ def grad_b_kernel(
     tl.store(dB + offs_n[:, None] * R + ranks[None, :], round_to(acc * scale, dB.dtype.element_ty), mask=nr_mask)
 
 
-@functools.lru_cache(maxsize=4096)
-def _plan(dy: Layout, B: Layout, S: Layout, dtype: torch.dtype, precision: str, target: Target) -> launch.Plan:
+def plan_grad_s_and_b(dy: Layout, B: Layout, S: Layout, dtype: torch.dtype, precision: str, target: Target) -> Plan:
+    """For dy (M, N), B (N, r) and a contiguous S (M, r), r at most MAX_RANK; both results may come in parts."""
     (M, N), r = dy.shape, B.shape[1]
     config = super_tile_config((M, N), r, dy.dtype, target)
     col_blocks = max(1, cdiv(N, config.block_k))  # of no columns, one program still writes dS = 0
@@ -86,16 +85,12 @@ def _plan(dy: Layout, B: Layout, S: Layout, dtype: torch.dtype, precision: str, 
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
-    return launch.Plan((col_blocks, parts), (M, N, steps, *dy.stride, *B.stride), options)
+    results = Result((M, r), torch.float32, col_blocks), Result((N, r), dtype, parts)
+    return Plan(grad_b_kernel, (col_blocks, parts), (M, N, steps, *dy.stride, *B.stride), options, results)
 
 
-def grad_s_and_b(
-    dy: Tensor, B: Tensor, S: Tensor, dtype: torch.dtype, target: Target, *, scaling: float
-) -> tuple[Tensor, Tensor]:
-    """(dS float32 (M, r), dB (N, r) in `dtype`) from dy (M, N), B (N, r), S float32 (M, r); r at most MAX_RANK."""
-    plan = _plan(Layout.of(dy), Layout.of(B), Layout.of(S), dtype, matmul_precision(dy.dtype), target)
-    col_blocks, parts = plan.grid
-    dS = torch.empty((col_blocks, *S.shape), dtype=torch.float32, device=dy.device)
-    dB = torch.empty((parts, *B.shape), dtype=dtype if parts == 1 else torch.float32, device=dy.device)
-    launch.launch(grad_b_kernel, plan.grid, (dy, B, S, dS, dB, *plan.sizes, scaling), ready=plan.ready, **plan.options)
-    return sum_partials(dS, torch.float32), sum_partials(dB, dtype)
+def grad_s_and_b(plan: Plan, dy: Tensor, B: Tensor, S: Tensor, *, scaling: float) -> tuple[Tensor, Tensor]:
+    """(dS float32 (M, r), dB (N, r) in the plan's dtype)."""
+    dS, dB = (result.empty(dy.device) for result in plan.results)
+    launch.launch(plan, dy, B, S, dS, dB, *plan.sizes, scaling)
+    return dS, dB

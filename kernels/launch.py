@@ -1,52 +1,61 @@
 """The one place where a kernel is launched, so that a test or a report can watch every launch, and what is planned of one."""
 
+from collections.abc import Callable
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Any, NamedTuple
 
 import torch
+from torch import Tensor
 from triton.compiler import CompiledKernel
 from triton.runtime.jit import KernelInterface
 
-Ready = dict[int, tuple[CompiledKernel, tuple[Any, ...]]]
+
+class Result(NamedTuple):
+    """A tensor that a launch computes; with parts > 1 as so many partial sums of it in float32, which sums.py adds up."""
+
+    shape: tuple[int, ...]
+    dtype: torch.dtype
+    parts: int = 1
+
+    def empty(self, device: torch.device) -> Tensor:
+        """Memory for the kernel to write: the tensor's, or (parts, *shape)."""
+        if self.parts == 1:
+            return torch.empty(self.shape, dtype=self.dtype, device=device)
+        return torch.empty((self.parts, *self.shape), dtype=torch.float32, device=device)
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, eq=False)
 class Plan:
-    """What of a launch depends on its operands' layouts alone; each launcher works it out once for a layout and keeps it.
+    """What of a launch depends on its operands' layouts alone: worked out once for a layout, and kept.
 
-    sizes: the kernel's integer arguments in its order.  options: its constexprs, num_warps and num_stages.  blocks: of the
-    tensor descriptors, where there are any.  ready: by device, the kernel compiled for it and its constexprs in order.
+    sizes: the kernel's integer arguments in its order.  options: its constexprs, num_warps and num_stages.  results: what it
+    computes.  descriptors: (shape, strides, block) of those that the first arguments are handed in, where they are.  ready: by
+    device, the kernel compiled for it and its constexprs in order.
     """
 
+    kernel: KernelInterface
     grid: tuple[int, ...]
     sizes: tuple[int, ...]
     options: dict[str, Any]
-    blocks: tuple[list[int], ...] = ()
-    ready: Ready = field(default_factory=dict, compare=False)
+    results: tuple[Result, ...] = ()
+    descriptors: tuple[tuple[list[int], list[int], list[int]], ...] = ()
+    ready: dict[int, tuple[Callable[..., None], tuple[Any, ...]]] = field(default_factory=dict)
 
 
-def launch(
-    kernel: KernelInterface,
-    grid: tuple[int, ...],
-    args: tuple[Any, ...],
-    *,
-    num_warps: int,
-    num_stages: int,
-    ready: Ready | None = None,
-    **constexprs: Any,
-) -> None:
-    """Run `kernel` over `grid` with run-time `args` in its own order; an empty grid launches nothing.
+def launch(plan: Plan, *args: Any) -> None:
+    """Run the plan's kernel with run-time `args` in its own order; an empty grid launches nothing.
 
-    With `ready`, which must belong to a plan that fixes the integers and the alignments in `args`, Triton finds the compiled
-    kernel once: afterwards it is launched as it is, for a quarter of the host's time (benches/NOTES.md).
+    The plan fixes the integers and alignments that a kernel is compiled for, so Triton finds the compiled one once; afterwards
+    it is launched as it is, for a quarter of the host's time (benches/NOTES.md).
     """
-    if 0 in grid:
+    if 0 in plan.grid:
         return
-    if ready and (known := ready.get(torch.cuda.current_device())):
-        compiled, values = known
-        compiled[(*grid, 1, 1)[:3]](*args, *values)
+    if plan.ready and (known := plan.ready.get(torch.cuda.current_device())):
+        run, values = known
+        run(*args, *values)
         return
     # Fused multiply-adds are the default up to Triton 3.9, which announces that 3.10 flips it.
-    result = kernel[grid](*args, num_warps=num_warps, num_stages=num_stages, enable_fp_fusion=True, **constexprs)
-    if ready is not None and isinstance(result, CompiledKernel):
-        ready[torch.cuda.current_device()] = result, tuple(constexprs[name] for name in kernel.arg_names[len(args) :])
+    result = plan.kernel[plan.grid](*args, enable_fp_fusion=True, **plan.options)
+    if isinstance(result, CompiledKernel):
+        values = tuple(plan.options[name] for name in plan.kernel.arg_names[len(args) :])
+        plan.ready[torch.cuda.current_device()] = result[(*plan.grid, 1, 1)[:3]], values

@@ -4,7 +4,6 @@ While the mask of dA is at hand, the same pass packs it to bits for the GEMM of 
 dy W, writes the masked term dx = c · mask(dS A) itself.
 """
 
-import functools
 from dataclasses import replace
 
 import torch
@@ -15,15 +14,16 @@ from torch import Tensor
 from fastlora.dropout import keep_scale
 from fastlora.kernels import launch
 from fastlora.kernels.config import cdiv, rank_block, split_steps, stream_config
-from fastlora.kernels.dot import TRITON_DTYPES, dot_wide, matmul_precision, rank_term, round_to, sum_partials
-from fastlora.kernels.dropout import keep_tile, keep_words, lane_limit, store_bytes
+from fastlora.kernels.dot import TRITON_DTYPES, dot_wide, rank_term, round_to
+from fastlora.kernels.dropout import keep_tile, keep_words, lane_limit, packed_mask, store_bytes
+from fastlora.kernels.launch import Plan, Result
 from fastlora.kernels.layout import Layout, fits_descriptor, needs_int64
 from fastlora.kernels.target import Target
 
 TERM_RANKS = 32  # a step of the prefilled term: its tile of V stays in registers
 
 
-@triton.jit(do_not_specialize=["M", "steps", "row_bytes", "limit"])
+@triton.jit(do_not_specialize=["M", "steps", "row_bytes", "limit"], do_not_specialize_on_alignment=["seed"])
 def outer_kernel(
     x,
     U,
@@ -102,18 +102,23 @@ def outer_kernel(
     )
 
 
-@functools.lru_cache(maxsize=4096)
-def _plan(
+def plan_outer(
     x: Layout,
     U: Layout,
-    V: Layout | None,
     dtype: torch.dtype,
-    transposed: bool,
-    seed: Layout | None,
-    pack: bool,
     precision: str,
     target: Target,
-) -> launch.Plan:
+    *,
+    transposed: bool = False,
+    dropout: bool = False,
+    pack: bool = False,
+    V: Layout | None = None,
+) -> Plan:
+    """For x (M, K) and a contiguous U (M, r): the result, (r, K) or with `transposed` (K, r) in `dtype`, may come in parts.
+
+    Another result is the packed mask, with `pack`, which goes with `dropout`; or drop(U V), with V (r, K), for a GEMM to
+    accumulate onto.
+    """
     (M, K), r = x.shape, U.shape[1]
     aligned = fits_descriptor(x)
     config = stream_config((M, K), r, x.dtype, U.dtype, target, aligned)
@@ -124,8 +129,8 @@ def _plan(
     parts, steps = split_steps(
         cdiv(M, config.block_m), col_blocks * rank_blocks, target, config.block_r * 4 / (config.block_m * x.dtype.itemsize)
     )
-    row_bytes = cdiv(K, 8) if pack else 0
     out_strides = (1, r) if transposed else (K, 1)
+    bits = packed_mask((M, K))
     options = {
         "R": r,
         "BLOCK_M": config.block_m,
@@ -133,7 +138,7 @@ def _plan(
         "BLOCK_R": config.block_r,
         "TERM_R": rank_block(r, TERM_RANKS),
         "DTYPE": TRITON_DTYPES[x.dtype],
-        "HAS_DROPOUT": seed is not None,
+        "HAS_DROPOUT": dropout,
         "PACK": pack,
         "PREFILL": V is not None,
         "SPLIT": dtype == torch.float32,
@@ -142,45 +147,32 @@ def _plan(
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
-    sizes = (M, K, steps, row_bytes, *x.stride, *out_strides, *((0, 0) if V is None else V.stride))
-    return launch.Plan((col_blocks, parts, rank_blocks), sizes, options)
+    sizes = (M, K, steps, bits.shape[1] if pack else 0, *x.stride, *out_strides, *((0, 0) if V is None else V.stride))
+    out = Result((K, r) if transposed else (r, K), dtype, parts)
+    besides = (bits,) if pack else () if V is None else (Result((M, K), x.dtype),)
+    return Plan(outer_kernel, (col_blocks, parts, rank_blocks), sizes, options, (out, *besides))
 
 
 def outer(
+    plan: Plan,
     x: Tensor,
     U: Tensor,
-    dtype: torch.dtype,
-    target: Target,
+    V: Tensor | None = None,
     *,
-    transposed: bool = False,
     scaling: float = 1.0,
     seed: Tensor | None = None,
     dropout_p: float = 0.0,
-    bits: Tensor | None = None,
-    V: Tensor | None = None,
-    C: Tensor | None = None,
-) -> Tensor:
-    """scaling · Uᵀ drop(x), (r, K), or with `transposed` (K, r), in `dtype`, from x (M, K) and U (M, r) float32.
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(scaling · Uᵀ drop(x), the packed mask, drop(U V)), the last two where the plan has them, from U in float32.
 
-    A float32 result keeps float32 quality: U is split in two; for a 16-bit one U is rounded to x's dtype.  `bits`, where given
-    beside a seed, is filled with the packed mask; C (M, K), given together with V (r, K), with drop(U V), for a GEMM to
-    accumulate onto.
+    A float32 result keeps float32 quality: U is split in two; for a 16-bit one U is rounded to x's dtype.  Of V, which a plan
+    without that term ignores, only the data is read: its layout is the plan's.
     """
-    plan = _plan(
-        Layout.of(x),
-        Layout.of(U),
-        Layout.maybe(V),
-        dtype,
-        transposed,
-        Layout.maybe(seed),
-        bits is not None,
-        matmul_precision(x.dtype),
-        target,
-    )
-    parts, shape = plan.grid[1], (x.shape[1], U.shape[1]) if transposed else (U.shape[1], x.shape[1])
-    partials = torch.empty((parts, *shape), dtype=dtype if parts == 1 else torch.float32, device=x.device)
+    out, *besides = (result.empty(x.device) for result in plan.results)
+    bits = besides[0] if plan.options["PACK"] else None
+    C = besides[0] if plan.options["PREFILL"] else None
     scale = keep_scale(dropout_p)
     limit = 0 if seed is None else lane_limit(dropout_p)
-    args = (x, U, partials, bits, V, C, seed, *plan.sizes, scaling * scale, scale, limit)
-    launch.launch(outer_kernel, plan.grid, args, ready=plan.ready, **plan.options)
-    return sum_partials(partials, dtype)
+    V = None if C is None else V
+    launch.launch(plan, x, U, out, bits, V, C, seed, *plan.sizes, scaling * scale, scale, limit)
+    return out, bits, C

@@ -1,7 +1,5 @@
 """S = drop(x) Aᵀ and dS = scaling · dy B: one pass over a tall matrix, reduced along its columns."""
 
-import functools
-
 import torch
 import triton
 import triton.language as tl
@@ -10,13 +8,14 @@ from torch import Tensor
 from fastlora.dropout import keep_scale
 from fastlora.kernels import launch
 from fastlora.kernels.config import cdiv, split_steps, stream_config
-from fastlora.kernels.dot import dot_wide, matmul_precision, sum_partials
+from fastlora.kernels.dot import dot_wide
 from fastlora.kernels.dropout import keep_tile, keep_words, lane_limit
+from fastlora.kernels.launch import Plan, Result
 from fastlora.kernels.layout import Layout, fits_descriptor, needs_int64
 from fastlora.kernels.target import Target
 
 
-@triton.jit(do_not_specialize=["M", "steps", "limit"])
+@triton.jit(do_not_specialize=["M", "steps", "limit"], do_not_specialize_on_alignment=["seed"])
 def project_kernel(
     x,
     A,
@@ -64,8 +63,8 @@ def project_kernel(
     tl.store(out + out_rows[:, None] + ranks[None, :], acc * scale, mask=out_mask)
 
 
-@functools.lru_cache(maxsize=4096)
-def _plan(x: Layout, A: Layout, seed: Layout | None, precision: str, target: Target) -> launch.Plan:
+def plan_project(x: Layout, A: Layout, dropout: bool, precision: str, target: Target) -> Plan:
+    """For x (M, K) and A (r, K) of any strides; its result may come in parts."""
     (M, K), r = x.shape, A.shape[0]
     config = stream_config((M, K), r, x.dtype, A.dtype, target, fits_descriptor(x))
     row_blocks, rank_blocks = cdiv(M, config.block_m), cdiv(r, config.block_r)
@@ -77,28 +76,21 @@ def _plan(x: Layout, A: Layout, seed: Layout | None, precision: str, target: Tar
         "BLOCK_M": config.block_m,
         "BLOCK_K": config.block_k,
         "BLOCK_R": config.block_r,
-        "HAS_DROPOUT": seed is not None,
+        "HAS_DROPOUT": dropout,
         "WIDE": needs_int64(x, A),
         "PRECISION": precision,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
-    return launch.Plan((row_blocks, parts, rank_blocks), (M, K, steps, *x.stride, *A.stride), options)
+    grid, sizes = (row_blocks, parts, rank_blocks), (M, K, steps, *x.stride, *A.stride)
+    return Plan(project_kernel, grid, sizes, options, (Result((M, r), torch.float32, parts),))
 
 
 def project(
-    x: Tensor,
-    A: Tensor,
-    target: Target,
-    *,
-    scaling: float = 1.0,
-    seed: Tensor | None = None,
-    dropout_p: float = 0.0,
+    plan: Plan, x: Tensor, A: Tensor, *, scaling: float = 1.0, seed: Tensor | None = None, dropout_p: float = 0.0
 ) -> Tensor:
-    """scaling · drop(x) Aᵀ, float32 (M, r), from x (M, K) and A (r, K) of any strides; without a seed there is no dropout."""
-    plan = _plan(Layout.of(x), Layout.of(A), Layout.maybe(seed), matmul_precision(x.dtype), target)
-    partials = torch.empty((plan.grid[1], x.shape[0], A.shape[0]), dtype=torch.float32, device=x.device)
+    """scaling · drop(x) Aᵀ, float32; without a seed there is no dropout.  Of A only the data is read, as the plan says."""
+    out = plan.results[0].empty(x.device)
     limit = 0 if seed is None else lane_limit(dropout_p)
-    args = (x, A, partials, seed, *plan.sizes, scaling * keep_scale(dropout_p), limit)
-    launch.launch(project_kernel, plan.grid, args, ready=plan.ready, **plan.options)
-    return sum_partials(partials, torch.float32)
+    launch.launch(plan, x, A, out, seed, *plan.sizes, scaling * keep_scale(dropout_p), limit)
+    return out

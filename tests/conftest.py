@@ -76,14 +76,16 @@ def cache_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pat
 
 
 @pytest.fixture
-def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Path:
+def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A cache folder that is not there yet, and a process that has not looked at it."""
     from fastlora import choices
 
     monkeypatch.setenv("FASTLORA_CACHE_DIR", str(tmp_path / "cache"))
     for table in ("_known", "_tried", "_warned"):
         monkeypatch.setattr(choices, table, type(getattr(choices, table))())
-    return tmp_path / "cache"
+    choices._revision += 1
+    yield tmp_path / "cache"
+    choices._revision += 1  # never back to a number under which something else was planned
 
 
 @pytest.fixture

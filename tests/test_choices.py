@@ -179,9 +179,9 @@ def launches(monkeypatch: pytest.MonkeyPatch) -> list[tuple[Any, dict[str, Any]]
     seen: list[tuple[Any, dict[str, Any]]] = []
     run = launch.launch
 
-    def spy(kernel: Any, grid: Any, args: Any, **options: Any) -> None:
-        seen.append((kernel, options))
-        run(kernel, grid, args, **options)
+    def spy(plan: launch.Plan, *args: Any) -> None:
+        seen.append((plan.kernel, plan.options))
+        run(plan, *args)
 
     monkeypatch.setattr(launch, "launch", spy)
     return seen

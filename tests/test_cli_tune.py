@@ -111,9 +111,9 @@ def test_the_help(capsys: pytest.CaptureFixture[str]) -> None:
 def test_a_wrong_result(gpu: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     right = launch.launch
 
-    def wrong(kernel: Any, grid: Any, args: Any, **options: Any) -> None:
-        right(kernel, grid, args, **options)
-        if kernel is gemm_kernel and options["HAS_PRODUCT"]:
+    def wrong(plan: launch.Plan, *args: Any) -> None:
+        right(plan, *args)
+        if plan.kernel is gemm_kernel and plan.options["HAS_PRODUCT"]:
             args[2].base.fill_(torch.nan)
 
     monkeypatch.setattr(launch, "launch", wrong)

@@ -5,17 +5,12 @@ import math
 import numpy as np
 import pytest
 import torch
-import triton
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from planned import run_outer, run_pack_bits, run_project
 
 from fastlora import dropout_mask
 from fastlora.dropout import draw_seed, keep_rows, keep_scale, philox, threshold
-from fastlora.kernels import launch
-from fastlora.kernels.dropout import empty_bits, lane_limit, pack_bits, pack_bits_kernel
-from fastlora.kernels.outer import outer
-from fastlora.kernels.project import project
-from fastlora.kernels.target import INTERPRETER
 
 RATES = (1e-5, 0.05, 0.1, 0.5, 0.75, 1 - 1e-5, 1.0)
 
@@ -60,20 +55,16 @@ def test_mask_known_answer():
 def test_packed_bits_are_the_mask(p, rows, cols):
     seed = torch.tensor([-(2**63) + 12345])
     expected = dropout_mask(seed, rows, cols, p)
-    assert torch.equal(unpack(pack_bits(seed, rows, cols, p), cols), expected)
+    assert torch.equal(unpack(run_pack_bits(seed, rows, cols, p), cols), expected)
     x, U = torch.randn(rows, cols), torch.randn(rows, 3)
-    bits = empty_bits(x.shape, x.device)
-    outer(x, U, torch.float32, INTERPRETER, seed=seed, dropout_p=p, bits=bits)
+    _, bits = run_outer(x, U, torch.float32, pack=True, seed=seed, dropout_p=p)
     assert torch.equal(unpack(bits, cols), expected)
 
 
 @pytest.mark.parametrize(("block_m", "block_k"), [(1, 8), (16, 16), (16, 64), (128, 32)])
 def test_tile_shape_does_not_matter(block_m, block_k):
     seed, rows, cols, p = torch.tensor([99]), 50, 77, 0.3
-    bits = torch.empty((rows, triton.cdiv(cols, 8)), dtype=torch.uint8)
-    grid = (triton.cdiv(rows, block_m), triton.cdiv(cols, block_k))
-    arguments = (bits, seed, rows, bits.shape[1], lane_limit(p))
-    launch.launch(pack_bits_kernel, grid, arguments, BLOCK_M=block_m, BLOCK_K=block_k, num_warps=4, num_stages=1)
+    bits = run_pack_bits(seed, rows, cols, p, block_m=block_m, block_k=block_k)
     assert torch.equal(unpack(bits, cols), dropout_mask(seed, rows, cols, p))
 
 
@@ -82,7 +73,7 @@ def test_kernel_drops_the_elements_of_the_mask(p):
     """With A = 1 the projection counts what is kept of each one-hot row, so that every element is looked at on its own."""
     cols, seed = 40, torch.tensor([7])
     x = torch.eye(cols).repeat(3, 1)
-    S = project(x, torch.ones(1, cols), INTERPRETER, seed=seed, dropout_p=p)
+    S = run_project(x, torch.ones(1, cols), seed=seed, dropout_p=p)
     kept = dropout_mask(seed, 3 * cols, cols, p)[torch.arange(3 * cols), torch.arange(3 * cols) % cols]
     assert torch.equal(S.squeeze(1), kept * torch.tensor(keep_scale(p), dtype=torch.float32))
 

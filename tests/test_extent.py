@@ -4,16 +4,16 @@ import math
 
 import pytest
 import torch
+from planned import run_gemm, run_grad_s_and_b, run_outer, run_project
 
 from fastlora import kernels, oracle
 from fastlora.kernels import launch
 from fastlora.kernels.config import MIN_STEPS, GemmConfig, gemm_candidates, gemm_config, rank_block, split_steps
 from fastlora.kernels.forms import Choice
-from fastlora.kernels.gemm import gemm
-from fastlora.kernels.grad_b import grad_b_kernel, grad_s_and_b
+from fastlora.kernels.grad_b import grad_b_kernel
 from fastlora.kernels.layout import Layout, fits_descriptor, needs_int64
-from fastlora.kernels.outer import outer, outer_kernel
-from fastlora.kernels.project import project, project_kernel
+from fastlora.kernels.outer import outer_kernel
+from fastlora.kernels.project import project_kernel
 from fastlora.kernels.target import INTERPRETER, Target
 
 TARGETS = {
@@ -76,19 +76,19 @@ def test_offsets_beyond_32_bits():
     A, W = far_apart(4, 32, (1 << 30) + 8), far_apart(24, 32, (1 << 27) + 8)
     U, B = torch.randn(3, 4), torch.randn(24, 4).half()
     exact = x.double()
-    S = project(x, A, INTERPRETER)
+    S = run_project(x, A)
     assert oracle.relative_error(S, exact @ A.double().t()) <= oracle.FLOOR[torch.float32, torch.float32]
-    dA = outer(x, U, torch.float32, INTERPRETER)
+    dA, _ = run_outer(x, U, torch.float32)
     assert oracle.relative_error(dA, U.double().t() @ exact) <= oracle.FLOOR[torch.float16, torch.float32]
     for target in (INTERPRETER, TARGETS["sm_80"]):
-        y = gemm(x, W.t(), U, B.t(), x.dtype, target, alpha=0.5)
+        y = run_gemm(x, W.t(), U, B.t(), target, alpha=0.5)
         expected = exact @ W.double().t() + 0.5 * U.double() @ B.double().t()
         assert oracle.relative_error(y, expected) <= 2 * oracle.FLOOR[torch.float16, torch.float16]
     wide_B = far_apart(24, 4, (1 << 27) + 8)
-    dS, dB = grad_s_and_b(x[:, :24], wide_B, U, torch.float32, INTERPRETER, scaling=1.0)
+    dS, dB = run_grad_s_and_b(x[:, :24], wide_B, U, torch.float32)
     assert oracle.relative_error(dS, exact[:, :24] @ wide_B.double()) <= oracle.FLOOR[torch.float32, torch.float32]
     assert oracle.relative_error(dB, exact[:, :24].t() @ U.double()) <= oracle.FLOOR[torch.float16, torch.float32]
-    dx = gemm(x[:, :24], W, U, A, x.dtype, INTERPRETER, alpha=1.0)
+    dx = run_gemm(x[:, :24], W, U, A)
     expected = exact[:, :24] @ W.double() + U.double() @ A.double()
     assert oracle.relative_error(dx, expected) <= 2 * oracle.FLOOR[torch.float16, torch.float16]
 
@@ -142,7 +142,7 @@ def test_splits_cover_every_step_once(steps, programs, partial):
 def test_streaming_kernels_fill_the_chip(rows, in_features, out_features, rank, dtype, monkeypatch):
     """From 2 MiB of x or dy on, every kernel that streams them runs on at least four of five multiprocessors."""
     programs = {}
-    monkeypatch.setattr(launch, "launch", lambda kernel, grid, args, **options: programs.update({kernel: math.prod(grid)}))
+    monkeypatch.setattr(launch, "launch", lambda plan, *args: programs.update({plan.kernel: math.prod(plan.grid)}))
 
     def meta(*shape, dtype=dtype):
         return torch.empty(shape, dtype=dtype, device="meta")

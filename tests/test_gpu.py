@@ -6,10 +6,9 @@ from typing import TypeVar
 
 import pytest
 import torch
+from planned import run_outer, run_pack_bits
 
 from fastlora import FusedLoraLinear, dropout_mask, lora_linear, oracle
-from fastlora.kernels.dropout import empty_bits, pack_bits
-from fastlora.kernels.outer import outer
 from fastlora.kernels.target import target_of
 from fastlora.oracle import Case
 
@@ -71,10 +70,9 @@ def test_kernels_draw_the_bits_of_the_mask():
     seed = torch.tensor([2**40 + 5], device="cuda")
     expected = dropout_mask(seed, 500, 333, 0.3)
     x, U = torch.randn(500, 333, device="cuda"), torch.randn(500, 4, device="cuda")
-    from_dA = empty_bits(x.shape, x.device)
-    outer(x, U, torch.float32, target_of(x.device), seed=seed, dropout_p=0.3, bits=from_dA)
+    _, from_dA = run_outer(x, U, torch.float32, target_of(x.device), pack=True, seed=seed, dropout_p=0.3)
     shifts = torch.arange(8, device="cuda")
-    for bits in (pack_bits(seed, 500, 333, 0.3), from_dA):
+    for bits in (run_pack_bits(seed, 500, 333, 0.3), from_dA):
         unpacked = (bits.unsqueeze(2) >> shifts & 1).bool().flatten(1)[:, :333]
         assert torch.equal(unpacked, expected)
 

@@ -7,11 +7,11 @@ import pytest
 import torch
 from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
+from planned import run_gemm
 
 from fastlora import lora_linear, oracle
 from fastlora.kernels import launch, target
 from fastlora.kernels.config import GemmConfig
-from fastlora.kernels.gemm import gemm
 from fastlora.oracle import Case
 
 BACKENDS = ("fused", "prefill", "torch")
@@ -112,9 +112,9 @@ def test_pointer_and_descriptor_paths(monkeypatch, capability, dtype):
     paths = []
     run = launch.launch
 
-    def watch(kernel, grid, args, **options):
-        paths.append(options.get("DESCRIPTORS"))
-        run(kernel, grid, args, **options)
+    def watch(plan, *args):
+        paths.append(plan.options.get("DESCRIPTORS"))
+        run(plan, *args)
 
     monkeypatch.setattr(launch, "launch", watch)
     monkeypatch.setattr(target, "INTERPRETER", replace(target.INTERPRETER, capability=capability))
@@ -149,7 +149,7 @@ def test_fan_in_fan_out_weight(transposed):
     P, Q = torch.randn(40, 64), torch.randn(64, 48)
     U, V = torch.randn(40, 4), torch.randn(4, 48)
     stored = Q.t().contiguous().t() if transposed else Q
-    result = gemm(P, stored, U, V, P.dtype, target.INTERPRETER, alpha=0.5)
+    result = run_gemm(P, stored, U, V, alpha=0.5)
     expected = P.double() @ Q.double() + 0.5 * U.double() @ V.double()
     assert oracle.relative_error(result, expected) <= oracle.FLOOR[torch.float32, torch.float32]
 
@@ -158,13 +158,10 @@ def test_fan_in_fan_out_weight(transposed):
 def test_a_tile_stored_in_parts(parts, monkeypatch):
     """The parts of a tile land where the whole one does, at a ragged edge too."""
     seen, run = [], launch.launch
-    monkeypatch.setattr(launch, "launch", lambda *args, **options: seen.append(options["STORE_PARTS"]) or run(*args, **options))
+    monkeypatch.setattr(launch, "launch", lambda plan, *args: seen.append(plan.options["STORE_PARTS"]) or run(plan, *args))
     P, Q, U, V = torch.randn(70, 64), torch.randn(64, 136), torch.randn(70, 4), torch.randn(4, 136)
     whole = GemmConfig(64, 64, 16, 16, 4, 3)
-    results = [
-        gemm(P, Q, U, V, P.dtype, target.INTERPRETER, alpha=0.5, config=config)
-        for config in (whole, replace(whole, store_parts=parts))
-    ]
+    results = [run_gemm(P, Q, U, V, alpha=0.5, config=config) for config in (whole, replace(whole, store_parts=parts))]
     assert seen == [1, parts]
     assert torch.equal(*results)
 

@@ -46,7 +46,7 @@ WRITTEN = {
     "grad_b": {"dS", "dB"},
     "outer": {"out", "bits", "C"},
     "pack_bits": {"bits"},
-    "sum_partials": {"out"},
+    "sum_partials": {"out", "other_out"},
     "addmm_": {"self"},
 }
 
@@ -73,13 +73,15 @@ def sizes(case: Case) -> tuple[int, int]:
     return (4 if case.dtype == "float32" else 2), (4 if case.dtype.endswith("float32") else 2)
 
 
-def check_sum(sums: list[Launch], parts: int, elements: int, itemsize: int) -> None:
-    """Partial sums are added by one launch that reads each once, where there is more than one."""
-    assert names(sums) == ["sum_partials"] * (parts > 1)
-    for launch in sums:
-        assert launch["partials"].bytes_loaded == parts * elements * 4
-        assert (launch["partials"].loads == 1).all()
-        assert launch["out"].bytes_stored == elements * itemsize
+def check_sums(sums: list[Launch], *results: tuple[int, int, int]) -> None:
+    """Results of so many parts, elements and bytes an element: the partial sums of those in several are added by one launch."""
+    split = [result for result in results if result[0] > 1]
+    assert names(sums) == ["sum_partials"] * bool(split)
+    for (parts, elements, itemsize), prefix in zip(split, ("", "other_"), strict=False):
+        partials, out = sums[0][prefix + "partials"], sums[0][prefix + "out"]
+        assert partials.bytes_loaded == parts * elements * 4
+        assert (partials.loads == 1).all()
+        assert out.bytes_stored == elements * itemsize
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -113,7 +115,7 @@ def test_S_reads_x_once(case):
     assert first["out"].bytes_stored == parts * case.M * case.r * 4
     if case.dropout_p:
         assert first["seed"].bytes_loaded == 8 * row_blocks * parts * rank_blocks
-    check_sum(sums, parts, case.M * case.r, 4)
+    check_sums(sums, (parts, case.M * case.r, 4))
 
 
 @pytest.mark.parametrize("case", CASES)
@@ -128,8 +130,7 @@ def test_one_pass_over_dy(case):
             assert (launch["x"].loads == launch.grid[2]).all()
             assert launch["x"].bytes_loaded == M * N * e * launch.grid[2]
         assert launches[second]["U"].bytes_loaded == M * r * 4 * launches[second].grid[0]
-        check_sum(launches[1:second], launches[0].grid[1], M * r, 4)
-        check_sum(launches[second + 1 :], launches[second].grid[1], N * r, a)
+        check_sums(launches[second + 1 :], (launches[0].grid[1], M * r, 4))
         return
     grad_b, *sums = launches
     col_blocks, parts = grad_b.grid
@@ -139,13 +140,15 @@ def test_one_pass_over_dy(case):
     assert grad_b["S"].bytes_loaded == col_blocks * M * r * 4
     assert grad_b["dS"].bytes_stored == col_blocks * M * r * 4
     assert grad_b["dB"].bytes_stored == parts * N * r * (4 if parts > 1 else a)
-    check_sum(sums[: col_blocks > 1], col_blocks, M * r, 4)
-    check_sum(sums[col_blocks > 1 :], parts, N * r, a)
+    check_sums(sums, (col_blocks, M * r, 4))
 
 
 @pytest.mark.parametrize("case", CASES)
 def test_dA_reads_x_once(case):
-    """And on the way writes the mask's bits, an eighth of a byte an element, or in the prefill form the masked term of dx."""
+    """And on the way writes the mask's bits, an eighth of a byte an element, or in the prefill form the masked term of dx.
+
+    The sums of dB's parts wait for those of dA, to be added by the same launch.
+    """
     first, *sums = steps_of(case)["dA"]
     e, a = sizes(case)
     col_blocks, parts, rank_blocks = first.grid
@@ -163,7 +166,8 @@ def test_dA_reads_x_once(case):
     if prefill:
         assert first["C"].bytes_stored == case.M * case.K * e
         assert first["V"].bytes_loaded == case.r * case.K * a * row_blocks
-    check_sum(sums, parts, case.r * case.K, a)
+    of_dB = next(launch for launch in steps_of(case)["dS dB"] if launch.kernel in ("grad_b", "outer"))
+    check_sums(sums, (parts, case.r * case.K, a), (of_dB.grid[1], case.N * case.r, a))
 
 
 def check_gemm(launch: Launch, sizes: tuple[int, int, int, int], itemsizes: tuple[int, int], product: bool = True) -> None:

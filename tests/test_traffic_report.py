@@ -10,14 +10,13 @@ import pytest
 import torch
 import triton
 import triton.language as tl
+from planned import run_grad_s_and_b, run_outer, run_project
 from triton.runtime.errors import InterpreterError
 
 from fastlora import lora_linear
 from fastlora.kernels import launch as launching
-from fastlora.kernels.dot import sum_partials_kernel
-from fastlora.kernels.grad_b import MAX_RANK, grad_s_and_b
-from fastlora.kernels.outer import outer
-from fastlora.kernels.project import project
+from fastlora.kernels.grad_b import MAX_RANK
+from fastlora.kernels.sums import sum_partials_kernel
 from fastlora.kernels.target import INTERPRETER, Target
 
 sys.path.insert(0, str(Path(__file__).parents[1]))  # the tools are not installed with the package
@@ -47,8 +46,8 @@ def planted_kernel(x, out, size, BLOCK: tl.constexpr, FAULT: tl.constexpr):
 
 def planted(fault: str, x: torch.Tensor, out: torch.Tensor) -> Launch:
     with counted() as launches:
-        constexprs = {"BLOCK": 16, "FAULT": fault}
-        launching.launch(planted_kernel, (2,), (x, out, x.numel()), num_warps=1, num_stages=1, **constexprs)
+        options = {"BLOCK": 16, "FAULT": fault, "num_warps": 1, "num_stages": 1}
+        launching.launch(launching.Plan(planted_kernel, (2,), (), options), x, out, x.numel())
     return launches[0]
 
 
@@ -90,7 +89,7 @@ def test_operations_of_torch_are_launches():
 
 def test_compiled_kernels_are_refused():
     with counted(), pytest.raises(RuntimeError, match="set TRITON_INTERPRET=1"):
-        launching.launch(object(), (1,), (), num_warps=1, num_stages=1)
+        launching.launch(launching.Plan(object(), (1,), (), {}))
 
 
 @pytest.mark.parametrize("form", FORMS)
@@ -133,15 +132,15 @@ def test_partial_sums_stay_small(size, monkeypatch):
     x, A, B, U = meta(M, K), meta(r, K), meta(K, r), meta(M, r, dtype=torch.float32)
     fractions = []
     for step in (
-        lambda: project(x, A, target),
-        lambda: grad_s_and_b(x, B, U, torch.bfloat16, target, scaling=1.0) if r <= MAX_RANK else None,
-        lambda: outer(x, U, torch.bfloat16, target),
+        lambda: run_project(x, A, target),
+        lambda: run_grad_s_and_b(x, B, U, torch.bfloat16, target) if r <= MAX_RANK else None,
+        lambda: run_outer(x, U, torch.bfloat16, target),
     ):
         partials = []
 
-        def watch(kernel, grid, args, partials=partials, **_):
-            if kernel is sum_partials_kernel:
-                partials.append(args[0])
+        def watch(plan, *args, partials=partials):
+            if plan.kernel is sum_partials_kernel:
+                partials += [tensor for tensor in (args[0], args[2]) if tensor is not None]
 
         monkeypatch.setattr(launching, "launch", watch)
         step()

@@ -115,9 +115,7 @@ def test_every_step_runs_its_own_choice(problem: Problem, target: Target, monkey
     choices.store(target, {problem: FUSED})
     seen, taken = [], []
     launch_, choose = launch.launch, choices.choose
-    monkeypatch.setattr(
-        launch, "launch", lambda kernel, *args, **options: seen.append(kernel) or launch_(kernel, *args, **options)
-    )
+    monkeypatch.setattr(launch, "launch", lambda plan, *args: seen.append(plan) or launch_(plan, *args))
     monkeypatch.setattr(choices, "choose", lambda *args: taken.append((*args, choose(*args))) or choose(*args))
 
     def clock(steps: Mapping[Choice, Prepared]) -> dict[Choice, list[float]]:
@@ -155,9 +153,9 @@ def spoilt(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[dict[str, Any
     right = launch.launch
 
     def spoil(which: Callable[[dict[str, Any]], bool]) -> None:
-        def wrong(kernel: Any, grid: Any, args: Any, **options: Any) -> None:
-            right(kernel, grid, args, **options)
-            if kernel is gemm_kernel and which(options):
+        def wrong(plan: launch.Plan, *args: Any) -> None:
+            right(plan, *args)
+            if plan.kernel is gemm_kernel and which(plan.options):
                 C = args[2]
                 (C if isinstance(C, torch.Tensor) else C.base).fill_(torch.nan)
 
@@ -204,10 +202,10 @@ def test_a_candidate_that_does_not_compile_is_left_out(error: Exception, target:
     assert tile.config is not None
     right = launch.launch
 
-    def fail(kernel: Any, grid: Any, args: Any, **options: Any) -> None:
-        if kernel is gemm_kernel and options["HAS_PRODUCT"] and options["BLOCK_M"] == tile.config.block_m:
+    def fail(plan: launch.Plan, *args: Any) -> None:
+        if plan.kernel is gemm_kernel and plan.options["HAS_PRODUCT"] and plan.options["BLOCK_M"] == tile.config.block_m:
             raise error
-        right(kernel, grid, args, **options)
+        right(plan, *args)
 
     monkeypatch.setattr(launch, "launch", fail)
     remarks: list[str] = []
@@ -221,7 +219,7 @@ def test_a_candidate_that_does_not_compile_is_left_out(error: Exception, target:
 
 
 def test_a_lost_device_is_no_candidates_fault(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
-    def lost(*args: Any, **options: Any) -> None:
+    def lost(*args: Any) -> None:
         raise torch.AcceleratorError("an illegal memory access was encountered")
 
     monkeypatch.setattr(launch, "launch", lost)

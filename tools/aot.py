@@ -8,7 +8,7 @@ The tensors may live on the meta device; results land in Triton's on-disk cache.
 
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from typing import Any
 
 from triton.backends.compiler import GPUTarget
@@ -73,10 +73,10 @@ def offline(capability: int) -> Iterator[list[Launch]]:
     launches: list[Launch] = []
     launch = launching.launch
 
-    def compile_launch(kernel: Any, *args: Any, **keywords: Any) -> None:
-        if not isinstance(kernel, JITFunction):
-            raise RuntimeError(f"{kernel} cannot be compiled: import the kernels in a process without TRITON_INTERPRET")
-        launch(_Compiling(kernel, launches), *args, **keywords)
+    def compile_launch(plan: launching.Plan, *args: Any) -> None:
+        if not isinstance(plan.kernel, JITFunction):
+            raise RuntimeError(f"{plan.kernel} cannot be compiled: import the kernels in a process without TRITON_INTERPRET")
+        launch(replace(plan, kernel=_Compiling(plan.kernel, launches), ready={}), *args)
 
     # Reading `driver.active` would look for a GPU, so what was active is kept by its private name.
     active = driver._active

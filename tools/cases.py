@@ -10,8 +10,9 @@ import torch
 from torch import Tensor
 
 from fastlora import kernels
-from fastlora.kernels.dot import sum_partials
-from fastlora.kernels.dropout import pack_bits
+from fastlora.kernels.dropout import pack_bits, plan_pack_bits
+from fastlora.kernels.launch import Result
+from fastlora.kernels.sums import plan_sum, sum_partials
 from fastlora.kernels.target import Target
 
 # The two directions in both forms of `fastlora.kernels.forms`, the mask alone, and the sum of partial results.
@@ -77,9 +78,10 @@ class Case:
             elif self.step.endswith("backward"):
                 kernels.backward(dy, x, weight, lora_A, lora_B, S, seed, 2.0, dropout_p, adapter, **options)
             elif self.step == "sum":
-                sum_partials(_meta(4, self.rank, K, dtype=torch.float32), adapter)
+                both = Result((self.rank, K), adapter, parts=4), Result((N, self.rank), adapter, parts=3)
+                sum_partials(plan_sum(*both), *(result.empty(x.device) for result in both))
             elif seed is not None:
-                pack_bits(seed, M, K, dropout_p)
+                pack_bits(plan_pack_bits((M, K)), seed, dropout_p)
 
 
 def every_case(ranks: Iterable[int] = RANKS, shapes: Iterable[str] = ("aligned",)) -> list[Case]:

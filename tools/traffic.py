@@ -113,15 +113,16 @@ def counted() -> Iterator[list[Launch]]:
     operations = _Operations(launches)
     launch = launching.launch
 
-    def count_launch(kernel: Any, grid: tuple[int, ...], args: tuple[Any, ...], **keywords: Any) -> None:
+    def count_launch(plan: launching.Plan, *args: Any) -> None:
+        kernel = plan.kernel
         if not isinstance(kernel, InterpretedFunction):
             raise RuntimeError(f"{kernel} is not interpreted: set TRITON_INTERPRET=1 before the kernels are imported")
-        if 0 not in grid:
-            constexprs = {name: value for name, value in keywords.items() if name in kernel.arg_names}
+        if 0 not in plan.grid:
+            constexprs = {name: value for name, value in plan.options.items() if name in kernel.arg_names}
             name = kernel.__name__.removesuffix("_kernel")
-            launches.append(Launch(name, grid, _operands(kernel.arg_names, args), True, constexprs))
+            launches.append(Launch(name, plan.grid, _operands(kernel.arg_names, args), True, constexprs))
         with operations.paused():
-            launch(kernel, grid, args, **keywords)
+            launch(plan, *args)
 
     def counting(method: str, count: Callable[..., None]) -> Any:
         original = getattr(InterpreterBuilder, method)

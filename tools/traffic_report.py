@@ -30,7 +30,8 @@ DTYPES = {
     "float32": (torch.float32, torch.float32),
 }
 FORMS = ("fused", "prefill")
-# The step of each launch, by the kernels of a pass in order; a sum of partial results belongs to the step before it.
+# The step of each launch, by the kernels of a pass in order; a sum of partial results, and so that of dB, belongs to the step
+# before it.
 STEPS = {
     ("project", "gemm"): ("S", "y"),
     ("project", "gemm", "addmm_"): ("S", "y", "y"),

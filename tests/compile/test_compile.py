@@ -4,9 +4,9 @@ from dataclasses import astuple
 
 import pytest
 import torch
+from planned import run_gemm
 
 from fastlora.kernels.config import GemmConfig, gemm_candidates
-from fastlora.kernels.gemm import gemm
 from tools.aot import offline
 from tools.budgets import over_budget, recorded
 from tools.cases import TARGETS, Case, gated_cases
@@ -42,8 +42,8 @@ def test_tiles_that_a_tuner_may_choose(capability: int, config: GemmConfig) -> N
     rows, weight = meta(8192, 4096), meta(4096, 4096)
     U, bits = meta(8192, 16, dtype=torch.float32), meta(8192, 512, dtype=torch.uint8)
     with offline(capability) as launches:
-        gemm(rows, weight.t(), U, meta(4096, 16).t(), rows.dtype, target, alpha=2.0, config=config)
-        gemm(rows, weight, U, meta(16, 4096), rows.dtype, target, alpha=2.0, bits=bits, config=config)
+        run_gemm(rows, weight.t(), U, meta(4096, 16).t(), target, alpha=2.0, config=config)
+        run_gemm(rows, weight, U, meta(16, 4096), target, alpha=2.0, bits=bits, config=config)
     for launch in launches:
         assert launch.constexprs["BLOCK_M"] == config.block_m
         sass = read_cubin(launch.compiled.asm["cubin"])

@@ -29,17 +29,8 @@ def product(capability: int, m: int, n: int, dtype: torch.dtype = torch.bfloat16
     """The machine code of c = a b, (m, 64) times (64, n), in one program of four warps."""
     a, b, c = (torch.empty(size, device="meta") for size in ((m, 64), (64, n), (m, n)))
     with offline(capability) as launches:
-        launch.launch(
-            product_kernel,
-            (1,),
-            (a.to(dtype), b.to(dtype), c),
-            BLOCK_M=m,
-            BLOCK_N=n,
-            BLOCK_K=64,
-            ATOMIC=atomic,
-            num_warps=4,
-            num_stages=1,
-        )
+        options = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": 64, "ATOMIC": atomic, "num_warps": 4, "num_stages": 1}
+        launch.launch(launch.Plan(product_kernel, (1,), (), options), a.to(dtype), b.to(dtype), c)
     return read_cubin(launches[0].compiled.asm["cubin"])
 
 

@@ -10,17 +10,13 @@ from triton.compiler.compiler import LazyDict
 from triton.runtime import driver
 
 from fastlora import kernels
-from fastlora.kernels.dot import _sum_plan
 from fastlora.kernels.dropout import lane_limit
-from fastlora.kernels.gemm import _plan as _gemm_plan
-from fastlora.kernels.grad_b import _plan as _grad_b_plan
-from fastlora.kernels.outer import _plan as _outer_plan
-from fastlora.kernels.project import _plan as _project_plan
-from fastlora.kernels.project import project, project_kernel
+from fastlora.kernels.plans import plan_backward, plan_forward
+from fastlora.kernels.project import project_kernel
 from tools.aot import OfflineDriver
 from tools.cases import TARGETS
 
-PLANS = (_project_plan, _gemm_plan, _grad_b_plan, _outer_plan, _sum_plan)
+PLANS = (plan_forward, plan_backward)
 M, K, N, R = 1024, 512, 768, 16
 Calls = list[tuple[Any, ...]]
 
@@ -81,12 +77,17 @@ def test_a_planned_launch_is_what_triton_would_launch(launched: Calls, form: str
     assert not any(lane_limit(0.25) in call for call in other)
 
 
-def test_the_second_launch_does_not_ask_triton(launched: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
-    x, A = torch.empty(M, K, dtype=torch.bfloat16, device="meta"), torch.empty(R, K, dtype=torch.bfloat16, device="meta")
-    project(x, A, TARGETS[90])
+def test_the_second_step_does_not_ask_triton(launched: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
+    def forward(K: int, seed: torch.Tensor | None) -> None:
+        x, weight, A, B = (torch.empty(s, dtype=torch.bfloat16, device="meta") for s in ((M, K), (N, K), (R, K), (N, R)))
+        kernels.forward(x, weight, A, B, None, seed, 2.0, 0.25, choice=kernels.Choice("fused"), target=TARGETS[90])
+
+    seeds = torch.empty(3, dtype=torch.int64, device="meta")
+    forward(K, seeds[:1])
     monkeypatch.setattr(type(project_kernel), "run", lambda *args, **options: pytest.fail("looked up again"))
     count = len(launched)
-    project(x, A, TARGETS[90])
+    forward(K, seeds[1:2])  # at 8 bytes, which no kernel is compiled for in particular
     assert len(launched) == 2 * count
-    with pytest.raises(pytest.fail.Exception, match="looked up again"):
-        project(x[:, : K - 8], A[:, : K - 8], TARGETS[90])
+    for other in ((K - 8, seeds[:1]), (K, None)):
+        with pytest.raises(pytest.fail.Exception, match="looked up again"):
+            forward(*other)

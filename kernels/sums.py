@@ -1,0 +1,78 @@
+"""The sum of partial results, in a fixed order: what several programs computed shares of comes out the same in every run."""
+
+import math
+from typing import TypeVar
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastlora.kernels import launch
+from fastlora.kernels.config import cdiv
+from fastlora.kernels.dot import round_to
+from fastlora.kernels.launch import Plan, Result
+
+BLOCK = 1024
+
+Computed = TypeVar("Computed", Tensor, Tensor | None)
+
+
+@triton.jit
+def _sum_block(partials, out, size, splits, block, BLOCK: tl.constexpr):
+    index = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
+    total = tl.zeros((BLOCK,), tl.float32)
+    pointers = partials + index
+    for _ in range(splits):
+        total += tl.load(pointers, mask=index < size, other=0.0)
+        pointers += size
+    tl.store(out + index, round_to(total, out.dtype.element_ty), mask=index < size)
+
+
+@triton.jit(do_not_specialize=["splits", "other_splits", "blocks"])
+def sum_partials_kernel(
+    partials,
+    out,
+    other_partials,
+    other_out,
+    size,
+    splits,
+    other_size,
+    other_splits,
+    blocks,
+    BLOCK: tl.constexpr,
+    COUNT: tl.constexpr,
+):
+    """out[i] = Σ_s partials[s, i], in the order of s, by the first `blocks` programs; with COUNT = 2 other_out by the rest."""
+    block = tl.program_id(0)
+    if COUNT == 2:
+        if block < blocks:
+            _sum_block(partials, out, size, splits, block, BLOCK)
+        else:
+            _sum_block(other_partials, other_out, other_size, other_splits, block - blocks, BLOCK)
+    else:
+        _sum_block(partials, out, size, splits, block, BLOCK)
+
+
+def plan_sum(*results: Result) -> Plan:
+    """One launch for those of `results`, at most two, that come in parts."""
+    sizes, blocks = [], []
+    for result in results:
+        if result.parts > 1:
+            sizes += [math.prod(result.shape), result.parts]
+            blocks.append(cdiv(sizes[-2], BLOCK))
+    options = {"BLOCK": BLOCK, "COUNT": len(blocks), "num_warps": 4, "num_stages": 1}
+    return Plan(sum_partials_kernel, (sum(blocks),), (*sizes, *[0] * (4 - len(sizes)), *blocks[:1]), options, results)
+
+
+def sum_partials(plan: Plan, *computed: Computed) -> tuple[Computed, ...]:
+    """The results that the plan is for, in its order, from what was computed of them: (parts, ...) float32, or the whole."""
+    if plan.options["COUNT"] == 0:
+        return computed
+    sums, operands = list(computed), []
+    for index, (result, partials) in enumerate(zip(plan.results, computed, strict=True)):
+        if result.parts > 1 and partials is not None:
+            sums[index] = torch.empty(result.shape, dtype=result.dtype, device=partials.device)
+            operands += [partials, sums[index]]
+    launch.launch(plan, *operands, *[None] * (4 - len(operands)), *plan.sizes)
+    return tuple(sums)
