@@ -5,7 +5,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlora import ops  # defines torch.ops.fastlora
+from fastlora import ops
 from fastlora.quantized import Scheme, dequantize
 
 
@@ -46,7 +46,7 @@ class LoraLinearFunction(torch.autograd.Function):
         *statistics: Tensor,
     ) -> Tensor:
         dense = weight if scheme is None else dequantize(scheme, weight, statistics, x.dtype)
-        y, S = torch.ops.fastlora.lora_linear(x, dense, lora_A, lora_B, bias, seed, scaling, dropout_p, backend)
+        y, S = ops.LORA_LINEAR(x, dense, lora_A, lora_B, bias, seed, scaling, dropout_p, backend)
         need_dx, _, need_dA, need_dB, _ = ctx.needs_input_grad[:5]
         need_dS = need_dx or need_dA
         ctx.save_for_backward(
@@ -79,7 +79,7 @@ class LoraLinearFunction(torch.autograd.Function):
             x, weight, lora_A, lora_B, S, seed, *statistics = ctx.saved_tensors
             if ctx.scheme is not None and need_dx:
                 weight = dequantize(ctx.scheme, weight, statistics, dy.dtype, after=dy)
-            dx, dA, dB = torch.ops.fastlora.lora_linear_backward(
+            dx, dA, dB = ops.LORA_LINEAR_BACKWARD(
                 dy, x, weight, lora_A, lora_B, S, seed, scaling, dropout_p, ctx.adapter_dtype, backend
             )
         if need_dbias:

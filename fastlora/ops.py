@@ -47,19 +47,6 @@ def as_rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1]) if tensor.shape[-1] else tensor.new_empty((tensor.shape[:-1].numel(), 0))
 
 
-def _without_autocast(function: Callable[..., Any]) -> Callable[..., Any]:
-    """Inputs have been cast at the boundary; inside, float32 S and dS must stay float32."""
-
-    def run(first: Tensor, *args: Any) -> Any:
-        if not torch.is_autocast_enabled(first.device.type):
-            return function(first, *args)
-        with torch.autocast(first.device.type, enabled=False):
-            return function(first, *args)
-
-    return run
-
-
-@_without_autocast
 def _forward(
     x: Tensor,
     weight: Tensor,
@@ -72,10 +59,9 @@ def _forward(
     backend: str,
 ) -> tuple[Tensor, Tensor]:
     y, S = _steps("forward", backend)(as_rows(x), weight, lora_A, lora_B, bias, seed, scaling, dropout_p)
-    return y.view(*x.shape[:-1], weight.shape[0]), S
+    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0]), S
 
 
-@_without_autocast
 def _backward(
     dy: Tensor,
     x: Tensor | None,
@@ -92,8 +78,9 @@ def _backward(
     dx, dA, dB = _steps("backward", backend)(
         as_rows(dy), None if x is None else as_rows(x), weight, lora_A, lora_B, S, seed, scaling, dropout_p, adapter_dtype
     )
-    empty = [dy.new_empty(0) if grad is None else grad for grad in (dx, dA, dB)]
-    return empty[0] if weight is None else empty[0].view(*dy.shape[:-1], weight.shape[1]), empty[1], empty[2]
+    if dx is not None and weight is not None and dy.dim() != 2:
+        dx = dx.view(*dy.shape[:-1], weight.shape[1])
+    return tuple(dy.new_empty(0) if grad is None else grad for grad in (dx, dA, dB))
 
 
 @torch.library.register_fake("fastlora::lora_linear", lib=_LIBRARY)
@@ -112,3 +99,6 @@ def _backward_fake(dy, x, weight, lora_A, lora_B, S, seed, scaling, dropout_p, a
 
 _LIBRARY.impl("lora_linear", _forward, "CompositeExplicitAutograd")
 _LIBRARY.impl("lora_linear_backward", _backward, "CompositeExplicitAutograd")
+
+LORA_LINEAR = torch.ops.fastlora.lora_linear.default
+LORA_LINEAR_BACKWARD = torch.ops.fastlora.lora_linear_backward.default

@@ -8,6 +8,10 @@ ever exists whole; the LoRA terms are accumulated in place onto the frozen GEMMs
 for float64 inputs), also where x is 16-bit.
 """
 
+import functools
+from collections.abc import Callable
+from typing import Concatenate, ParamSpec, TypeVar
+
 import torch
 from torch import Tensor
 
@@ -22,7 +26,24 @@ _DEVICE_CHUNK = 1 << 26
 #: Up to so many rows a forward without dropout waits for launches and for W, and nothing of it is worth a kernel of its own.
 DECODE_ROWS = 64
 
+P = ParamSpec("P")
+T = TypeVar("T")
 
+
+def _without_autocast(function: Callable[Concatenate[Tensor, P], T]) -> Callable[Concatenate[Tensor, P], T]:
+    """Inputs have been cast at the boundary; inside, float32 S and dS must stay float32."""
+
+    @functools.wraps(function)
+    def run(first: Tensor, /, *args: P.args, **keywords: P.kwargs) -> T:
+        if not torch.is_autocast_enabled(first.device.type):
+            return function(first, *args, **keywords)
+        with torch.autocast(first.device.type, enabled=False):
+            return function(first, *args, **keywords)
+
+    return run
+
+
+@_without_autocast
 def forward(
     x: Tensor,
     weight: Tensor,
@@ -45,6 +66,7 @@ def forward(
     return y, S
 
 
+@_without_autocast
 def backward(
     dy: Tensor,
     x: Tensor | None,

@@ -131,26 +131,25 @@ def check_inputs(
     bias: Tensor | None,
     autocast_dtype: torch.dtype | None,
 ) -> None:
-    """Types, layouts, shapes, devices, and the dtypes as they will be once autocast has cast the inputs."""
+    """Types, layouts, devices, shapes, and dtypes as they will be once autocast has cast the inputs; x itself is a tensor."""
     packed = weight.packed if isinstance(weight, QuantizedWeight) else None
-    tensors = {"x": x, "weight": cast(Tensor, weight) if packed is None else packed, "lora_A": lora_A, "lora_B": lora_B}
-    if bias is not None:
-        tensors["bias"] = bias
-    dims = {"x": None, "weight": 2, "lora_A": 2, "lora_B": 2, "bias": 1}
-    for name, tensor in tensors.items():
+    frozen = cast(Tensor, weight) if packed is None else packed
+    device, dtypes = x.device, {"x": autocast_target(x, autocast_dtype)}
+    for name, tensor, dim in (("weight", frozen, 2), ("lora_A", lora_A, 2), ("lora_B", lora_B, 2), ("bias", bias, 1)):
+        if tensor is None and name == "bias":
+            continue
         if tensor is not packed:
-            check_tensor(tensor, name, dims[name])
+            check_tensor(tensor, name, dim)
+        if tensor.device != device:
+            raise ValueError(f"{name} is on {tensor.device}, but x is on {device}: all tensors must share a device")
+        dtypes[name] = autocast_target(tensor, autocast_dtype)
     _check_shapes(x, weight, lora_A, lora_B, bias)
-    for name, tensor in tensors.items():
-        if tensor.device != x.device:
-            raise ValueError(f"{name} is on {tensor.device}, but x is on {x.device}: all tensors must share a device")
-    dtypes = {name: autocast_target(tensor, autocast_dtype) for name, tensor in tensors.items()}
     if packed is not None:
         if dtypes["x"] not in quantized.DTYPES:
             raise TypeError(f"x is {x.dtype}, but a quantised weight can be made in {quantized.DTYPES} only")
         dtypes["weight"] = dtypes["bias"] = dtypes["x"]  # what both are brought to
     _check_dtypes("x", dtypes)
-    if tensors["weight"].requires_grad:
+    if frozen.requires_grad:
         raise ValueError(
             "weight requires grad, but fastlora computes no gradient for the frozen weight: "
             "call weight.requires_grad_(False), or pass weight.detach()"

@@ -55,7 +55,7 @@ def forward(
     """(y (M, out) in x's dtype, S (M, r) float32) of 2-D x (M, in); the form is chosen from the shape when not given."""
     with _on(x.device):
         form, plans = plan_forward(
-            *map(Layout.maybe, (x, weight, lora_A, lora_B, bias)),
+            *Layout.of_each(x, weight, lora_A, lora_B, bias),
             seed is not None,
             matmul_precision(x.dtype),
             choice,
@@ -90,7 +90,7 @@ def backward(
     with _on(dy.device):
         S = None if S is None else S.contiguous()
         form, plans = plan_backward(
-            *map(Layout.maybe, (dy, x, weight, lora_A, lora_B, S)),
+            *Layout.of_each(dy, x, weight, lora_A, lora_B, S),
             seed is not None,
             adapter_dtype,
             matmul_precision(dy.dtype),

@@ -19,9 +19,10 @@ class Layout(NamedTuple):
         return cls(tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() % 16 == 0)
 
     @classmethod
-    def maybe(cls, tensor: torch.Tensor | None) -> "Layout | None":
-        """The layout of `tensor`, where there is one."""
-        return None if tensor is None else cls.of(tensor)
+    def of_each(cls, *tensors: torch.Tensor | None) -> "list[Layout | None]":
+        """Their layouts, for those that there are; every call asks, so without the half µs a layout of calling `of`."""
+        new = tuple.__new__
+        return [None if t is None else new(cls, (t.shape, t.stride(), t.dtype, t.data_ptr() % 16 == 0)) for t in tensors]
 
     @classmethod
     def new(cls, *shape: int, dtype: torch.dtype) -> "Layout":
