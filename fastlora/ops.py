@@ -80,7 +80,8 @@ def _backward(
     )
     if dx is not None and weight is not None and dy.dim() != 2:
         dx = dx.view(*dy.shape[:-1], weight.shape[1])
-    return tuple(dy.new_empty(0) if grad is None else grad for grad in (dx, dA, dB))
+    dx, dA, dB = (dy.new_empty(0) if grad is None else grad for grad in (dx, dA, dB))
+    return dx, dA, dB
 
 
 @torch.library.register_fake("fastlora::lora_linear", lib=_LIBRARY)

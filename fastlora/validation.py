@@ -134,10 +134,11 @@ def check_inputs(
     """Types, layouts, devices, shapes, and dtypes as they will be once autocast has cast the inputs; x itself is a tensor."""
     packed = weight.packed if isinstance(weight, QuantizedWeight) else None
     frozen = cast(Tensor, weight) if packed is None else packed
+    named = [("weight", frozen, 2), ("lora_A", lora_A, 2), ("lora_B", lora_B, 2)]
+    if bias is not None:
+        named.append(("bias", bias, 1))
     device, dtypes = x.device, {"x": autocast_target(x, autocast_dtype)}
-    for name, tensor, dim in (("weight", frozen, 2), ("lora_A", lora_A, 2), ("lora_B", lora_B, 2), ("bias", bias, 1)):
-        if tensor is None and name == "bias":
-            continue
+    for name, tensor, dim in named:
         if tensor is not packed:
             check_tensor(tensor, name, dim)
         if tensor.device != device:
