@@ -20,7 +20,7 @@ def test_every_contender_is_timed(capsys):
     finally:
         torch.set_num_threads(threads)
     results = json.loads(capsys.readouterr().out)
-    assert list(results) == ["eager LoRA", "PEFT", "fastlora fused", "fastlora prefill"]
+    assert list(results) == ["eager LoRA", "PEFT", "fastlora fused", "fastlora prefill", "fastlora"]
     for times in results.values():
         assert 0 < times["forward"] < times["forward + backward"]
 

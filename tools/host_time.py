@@ -13,6 +13,7 @@ import sys
 import time
 from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from dataclasses import replace
 from functools import partial
 
 if __name__ == "__main__":
@@ -28,7 +29,7 @@ from fastlora.benchmark.contenders import Contender, contenders_for, of_call
 from fastlora.benchmark.trial import draw, trained
 from fastlora.kernels import launch as launching
 
-ROWS, IN, OUT, RANK = 16, 64, 64, 16
+BATCH, SEQUENCE, IN, OUT, RANK = 2, 8, 64, 64, 16  # x as a transformer calls its linears: (batch, sequence, in)
 CALLS = 20  # a timing, long against the clock's tick
 
 
@@ -43,7 +44,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     if options.json:
         json.dump(results, sys.stdout, indent=1)
         return 0
-    table = Table(title=f"µs of CPU time a call, x ({ROWS}, {IN}), r = {RANK}, p = {options.dropout:g}, float32")
+    table = Table(title=f"µs of CPU time a call, x {BATCH, SEQUENCE, IN}, r = {RANK}, p = {options.dropout:g}, float32")
     for column in ("contender", "forward", "forward + backward"):
         table.add_column(column, justify="left" if column == "contender" else "right")
     for name, times in results.items():
@@ -56,9 +57,10 @@ def measure(dropout_p: float, rounds: int) -> dict[str, dict[str, float]]:
     """Seconds of CPU time of each contender's forward and forward + backward: the median of `rounds` timings."""
     device = torch.device("cpu")
     torch.set_num_threads(1)
-    case = oracle.Case((ROWS, IN, OUT), RANK, dropout_p=dropout_p, bias=False)
+    case = oracle.Case((BATCH * SEQUENCE, IN, OUT), RANK, dropout_p=dropout_p, bias=False)
     eager = [rival for rival in contenders_for(case, device) if rival.name in ("eager LoRA", "PEFT")]
-    forms = [Contender(f"fastlora {form}", of_call(partial(lora_linear, backend=form))) for form in ("fused", "prefill")]
+    backends = {"fastlora fused": "fused", "fastlora prefill": "prefill", "fastlora": "triton"}
+    forms = [Contender(name, of_call(partial(lora_linear, backend=backend))) for name, backend in backends.items()]
     steps = {(rival.name, name): step for rival in eager + forms for name, step in _steps(rival, case).items()}
     times: dict[tuple[str, str], list[float]] = {key: [] for key in steps}
     with launches_doing_nothing():
@@ -76,7 +78,9 @@ def measure(dropout_p: float, rounds: int) -> dict[str, dict[str, float]]:
 
 
 def _steps(contender: Contender, case: oracle.Case) -> dict[str, Callable[[], object]]:
-    inputs = draw(case, torch.device("cpu"))
+    drawn = draw(case, torch.device("cpu"))
+    x = drawn.x.detach().view(BATCH, SEQUENCE, IN).requires_grad_()
+    inputs = replace(drawn, x=x, dy=drawn.dy.view(BATCH, SEQUENCE, OUT))
     forward = contender.bind(inputs.weights, case.scaling, case.dropout_p)
     leaves = trained(contender, inputs)
     return {
