@@ -42,11 +42,13 @@ _lock = threading.RLock()  # of the two tables below; `choose` only reads them, 
 _known: dict[Target, dict[Key, Choice]] = {}  # what the file says, and the defaults that were asked for besides
 _tried: dict[tuple[Target, Key], Choice] = {}
 _warned: set[Path] = set()
-_revision = 0  # counts the times that a choice which was made before may have become another
+_stores = 0
+_revision = 0
+_revisions: dict[tuple[int, frozenset[Any]], int] = {(0, frozenset()): 0}  # their numbers, by what they stand for
 
 
 def revision() -> int:
-    """What was planned at another revision may rest on other choices."""
+    """Of the choices that hold: what was planned at another revision may rest on other ones."""
     return _revision
 
 
@@ -67,17 +69,17 @@ def choose(problem: Problem, target: Target) -> Choice:
 @contextmanager
 def trying(choices: Mapping[Problem, Choice], target: Target) -> Iterator[None]:
     """Make these choices hold for the time being, in all threads: autograd runs backward in one of its own."""
-    global _revision, _tried
+    global _tried
     _look(target)  # now, because the thread of backward could not take the lock
     with _lock:
         before = _tried
         _tried = before | {(target, _key(problem)): choice for problem, choice in choices.items()}
-        _revision += 1
+        _revise()
         try:
             yield
         finally:
             _tried = before
-            _revision += 1
+            _revise()
 
 
 def store(target: Target, results: Mapping[Problem, Choice]) -> Path:
@@ -87,7 +89,7 @@ def store(target: Target, results: Mapping[Problem, Choice]) -> Path:
         ValueError: a target without a name, or a choice that its problem cannot take.
         OSError: the folder or the file cannot be written; the file is as it was.
     """
-    global _revision
+    global _stores
     if not target.name:
         raise ValueError("target.name is empty: what is measured is kept under the name of a GPU")
     added = dict(_parse(_record(_key(problem), choice), target) for problem, choice in results.items())
@@ -100,7 +102,8 @@ def store(target: Target, results: Mapping[Problem, Choice]) -> Path:
         content = json.dumps({"environment": environment(target), "results": records}, indent=1) + "\n"
         atomic.write(path, content.encode())
         _known[target] = measured
-        _revision += 1
+        _stores += 1
+        _revise()
     return path
 
 
@@ -144,6 +147,12 @@ def _folder() -> Path:
         return Path(own)
     shared = os.environ.get("XDG_CACHE_HOME")
     return (Path(shared) if shared else Path.home() / ".cache") / "fastlora"
+
+
+def _revise() -> None:
+    """The same choices on trial again are the same revision, so that a tuner plans each of them once."""
+    global _revision
+    _revision = _revisions.setdefault((_stores, frozenset(_tried.items())), len(_revisions))
 
 
 def _key(problem: Problem) -> Key:

@@ -83,9 +83,11 @@ def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Pat
     monkeypatch.setenv("FASTLORA_CACHE_DIR", str(tmp_path / "cache"))
     for table in ("_known", "_tried", "_warned"):
         monkeypatch.setattr(choices, table, type(getattr(choices, table))())
-    choices._revision += 1
+    choices._stores += 1  # a revision of its own, and none of what was planned under it for the tests that follow
+    choices._revise()
     yield tmp_path / "cache"
-    choices._revision += 1  # never back to a number under which something else was planned
+    choices._stores += 1
+    choices._revise()
 
 
 @pytest.fixture

@@ -161,6 +161,20 @@ def test_trying_ends_with_an_error_too() -> None:
     assert not choices.path_of(GPU).exists()
 
 
+def test_a_revision_stands_for_the_choices_that_hold() -> None:
+    """What was planned under one is taken again where the same choices hold, and nowhere else."""
+
+    def tried(choice: Choice) -> int:
+        with choices.trying({LARGE: choice}, GPU):
+            return choices.revision()
+
+    first, once, other = choices.revision(), tried(TILED), tried(Choice("prefill"))
+    assert len({first, once, other}) == 3
+    assert (choices.revision(), tried(TILED), tried(Choice("prefill"))) == (first, once, other)
+    choices.store(GPU, {LARGE: Choice("prefill")})
+    assert len({first, once, other, choices.revision(), tried(TILED)}) == 5
+
+
 def test_another_thread_can_look_first_while_trying() -> None:
     """As the thread of a first backward does."""
     with choices.trying({LARGE: TILED}, GPU):
