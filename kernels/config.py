@@ -107,22 +107,43 @@ class StreamConfig:
         small = max(self.block_m, self.block_k) * self.block_r * small_itemsize
         return self.num_stages * (tile + small) + tile + 1024
 
+    def beside(self, target: Target, itemsize: int, small_itemsize: int) -> int:
+        """How many of its programs a multiprocessor surely has room for, up to two, which keep loads in flight together."""
+        return max(1, min(2, target.shared_memory // self.shared_memory(itemsize, small_itemsize)))
+
 
 def stream_config(
-    shape: tuple[int, int], r: int, dtype: torch.dtype, small_dtype: torch.dtype, target: Target, aligned: bool = True
+    shape: tuple[int, int],
+    r: int,
+    dtype: torch.dtype,
+    small_dtype: torch.dtype,
+    target: Target,
+    *,
+    aligned: bool = True,
+    dropout: bool = False,
+    term: bool = False,
 ) -> StreamConfig:
-    """Tiles of 16 KiB of x or dY, (rows, columns) in `dtype`, three in flight where they fit: with a program a multiprocessor,
-    enough to cover the memory's latency; of half the rows where that takes too few programs.  The operand of rank r, in
-    `small_dtype`, is A, B, S or dS.  Rows that are not `aligned` to 16 bytes are loaded element by element, and their addresses
-    spread over more warps."""
+    """Tiles of 16 KiB of x or dY, (rows, columns) in `dtype`, three in flight where they fit; of half the rows where that takes
+    too few programs.  The operand of rank r, in `small_dtype`, is A, B, S or dS.
+
+    Rows that are not `aligned` to 16 bytes are loaded element by element, and their addresses spread over more warps.  With
+    `dropout` Philox is most of the work, and waits for itself: eight warps where their registers leave room for two programs,
+    which they do not where mma keeps its operands there.  With `term` a product U V is written on the way: its accumulator
+    takes half the width, and V, which stays in registers, half the height where it is large, addresses are many or dots take
+    no mma.
+    """
     block_r = rank_block(r)
     # A float32 operand beside a 16-bit tile is split into two more; of 64 ranks or more they need a narrower tile not to spill,
     # and where mma keeps its operands in registers a shorter one as well.
     mixed = small_dtype.itemsize > dtype.itemsize
     split = mixed and block_r >= 64
-    many_warps = block_r >= 64 or (mixed and target.has_tensor_memory) or not aligned
-    block_m, warps = (32, 4) if split and not target.has_wide_mma else (64, 8 if many_warps else 4)
-    widths = (64,) if split or dtype.itemsize == 4 else (128, 64)
+    many_warps = block_r >= 64 or (mixed and target.has_tensor_memory) or not aligned or (dropout and target.has_wide_mma)
+    block_m, warps = 64, 8 if many_warps else 4
+    if split and not target.has_wide_mma:
+        block_m, warps = 32, 4 if aligned else 8
+    if term and (block_r >= 64 or not aligned or dtype.itemsize == 4):
+        block_m = 32
+    widths = (64,) if split or term or dtype.itemsize == 4 else (128, 64)
     candidates = [StreamConfig(block_m, width, block_r, warps, stages) for width in widths for stages in (3, 2)]
     fitting = (
         config for config in candidates if config.shared_memory(dtype.itemsize, small_dtype.itemsize) <= target.shared_memory
@@ -134,13 +155,19 @@ def stream_config(
     return config
 
 
-def super_tile_config(shape: tuple[int, int], r: int, dtype: torch.dtype, target: Target) -> StreamConfig:
+def super_tile_config(
+    shape: tuple[int, int], r: int, dtype: torch.dtype, small_dtype: torch.dtype, target: Target
+) -> StreamConfig:
     """The tile for dS and dB in one pass over dY, (rows, columns): wide, because each block of columns writes a partial dS,
     (M, r) float32, that is read again: at 512 columns of a 16-bit dY and rank 16, an eighth of dY's bytes.  Narrower where wide
     ones take too few programs."""
     block_r = rank_block(r)
     block_m, width = (64, 128) if dtype.itemsize == 4 else (32, 512)
     width = width * 16 // block_r
+    on_wgmma = target.has_wide_mma and not target.has_tensor_memory
+    if small_dtype.itemsize > dtype.itemsize and on_wgmma and fills(cdiv(shape[0], 64) * cdiv(shape[1], 256), target):
+        # B's two dots are one chain of 64 mma at 32 rows (sm_90, read from the machine code); at 64 rows they are wgmma.
+        block_m, width = 64, 256
     narrowest = 16 * block_r // dtype.itemsize  # there a partial dS is a quarter of dY's bytes
     while width > narrowest and not fills(cdiv(shape[0], block_m) * cdiv(shape[1], width), target):
         width //= 2
@@ -154,6 +181,7 @@ def super_tile_config(shape: tuple[int, int], r: int, dtype: torch.dtype, target
 
 
 MIN_STEPS = 2  # of a part of a split reduction, so that loads overlap
+MOST_ROUNDS = 4  # of programs beside each other: enough for the last round, which is not full, to be short
 
 
 def fills(tiles: int, target: Target) -> bool:
@@ -161,13 +189,20 @@ def fills(tiles: int, target: Target) -> bool:
     return tiles >= MIN_STEPS * target.sms
 
 
-def split_steps(steps: int, programs: int, target: Target, partial: float, waves: int = 2) -> tuple[int, int]:
-    """(parts, steps of each) of a reduction of `steps` steps, cut so that `programs` of them fill the chip `waves` times.
+def split_steps(steps: int, programs: int, target: Target, partial: float, beside: int = 2) -> tuple[int, int]:
+    """(parts, steps of each) of the reductions of `steps` steps that `programs` programs make, cut into the parts that take
+    least time: the steps of the multiprocessor with the most programs, `beside` of them at a time, and the partial sums, each
+    `partial` times a step's bytes, which are written and read again.
 
-    But into no part of fewer than MIN_STEPS, nor of fewer bytes than the partial sum it writes, which is `partial` times a
-    step's; there is one part even of no steps.
+    But into no part of fewer than MIN_STEPS, nor of fewer bytes than its partial sum; there is one part even of no steps.
     """
-    wanted = cdiv(waves * target.sms, max(programs, 1))
-    parts = max(1, min(wanted, steps // max(MIN_STEPS, math.ceil(partial))))
-    each = cdiv(steps, parts)
-    return max(1, cdiv(steps, max(each, 1))), each
+    most = min(cdiv(MOST_ROUNDS * beside * target.sms, max(programs, 1)), steps // max(MIN_STEPS, math.ceil(partial)))
+    best, least = (1, steps), math.inf
+    for wanted in range(1, most + 1):
+        each = cdiv(steps, wanted)
+        parts = cdiv(steps, each)
+        fullest = max(beside, cdiv(programs * parts, target.sms))
+        sums = 2 * partial * parts * programs / target.sms if parts > 1 else 0.0
+        if fullest * each + sums < 0.95 * least:  # a part more for nothing is a partial sum more
+            best, least = (parts, each), fullest * each + sums
+    return best

@@ -58,6 +58,14 @@ def dot_wide(a, b, acc, PRECISION: tl.constexpr, SPLIT: tl.constexpr):
 
 
 @triton.jit
+def rank_dot(u, v, acc, alpha, PRECISION: tl.constexpr, OPERAND: tl.constexpr):
+    """acc + alpha · u v for float32 u and any v, each rounded to OPERAND."""
+    u, inverse, scale = into_range(u * alpha, OPERAND)
+    v, inverse_v, scale_v = into_range(v, OPERAND)
+    return dot(round_to(u, OPERAND), round_to(v, OPERAND), acc * (inverse * inverse_v), PRECISION) * (scale * scale_v)
+
+
+@triton.jit
 def rank_term(
     U,
     V,
@@ -81,9 +89,7 @@ def rank_term(
         u = tl.load(U + rows[:, None] * R + ranks[None, :], mask=u_mask, other=0.0)
         v_mask = (ranks[:, None] < R) & (cols[None, :] < N)
         v = tl.load(V + ranks[:, None].to(cols.dtype) * stride_vr + cols[None, :] * stride_vn, mask=v_mask, other=0.0)
-        u, inverse, scale = into_range(u * alpha, OPERAND)
-        v, inverse_v, scale_v = into_range(v, OPERAND)
-        acc = dot(round_to(u, OPERAND), round_to(v, OPERAND), acc * (inverse * inverse_v), PRECISION) * (scale * scale_v)
+        acc = rank_dot(u, v, acc, alpha, PRECISION, OPERAND)
     return acc
 
 

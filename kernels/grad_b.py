@@ -69,11 +69,12 @@ def grad_b_kernel(
 def plan_grad_s_and_b(dy: Layout, B: Layout, S: Layout, dtype: torch.dtype, precision: str, target: Target) -> Plan:
     """For dy (M, N), B (N, r) and a contiguous S (M, r), r at most MAX_RANK; both results may come in parts."""
     (M, N), r = dy.shape, B.shape[1]
-    config = super_tile_config((M, N), r, dy.dtype, target)
+    config = super_tile_config((M, N), r, dy.dtype, B.dtype, target)
     col_blocks = max(1, cdiv(N, config.block_k))  # of no columns, one program still writes dS = 0
-    parts, steps = split_steps(
-        cdiv(M, config.block_m), col_blocks, target, config.block_r * 4 / (config.block_m * dy.dtype.itemsize), waves=1
-    )
+    partial = config.block_r * 4 / (config.block_m * dy.dtype.itemsize)
+    # Without wgmma, dy's loads wait in registers for the two layouts that the dots want, and nothing else hides them.
+    beside = 1 if target.has_wide_mma else 2
+    parts, steps = split_steps(cdiv(M, config.block_m), col_blocks, target, partial, beside)
     options = {
         "R": r,
         "BLOCK_M": config.block_m,

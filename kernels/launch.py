@@ -46,7 +46,8 @@ def launch(plan: Plan, *args: Any) -> None:
     """Run the plan's kernel with run-time `args` in its own order; an empty grid launches nothing.
 
     The plan fixes the integers and alignments that a kernel is compiled for, so Triton finds the compiled one once; afterwards
-    it is launched as it is, for a quarter of the host's time (benches/NOTES.md).
+    it is launched as it is, for an eighth of the host's time (benches/NOTES.md).  A profiler's hooks still see it; knobs that
+    change how a kernel is compiled count at its first launch.
     """
     if 0 in plan.grid:
         return

@@ -4,8 +4,6 @@ While the mask of dA is at hand, the same pass packs it to bits for the GEMM of 
 dy W, writes the masked term dx = c · mask(dS A) itself.
 """
 
-from dataclasses import replace
-
 import torch
 import triton
 import triton.language as tl
@@ -14,7 +12,7 @@ from torch import Tensor
 from fastlora.dropout import keep_scale
 from fastlora.kernels import launch
 from fastlora.kernels.config import cdiv, rank_block, split_steps, stream_config
-from fastlora.kernels.dot import TRITON_DTYPES, dot_wide, rank_term, round_to
+from fastlora.kernels.dot import TRITON_DTYPES, dot_wide, rank_dot, rank_term, round_to
 from fastlora.kernels.dropout import keep_tile, keep_words, lane_limit, packed_mask, store_bytes
 from fastlora.kernels.launch import Plan, Result
 from fastlora.kernels.layout import Layout, fits_descriptor, needs_int64
@@ -70,6 +68,10 @@ def outer_kernel(
     offs_k = cols.to(tl.int64) if WIDE else cols
     if HAS_DROPOUT:
         seed = tl.load(seed)
+    rank_block = tl.program_id(2) if R > BLOCK_R else 0
+    if PREFILL and R <= BLOCK_R:
+        v_mask = (ranks[:, None] < R) & (cols[None, :] < K)
+        v_tile = tl.load(V + ranks[:, None].to(offs_k.dtype) * stride_vr + offs_k[None, :] * stride_vk, mask=v_mask, other=0.0)
     acc = tl.zeros((BLOCK_K, BLOCK_R), tl.float32)
     for start in range(split * steps * BLOCK_M, tl.minimum(M, (split + 1) * steps * BLOCK_M), BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
@@ -84,11 +86,14 @@ def outer_kernel(
             keep = keep_tile(w0, w1, w2, w3, limit, BLOCK_M, BLOCK_K)
             x_tile = tl.where(keep, x_tile, 0.0)
             if PACK:
-                if tl.program_id(2) == 0:
+                if rank_block == 0:
                     store_bytes(bits, w0, w1, w2, w3, limit, rows, first_col, M, row_bytes, BLOCK_K)
         if PREFILL:
-            if tl.program_id(2) == 0:
-                term = rank_term(U, V, offs_m, offs_k, M, K, stride_vr, stride_vk, keep_scale, R, TERM_R, PRECISION, DTYPE)
+            if rank_block == 0:
+                if R <= BLOCK_R:
+                    term = rank_dot(u_tile, v_tile, tl.zeros((BLOCK_M, BLOCK_K), tl.float32), keep_scale, PRECISION, DTYPE)
+                else:
+                    term = rank_term(U, V, offs_m, offs_k, M, K, stride_vr, stride_vk, keep_scale, R, TERM_R, PRECISION, DTYPE)
                 if HAS_DROPOUT:
                     term = tl.where(keep, term, 0.0)
                 tl.store(C + offs_m[:, None].to(tl.int64) * K + offs_k[None, :], round_to(term, DTYPE), mask=x_mask)
@@ -120,11 +125,7 @@ def plan_outer(
     accumulate onto.
     """
     (M, K), r = x.shape, U.shape[1]
-    aligned = fits_descriptor(x)
-    config = stream_config((M, K), r, x.dtype, U.dtype, target, aligned)
-    if V is not None and not aligned:
-        # The term's tile beside the addresses of single elements: 64 rows spill on sm_90 with Triton 3.6 (8 bytes of stack).
-        config = replace(config, block_m=min(config.block_m, 32))
+    config = stream_config((M, K), r, x.dtype, U.dtype, target, aligned=fits_descriptor(x), dropout=dropout, term=V is not None)
     col_blocks, rank_blocks = cdiv(K, config.block_k), cdiv(r, config.block_r)
     parts, steps = split_steps(
         cdiv(M, config.block_m), col_blocks * rank_blocks, target, config.block_r * 4 / (config.block_m * x.dtype.itemsize)

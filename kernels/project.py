@@ -66,10 +66,14 @@ def project_kernel(
 def plan_project(x: Layout, A: Layout, dropout: bool, precision: str, target: Target) -> Plan:
     """For x (M, K) and A (r, K) of any strides; its result may come in parts."""
     (M, K), r = x.shape, A.shape[0]
-    config = stream_config((M, K), r, x.dtype, A.dtype, target, fits_descriptor(x))
+    config = stream_config((M, K), r, x.dtype, A.dtype, target, aligned=fits_descriptor(x), dropout=dropout)
     row_blocks, rank_blocks = cdiv(M, config.block_m), cdiv(r, config.block_r)
     parts, steps = split_steps(
-        cdiv(K, config.block_k), row_blocks * rank_blocks, target, config.block_r * 4 / (config.block_k * x.dtype.itemsize)
+        cdiv(K, config.block_k),
+        row_blocks * rank_blocks,
+        target,
+        config.block_r * 4 / (config.block_k * x.dtype.itemsize),
+        config.beside(target, x.dtype.itemsize, A.dtype.itemsize),
     )
     options = {
         "R": r,
