@@ -47,7 +47,7 @@ def as_rows(tensor: Tensor) -> Tensor:
     return tensor.reshape(-1, tensor.shape[-1]) if tensor.shape[-1] else tensor.new_empty((tensor.shape[:-1].numel(), 0))
 
 
-def _forward(
+def forward(
     x: Tensor,
     weight: Tensor,
     lora_A: Tensor,
@@ -58,11 +58,12 @@ def _forward(
     dropout_p: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
+    """(y (..., out), S (M, r)): the operator lora_linear."""
     y, S = _steps("forward", backend)(as_rows(x), weight, lora_A, lora_B, bias, seed, scaling, dropout_p)
     return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0]), S
 
 
-def _backward(
+def backward(
     dy: Tensor,
     x: Tensor | None,
     weight: Tensor | None,
@@ -75,6 +76,7 @@ def _backward(
     adapter_dtype: torch.dtype,
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
+    """(dx (..., in), dA (r, in), dB (out, r)): the operator lora_linear_backward."""
     dx, dA, dB = _steps("backward", backend)(
         as_rows(dy), None if x is None else as_rows(x), weight, lora_A, lora_B, S, seed, scaling, dropout_p, adapter_dtype
     )
@@ -98,8 +100,8 @@ def _backward_fake(dy, x, weight, lora_A, lora_B, S, seed, scaling, dropout_p, a
     return dx, dA, dB
 
 
-_LIBRARY.impl("lora_linear", _forward, "CompositeExplicitAutograd")
-_LIBRARY.impl("lora_linear_backward", _backward, "CompositeExplicitAutograd")
+_LIBRARY.impl("lora_linear", forward, "CompositeExplicitAutograd")
+_LIBRARY.impl("lora_linear_backward", backward, "CompositeExplicitAutograd")
 
 LORA_LINEAR = torch.ops.fastlora.lora_linear.default
 LORA_LINEAR_BACKWARD = torch.ops.fastlora.lora_linear_backward.default

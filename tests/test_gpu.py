@@ -127,14 +127,25 @@ def test_a_replay_follows_its_seed(backend):
         assert all(torch.equal(a, b) for a, b in zip(results, step(), strict=True))
 
 
-def test_each_replay_draws_its_own_mask():
+@pytest.mark.parametrize("backend", ["fused", "prefill"])
+def test_each_replay_draws_its_own_mask(backend):
+    """The step draws its seed inside the graph: each replay takes the next one of the generator, as an eager step would."""
     inputs = oracle.draw(Case((128, 256, 512), rank=8, dtype=torch.bfloat16), device="cuda")
-    graph, y = captured(lambda: lora_linear(inputs.x, inputs.weight, inputs.lora_A, inputs.lora_B, dropout_p=0.5))
-    replays = []
-    for _ in range(3):
+    x, A, B = (t.requires_grad_() for t in (inputs.x, inputs.lora_A, inputs.lora_B))
+
+    def step() -> list[torch.Tensor]:
+        y = lora_linear(x, inputs.weight, A, B, dropout_p=0.5, backend=backend)
+        return [y, *torch.autograd.grad(y, (x, A, B), inputs.dy)]
+
+    graph, results = captured(step)
+    for start in (7, 8):
+        torch.cuda.manual_seed(start)
         graph.replay()
-        replays.append(y.clone())
-    assert len({float(replay.double().sum()) for replay in replays}) == 3
+        first = [result.clone() for result in results]
+        graph.replay()
+        assert not any(torch.equal(a, b) for a, b in zip(first, results, strict=True))
+        torch.cuda.manual_seed(start)
+        assert all(torch.equal(a, b) for a, b in zip(first, step(), strict=True))
 
 
 def test_compile():

@@ -6,7 +6,8 @@ count, and of a descriptor's block only what lies within the tensor: what a GPU 
 tensor of its launch is an error.
 
 Operations of torch between the kernels are launches too: a GEMM of the vendor's library, a copy, a cast.  Inside them nothing
-can be counted, so they are recorded with their compulsory traffic: each operand once.
+can be counted, so they are recorded with their compulsory traffic: each operand once.  Into the package's own operators the
+count goes on.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -22,9 +23,11 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
 from triton.tools.tensor_descriptor import TensorDescriptor
 
+from fastlora import ops
 from fastlora.kernels import launch as launching
 
 ALLOCATIONS = {"empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", "new_empty_strided"}
+STEPS = {ops.LORA_LINEAR: ops.forward, ops.LORA_LINEAR_BACKWARD: ops.backward}  # what the package's own operators run
 OVERWRITING = {"copy_", "fill_", "zero_"}  # in place, without reading what was there
 
 
@@ -184,6 +187,9 @@ class _Operations(TorchDispatchMode):
         self, func: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         kwargs = kwargs or {}
+        if func in STEPS:
+            with self:
+                return STEPS[func](*args, **kwargs)
         result = func(*args, **kwargs)
         name = func._schema.name.removeprefix("aten::")
         is_view = any(out.alias_info is not None and not out.alias_info.is_write for out in func._schema.returns)
