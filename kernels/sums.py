@@ -13,7 +13,8 @@ from fastlora.kernels.config import cdiv
 from fastlora.kernels.dot import round_to
 from fastlora.kernels.launch import Plan, Result
 
-BLOCK = 1024
+BLOCK = 512  # elements of a program: 16 bytes of each partial sum for each of its threads, which adds them up alone
+AT_ONCE = tl.constexpr(8)  # loads in flight; one by one, each addition would wait for memory
 
 Computed = TypeVar("Computed", Tensor, Tensor | None)
 
@@ -22,10 +23,10 @@ Computed = TypeVar("Computed", Tensor, Tensor | None)
 def _sum_block(partials, out, size, splits, block, BLOCK: tl.constexpr):
     index = block.to(tl.int64) * BLOCK + tl.arange(0, BLOCK)
     total = tl.zeros((BLOCK,), tl.float32)
-    pointers = partials + index
-    for _ in range(splits):
-        total += tl.load(pointers, mask=index < size, other=0.0)
-        pointers += size
+    for first in range(0, splits, AT_ONCE):
+        parts = first + tl.arange(0, AT_ONCE)
+        pointers = partials + parts[:, None].to(tl.int64) * size + index[None, :]
+        total += tl.sum(tl.load(pointers, mask=(parts[:, None] < splits) & (index[None, :] < size), other=0.0), axis=0)
     tl.store(out + index, round_to(total, out.dtype.element_ty), mask=index < size)
 
 
@@ -43,7 +44,7 @@ def sum_partials_kernel(
     BLOCK: tl.constexpr,
     COUNT: tl.constexpr,
 ):
-    """out[i] = Σ_s partials[s, i], in the order of s, by the first `blocks` programs; with COUNT = 2 other_out by the rest."""
+    """out[i] = Σ_s partials[s, i], AT_ONCE at a time, by the first `blocks` programs; with COUNT = 2 other_out by the rest."""
     block = tl.program_id(0)
     if COUNT == 2:
         if block < blocks:
