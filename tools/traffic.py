@@ -27,7 +27,8 @@ from fastlora import ops
 from fastlora.kernels import launch as launching
 
 ALLOCATIONS = {"empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", "new_empty_strided"}
-STEPS = {ops.LORA_LINEAR: ops.forward, ops.LORA_LINEAR_BACKWARD: ops.backward}  # what the package's own operators run
+# What the package's own operators run.
+STEPS: dict[Any, Callable[..., Any]] = {ops.LORA_LINEAR: ops.forward, ops.LORA_LINEAR_BACKWARD: ops.backward}
 OVERWRITING = {"copy_", "fill_", "zero_"}  # in place, without reading what was there
 
 
