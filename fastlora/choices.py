@@ -100,11 +100,16 @@ def store(target: Target, results: Mapping[Problem, Choice]) -> Path:
         measured = _read(target) | added
         records = [_record(key, choice) for key, choice in measured.items()]
         content = json.dumps({"environment": environment(target), "results": records}, indent=1) + "\n"
-        atomic.write(path, content.encode())
+        atomic.write(path, content.encode(), locked=True)
         _known[target] = measured
         _stores += 1
         _revise()
     return path
+
+
+def stored(target: Target) -> dict[Problem, Choice]:
+    """What the target's file holds now, as any process left it, for the matmul precision in force."""
+    return {problem: choice for (problem, precision), choice in _read(target).items() if (problem, precision) == _key(problem)}
 
 
 def tiles(problem: Problem, target: Target) -> list[GemmConfig]:

@@ -1,7 +1,8 @@
 """Measuring which form, and which tile of the fused one, is fastest on this GPU: what `fastlora tune` runs.
 
 Every candidate for a problem is held against float64, then all that are right are timed in turn, through the public function
-and as a user will get them, and the winner is stored before the next problem begins.
+and as a user will get them, and the winner is stored before the next problem begins.  What is stored is not measured again,
+unless that is asked for.
 
 The rule: the fastest median wins among the candidates whose 80th percentile is below the 20th percentile of the default, so
 that a difference within the spread of the times keeps the default.  Where the default itself cannot run or is wrong, the
@@ -37,7 +38,10 @@ Clock = Callable[[Mapping[Choice, Prepared]], Times]  # seconds of each step, ro
 
 @dataclass(frozen=True)
 class Result:
-    """What was found for one problem; choice is None where nothing could be measured, and `skipped` says why."""
+    """What was found for one problem; choice is None where nothing could be measured, and `skipped` says why.
+
+    kept: the choice is an earlier run's, and nothing was measured now.
+    """
 
     problem: Problem
     default: Choice
@@ -45,6 +49,7 @@ class Result:
     seconds: dict[Choice, Quantiles] = field(default_factory=dict)
     left_out: dict[Choice, str] = field(default_factory=dict)  # candidates that do not run here, or are wrong, and why
     skipped: str = ""
+    kept: bool = False
 
     @property
     def wrong(self) -> bool:
@@ -108,20 +113,23 @@ def tune(
     adapter_dtype: torch.dtype | None = None,
     dropout_p: float = 0.1,
     repeats: int = REPEATS,
+    again: bool = False,
     clock: Clock | None = None,
     progress: Callable[[str], object] = lambda what: None,
     finished: Callable[[Result], object] = lambda result: None,
     remark: Callable[[str], object] = warnings.warn,
 ) -> list[Result]:
-    """Measure every problem and store each winner in the cache of `fastlora.choices` as soon as it is known.
+    """Measure what was not measured before and store each winner in the cache of `fastlora.choices` as soon as it is known.
 
     Args:
         adapter_dtype: of A and B; default the problem's dtype.
         dropout_p: the rate of the problems with dropout.
         repeats: timed rounds of each problem.
+        again: measure also the problems that the cache holds for this environment and matmul precision.  Otherwise they are
+            kept as they are, whatever adapter_dtype, dropout_p and repeats they were measured with.
         clock: times the steps given by choice; default `benchmark.measure`, with CUDA events on a GPU.
         progress: called with what is about to be done.
-        finished: called with each result, when it has been stored.
+        finished: called with each result, when its choice is in the cache.
         remark: called with each problem that is skipped and each candidate that is left out; default a warning.
 
     A problem that runs out of memory is skipped, a candidate that does not compile or whose result is wrong is left out.
@@ -132,28 +140,24 @@ def tune(
         ValueError: a dropout_p that never drops.
         OSError: the cache cannot be written; before anything is measured.
     """
-    device = torch.device(device)
-    target = check_device(device)
     if threshold(dropout_p) == 0:
         raise ValueError(f"dropout_p must be at least 1/65536, the rate of the problems with dropout, got {dropout_p}")
+    device = torch.device(device)
+    target = check_device(device)
     choices.store(target, {})
+    before = {} if again else choices.stored(target)
     clock = clock or (lambda steps: measure(steps, device, repeats))
     results = []
     for problem in problems:
-        shape = problem.rows, problem.in_features, problem.out_features
-        p = dropout_p if problem.dropout else 0.0
-        case = oracle.Case(shape, problem.r, problem.dtype, adapter_dtype, bias=False, dropout_p=p)
-        trial = _Trial(problem, case, target, device, progress, remark)
-        try:
-            result = trial.run(clock)
-        except torch.OutOfMemoryError as error:
-            result = Result(problem, default_choice(problem, target), skipped=f"out of memory: {_first_line(error)}")
-        if result.choice is None:
-            remark(f"{describe(problem)} is skipped: {result.skipped}")
-            if device.type == "cuda":
-                torch.cuda.empty_cache()
+        if problem in before:
+            result = Result(problem, default_choice(problem, target), before[problem], kept=True)
         else:
-            choices.store(target, {problem: result.choice})
+            shape = problem.rows, problem.in_features, problem.out_features
+            p = dropout_p if problem.dropout else 0.0
+            case = oracle.Case(shape, problem.r, problem.dtype, adapter_dtype, bias=False, dropout_p=p)
+            result = _Trial(problem, case, target, device, progress, remark).result(clock)
+            if result.choice is not None:
+                choices.store(target, {problem: result.choice})
         results.append(result)
         finished(result)
     return results
@@ -169,6 +173,19 @@ class _Trial:
     device: torch.device
     progress: Callable[[str], object]
     remark: Callable[[str], object]
+
+    def result(self, clock: Clock) -> Result:
+        """What `run` returns; where memory does not suffice for that, the problem is skipped."""
+        try:
+            result = self.run(clock)
+        except torch.OutOfMemoryError as error:
+            default = default_choice(self.problem, self.target)
+            result = Result(self.problem, default, skipped=f"out of memory: {_first_line(error)}")
+        if result.choice is None:
+            self.remark(f"{describe(self.problem)} is skipped: {result.skipped}")
+            if self.device.type == "cuda":
+                torch.cuda.empty_cache()
+        return result
 
     def run(self, clock: Clock) -> Result:
         """Raises torch.OutOfMemoryError."""
@@ -247,7 +264,7 @@ def check_device(device: torch.device) -> Target:
         raise RuntimeError("fastlora.tune measures, which cannot be traced: call it outside of torch.compile and torch.export")
     target = target_of(device) if "triton" in available_backends(device) else None
     if target is None or not target.name:
-        raise RuntimeError(f"tuning needs a CUDA GPU of capability 8.0 or newer, and {device} is none")
+        raise RuntimeError(f"tuning needs a CUDA GPU of capability 8.0 or newer; the device is {device}")
     if device.type == "cuda" and torch.cuda.is_current_stream_capturing():
         raise RuntimeError("fastlora.tune measures, which a CUDA graph cannot capture: call it before the capture begins")
     return target

@@ -14,9 +14,10 @@ from tuned import GPU, LARGE, TILE, TILED, forget, problems
 from fastlora import choices, kernels, lora_linear, oracle
 from fastlora.kernels import launch
 from fastlora.kernels.config import GemmConfig
-from fastlora.kernels.forms import Choice, Problem, default_choice
+from fastlora.kernels.forms import ASSUMED_SLOWDOWN, BALANCE, Choice, Problem, default_choice
 from fastlora.kernels.gemm import gemm_kernel
 from fastlora.kernels.target import INTERPRETER, Target
+from fastlora.torch_backend import DECODE_ROWS
 
 pytestmark = pytest.mark.usefixtures("empty_cache")
 
@@ -98,6 +99,57 @@ def test_one_look_at_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
     for problem in (LARGE, *problems(20)) * 2:
         choices.choose(problem, GPU)
     assert reads == [GPU]
+
+
+def test_what_is_stored_is_as_the_file_is_now() -> None:
+    """Not the defaults that were asked for, nothing on trial, and what another process has stored since the first look."""
+    first, second, third = problems(3)
+    assert choices.stored(GPU) == {}
+    path = choices.store(GPU, {first: TILED})
+    choices.choose(second, GPU)
+    with choices.trying({third: TILED}, GPU):
+        assert choices.stored(GPU) == {first: TILED}
+    data = json.loads(path.read_text())
+    data["results"].append(data["results"][0] | {"in_features": third.in_features, "form": "prefill", "tile": None})
+    path.write_text(json.dumps(data))
+    assert choices.stored(GPU) == {first: TILED, third: Choice("prefill")}
+
+
+# The default
+
+
+def test_the_default_reads_what_the_page_says() -> None:
+    """docs/forms.md: of the GPU its multiprocessors, of the problem everything."""
+    edge = replace(LARGE, rows=4096, in_features=1024, r=16)
+    others = [replace(edge, direction="backward"), replace(edge, rows=16, dropout=False), replace(edge, dtype=torch.float32)]
+    every = Target(100, GPU.sms, 99 * 1024, "Another GPU")
+    for problem in (edge, LARGE, *others):
+        assert default_choice(problem, GPU) == default_choice(problem, every)
+    assert default_choice(edge, GPU) == default_choice(replace(edge, dtype=torch.float16), GPU) == Choice("fused")
+    changes: list[dict[str, Any]] = [{"direction": "backward"}, {"dtype": torch.float32}, {"rows": 1024}, {"r": 100}]
+    changes += [{"in_features": 4096}, {"out_features": 128}, {"rows": 16, "dropout": False}]
+    for change in changes:
+        assert default_choice(replace(edge, **change), GPU) != Choice("fused"), change
+    assert default_choice(edge, replace(GPU, sms=10_000)) == Choice("prefill")
+    few = replace(edge, rows=DECODE_ROWS, dropout=False)
+    assert default_choice(few, GPU) == Choice("torch")
+    for change in ({"rows": 2 * DECODE_ROWS}, {"dropout": True}, {"direction": "backward"}):
+        assert default_choice(replace(few, **change), GPU) == Choice("prefill"), change
+
+
+def test_the_figures_of_the_page() -> None:
+    page = (Path(__file__).parents[1] / "docs/forms.md").read_text()
+    length = int((BALANCE - 16) / ASSUMED_SLOWDOWN)
+    problem = replace(LARGE, in_features=length)
+    assert default_choice(problem, GPU) == Choice("fused") != default_choice(replace(problem, in_features=length + 1), GPU)
+    for words in (
+        f"({BALANCE} − r) / L",
+        f"The {BALANCE} is",
+        f"{100 * ASSUMED_SLOWDOWN:g} % slower",
+        f"r = 16 up to L = {length}",
+        f"at most {DECODE_ROWS} rows",
+    ):
+        assert words in page, words
 
 
 # Where it lies

@@ -14,7 +14,7 @@ import pytest
 import torch
 from tuned import GPU, LARGE, TILE, TILED, forget, problems
 
-from fastlora import choices
+from fastlora import atomic, choices
 from fastlora.kernels.forms import Choice, Problem, default_choice
 from fastlora.kernels.target import INTERPRETER
 
@@ -229,7 +229,7 @@ def in_processes(*functions: Callable[[], None]) -> list[int | None]:
 
 
 def test_a_killed_store_leaves_the_old_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    """Killed between writing and replacing, holding the lock."""
+    """Killed between writing and replacing, holding the lock; what it had written is gone with the next store."""
     path = choices.store(GPU, {LARGE: TILED})
     before = path.read_bytes()
 
@@ -237,10 +237,30 @@ def test_a_killed_store_leaves_the_old_file(monkeypatch: pytest.MonkeyPatch) -> 
         os.replace = lambda *paths: os.kill(os.getpid(), signal.SIGKILL)
         choices.store(GPU, {replace(LARGE, r=8): TILED})
 
-    assert in_processes(killed) == [-signal.SIGKILL]
-    assert path.read_bytes() == before
+    names = sorted(path.parent.iterdir())
+    for _ in range(2):
+        assert in_processes(killed) == [-signal.SIGKILL]
+        assert path.read_bytes() == before
+        assert len(list(path.parent.iterdir())) == len(names) + 1  # what it had written
     choices.store(GPU, {replace(LARGE, r=32): TILED})
+    assert sorted(path.parent.iterdir()) == names
     assert {record["r"] for record in json.loads(path.read_text())["results"]} == {16, 32}
+
+
+def test_writers_without_a_lock_do_not_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As two ranks that save one adapter: the second writes all of it while the first is about to replace."""
+    path, right = tmp_path / "file", os.replace
+
+    def replace_late(source: Path, target: Path) -> None:
+        monkeypatch.setattr(os, "replace", right)
+        assert in_processes(lambda: atomic.write(path, b"second")) == [0]
+        assert path.read_bytes() == b"second"
+        right(source, target)
+
+    monkeypatch.setattr(os, "replace", replace_late)
+    atomic.write(path, b"first")
+    assert path.read_bytes() == b"first"
+    assert list(tmp_path.iterdir()) == [path]
 
 
 def test_processes_that_store_at_once_keep_all() -> None:

@@ -73,7 +73,8 @@ def test_json(gpu: None, capsys: pytest.CaptureFixture[str]) -> None:
     code, report = tune_json(capsys, *SMALL, "-p", "0.5", "--repeats", "3")
     assert code == 0
     rows = report.pop("rows")
-    assert report == {"device": "Interpreted GPU", "file": str(choices.path_of(NAMED)), "problems": 2, "measured": 2}
+    facts = {"device": "Interpreted GPU", "file": str(choices.path_of(NAMED))}
+    assert report == {**facts, "problems": 2, "measured": 2, "kept": 0}
     assert [(row["direction"], row["dropout"]) for row in rows] == [("forward", True), ("backward", True)]
     for row in rows:
         assert (row["dtype"], row["rows"], row["in_features"], row["out_features"], row["r"]) == ("float32", 16, 32, 48, 4)
@@ -81,6 +82,32 @@ def test_json(gpu: None, capsys: pytest.CaptureFixture[str]) -> None:
         assert row["speedup"] == {"p20": 2.0, "median": 2.0, "p80": 2.0}
         assert row["seconds"].keys() == {"prefill", "fused", *(name for name in row["seconds"] if "warps" in name)}
         assert len(row["seconds"]) == 4
+        assert row["kept"] is False
+
+
+def test_a_second_run_keeps_what_the_first_measured(
+    gpu: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    assert cli.main(["tune", *SMALL, "-p", "0.1"]) == 0
+    assert "kept" not in capsys.readouterr().out
+    assert cli.main(["tune", *SMALL]) == 0  # adds the problems without dropout
+    lines = capsys.readouterr().out.splitlines()
+    assert lines[-2] == "2 of 4 problems kept from earlier runs; --again measures them anew."
+    assert lines[-1].startswith("2 of 4 problems measured, 2 better than the default. Stored: ")
+    assert sum("kept" in line.split() and "fused" in line.split() for line in lines[:-2]) == 2
+    monkeypatch.setattr(tune, "measure", lambda *args, **options: pytest.fail("measured"))
+    code, report = tune_json(capsys, *SMALL)
+    assert (code, report["problems"], report["measured"], report["kept"]) == (0, 4, 0, 4)
+    assert [(row["choice"], row["kept"], row["seconds"], row["speedup"]) for row in report["rows"]] == [
+        ("fused", True, {}, None)
+    ] * 4
+
+
+def test_again(gpu: None, capsys: pytest.CaptureFixture[str]) -> None:
+    for _ in range(2):
+        code, report = tune_json(capsys, *SMALL, "--again")
+        assert (code, report["measured"], report["kept"]) == (0, 4, 0)
+        assert not any(row["kept"] for row in report["rows"])
 
 
 def test_rows_count_as_powers_of_two(gpu: None, capsys: pytest.CaptureFixture[str]) -> None:
@@ -100,6 +127,8 @@ def test_the_help(capsys: pytest.CaptureFixture[str]) -> None:
         "fastlora tune --model ./my-llama",
         "$FASTLORA_CACHE_DIR",
         "exit code:",
+        "--again",
+        "not\nmeasured again",
         "default: 512 to 16384",
     ):
         assert words in out
@@ -138,7 +167,7 @@ def test_a_skipped_problem(gpu: None, monkeypatch: pytest.MonkeyPatch, capsys: p
     assert sum("skipped" in line.split() for line in out.splitlines()) == 2
     assert err.count("with dropout is skipped: out of memory: CUDA out of memory.") == 2
     code, report = tune_json(capsys, *SMALL)
-    assert code == 1
+    assert (code, report["measured"], report["kept"]) == (1, 0, 2)  # what could not be measured is tried again
     assert [row["choice"] for row in report["rows"] if row["skipped"]] == [None, None]
 
 
@@ -163,6 +192,9 @@ def test_an_interruption(
     else:
         assert f"2 of 4 problems measured, 2 better than the default. Stored: {choices.path_of(NAMED)}" in out
     assert len(stored()) == 2
+    monkeypatch.setattr(tune, "measure", measure)
+    code, report = tune_json(capsys, *SMALL)
+    assert (code, report["measured"], report["kept"]) == (0, 2, 2)
 
 
 def test_a_lost_device(gpu: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
@@ -193,15 +225,18 @@ def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
 
 
 def test_without_a_gpu(empty_cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "fastlora tune: error: tuning needs a CUDA GPU of capability 8.0 or newer" in refusal(capsys, *SMALL)
+    message = "fastlora tune: error: tuning needs a CUDA GPU of capability 8.0 or newer; the device is cpu\n"
+    assert refusal(capsys, *SMALL) == message
     assert not empty_cache.exists()
 
 
+@pytest.mark.parametrize("has_gpu", [False, True], ids=["no GPU", "GPU"])
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [
         ([], "--model"),
         (["--model", "4096x"], "got '4096x'"),
+        (["--model", "4096,4096"], "got '4096,4096'"),
         (["--model", "0x16"], "must be a config.json or its folder, a hub id, or shapes such as 4096x4096, got '0x16'"),
         (["--model", "./nowhere"], "got './nowhere'"),
         (["--model", "nowhere/config.json"], "got 'nowhere/config.json'"),
@@ -215,8 +250,16 @@ def test_without_a_gpu(empty_cache: Path, capsys: pytest.CaptureFixture[str]) ->
     ],
 )
 def test_bad_arguments(
-    arguments: list[str], message: str, gpu: None, empty_cache: Path, capsys: pytest.CaptureFixture[str]
+    arguments: list[str],
+    message: str,
+    has_gpu: bool,
+    empty_cache: Path,
+    capsys: pytest.CaptureFixture[str],
+    request: pytest.FixtureRequest,
 ) -> None:
+    """They are refused before the device is."""
+    if has_gpu:
+        request.getfixturevalue("gpu")
     assert message in refusal(capsys, *arguments)
     assert not empty_cache.exists()
 
@@ -275,7 +318,7 @@ def test_a_model_is_tuned(gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyP
     assert (options["dropout_p"], options["repeats"]) == (0.05, 7)
 
 
-def test_a_hub_id_goes_to_the_hub(gpu: None, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_hub_id_goes_to_the_hub(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
     asked = []
 
     def offline(model: str) -> None:
@@ -292,10 +335,10 @@ def test_a_hub_id_goes_to_the_hub(gpu: None, monkeypatch: pytest.MonkeyPatch, ca
     ("text", "message"),
     [("{", "not a valid JSON file"), ('{"model_type": "nope"}', "does not recognize"), ("{}", "model_type")],
 )
-def test_a_bad_configuration(text: str, message: str, gpu: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_bad_configuration(text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     (tmp_path / "config.json").write_text(text)
     assert message in refusal(capsys, "--model", str(tmp_path))
 
 
-def test_a_folder_without_one(gpu: None, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_a_folder_without_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
     assert "config.json" in refusal(capsys, "--model", str(tmp_path))

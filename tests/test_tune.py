@@ -11,7 +11,7 @@ from typing import Any
 import pytest
 import torch
 from triton.runtime.errors import OutOfResources
-from tuned import FUSED, LARGE, PREFILL, PROBLEM, PROBLEMS, TORCH, favouring, run, stored
+from tuned import FUSED, LARGE, PREFILL, PROBLEM, PROBLEMS, TORCH, favouring, forget, run, stored
 
 from fastlora import choices, tune
 from fastlora.benchmark.clock import Prepared, Quantiles
@@ -102,7 +102,7 @@ def test_the_speedup_and_its_spread() -> None:
 
 def test_the_winner_of_every_problem_is_stored(target: Target) -> None:
     for winner in (FUSED, tune.candidates(PROBLEM, target)[-1], PREFILL):
-        results = run(PROBLEMS, favouring(winner))
+        results = run(PROBLEMS, favouring(winner), again=True)
         assert [result.choice for result in results] == [winner] * 3
         assert stored() == dict.fromkeys(PROBLEMS, winner)
         assert all(choices.choose(problem, target) == winner for problem in PROBLEMS)
@@ -131,7 +131,7 @@ def test_every_step_runs_its_own_choice(problem: Problem, target: Target, monkey
             assert bool(seen) == (choice.form != "torch")
         return {choice: [1.0] for choice in steps}
 
-    (result,) = run([problem], clock)
+    (result,) = run([problem], clock, again=True)
     assert len(result.seconds) == len(problem.forms) + 2
     assert choose(problem, target) == result.choice == default_choice(problem, target)
 
@@ -160,6 +160,42 @@ def test_the_real_clock(target: Target) -> None:
 def test_nothing_is_left_in_force(target: Target) -> None:
     run(PROBLEMS[:1], favouring(PREFILL))
     assert not choices._tried
+
+
+# What is stored is not measured again
+
+
+def test_what_is_stored_is_kept(target: Target) -> None:
+    """Also by another process; the rest is measured, and each result comes in its place."""
+    first, second, third = PROBLEMS
+    choices.store(target, {second: FUSED})
+    forget()
+    timed: list[Choice] = []
+    finished: list[tune.Result] = []
+    results = run(PROBLEMS, favouring(PREFILL, timed), finished=finished.append)
+    assert results == finished
+    assert [(result.problem, result.kept) for result in results] == [(first, False), (second, True), (third, False)]
+    assert results[1] == tune.Result(second, PREFILL, FUSED, kept=True)
+    assert len(timed) == sum(len(tune.candidates(problem, target)) for problem in (first, third))
+    assert stored() == {first: PREFILL, second: FUSED, third: PREFILL}
+    assert all(result.kept for result in run(PROBLEMS, lambda steps: pytest.fail("measured")))
+
+
+def test_again_measures_it_anew(target: Target) -> None:
+    choices.store(target, {PROBLEM: FUSED})
+    (result,) = run([PROBLEM], favouring(PREFILL), again=True)
+    assert (result.choice, result.kept) == (PREFILL, False)
+    assert result.seconds.keys() == set(tune.candidates(PROBLEM, target))
+    assert stored() == {PROBLEM: PREFILL}
+
+
+def test_what_was_measured_elsewhere_or_in_another_precision_is_not_kept(target: Target, monkeypatch: Any) -> None:
+    choices.store(replace(target, name="Another GPU"), {PROBLEM: FUSED})
+    with monkeypatch.context() as patch:
+        patch.setattr(choices, "matmul_precision", lambda dtype: "tf32")
+        choices.store(target, {PROBLEM: FUSED})
+    (result,) = run([PROBLEM], favouring(PREFILL))
+    assert (result.choice, result.kept) == (PREFILL, False)
 
 
 # What is wrong is not timed, and not stored

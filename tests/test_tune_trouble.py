@@ -62,7 +62,8 @@ def test_an_interrupted_tune_keeps_what_it_has(target: Target) -> None:
     assert [result.problem for result in finished] == PROBLEMS[:1]
     assert stored() == {PROBLEMS[0]: FUSED}
     assert choices.choose(PROBLEMS[1], target) == default_choice(PROBLEMS[1], target)
-    run(PROBLEMS[1:], favouring(FUSED))
+    begun = run(PROBLEMS, favouring(FUSED))
+    assert [result.kept for result in begun] == [True, False, False]
     assert stored() == dict.fromkeys(PROBLEMS, FUSED)
 
 
@@ -74,7 +75,7 @@ def untouched(steps: Any) -> Any:
 
 
 def test_not_without_a_gpu(empty_cache: Path) -> None:
-    with pytest.raises(RuntimeError, match=r"capability 8\.0 or newer, and cpu is none"):
+    with pytest.raises(RuntimeError, match=r"capability 8\.0 or newer; the device is cpu$"):
         tune.tune([PROBLEM], "cpu", clock=untouched)
     assert not empty_cache.exists()
 
@@ -82,7 +83,7 @@ def test_not_without_a_gpu(empty_cache: Path) -> None:
 def test_not_below_capability_80(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    with pytest.raises(RuntimeError, match=r"capability 8\.0 or newer, and cuda:0 is none"):
+    with pytest.raises(RuntimeError, match=r"capability 8\.0 or newer; the device is cuda:0$"):
         tune.tune([PROBLEM], "cuda:0", clock=untouched)
     assert not empty_cache.exists()
 
@@ -115,7 +116,10 @@ def test_not_while_another_tracer_is_at_work(empty_cache: Path, target: Target, 
     assert not empty_cache.exists()
 
 
-def test_not_with_a_rate_that_never_drops(target: Target, empty_cache: Path) -> None:
+@pytest.mark.parametrize("named", [False, True], ids=["no GPU", "GPU"])
+def test_not_with_a_rate_that_never_drops(named: bool, empty_cache: Path, request: pytest.FixtureRequest) -> None:
+    if named:
+        request.getfixturevalue("target")
     with pytest.raises(ValueError, match=r"dropout_p must be at least 1/65536, .* got 0"):
         tune.tune([PROBLEM], "cpu", clock=untouched, dropout_p=0.0)
     assert not empty_cache.exists()

@@ -27,9 +27,11 @@ against float64 before it is timed. What wins replaces the default wherever
 fastlora runs in the same environment: GPU, torch, Triton and fastlora.
 
 A candidate replaces the default only where its 80th percentile is below the
-default's 20th. Results are stored one by one: an interrupted run keeps what it
-has, and two runs at once keep both. They lie in $FASTLORA_CACHE_DIR, else
-$XDG_CACHE_HOME/fastlora, else ~/.cache/fastlora; delete the file to forget it."""
+default's 20th. Results are stored one by one, and what is stored is not
+measured again: an interrupted run, started anew, goes on where it was. Two
+runs at once keep both. They lie in $FASTLORA_CACHE_DIR, else
+$XDG_CACHE_HOME/fastlora, else ~/.cache/fastlora; delete the file to forget it,
+or replace what it holds with --again."""
 
 EPILOG = """\
 examples:
@@ -37,7 +39,7 @@ examples:
   fastlora tune --model Qwen/Qwen3-8B -M 2048 8192 -r 16 64
   fastlora tune --model 4096x4096,4096x14336,14336x4096 -M 8192 -p 0.05
 
-exit code: 0 everything was measured, 1 a result was wrong or a problem could
+exit code: 0 everything is measured, 1 a result was wrong or a problem could
 not be measured, 2 wrong arguments or no GPU to tune on, 130 interrupted."""
 
 ROWS = tuple(2**power for power in range(9, 15))
@@ -72,6 +74,10 @@ def register(subparsers: Any) -> None:
     add("--dtype", choices=common.DTYPES, default="bfloat16", help="of x, weight and bias (default: %(default)s)")
     add("--adapter-dtype", choices=common.DTYPES, help="of A and B: that dtype or float32 (default: that dtype)")
     add("--repeats", type=number, default=20, metavar="N", help="timed rounds (default: 20)")
+    add(
+        "--again", action="store_true",
+        help="measure also what an earlier run has stored (default: keep it, whatever -p, --adapter-dtype and --repeats were)",
+    )  # fmt: skip
     add("--device", type=common.device, default=common.default_device(), help="cuda or cuda:N (default: the first GPU)")
     add("--json", action="store_true", help="print JSON instead of the table")
     parser.set_defaults(func=run)
@@ -85,10 +91,10 @@ def run(args: argparse.Namespace) -> int:
     dtype = common.DTYPES[args.dtype]
     adapters = common.DTYPES[args.adapter_dtype] if args.adapter_dtype else dtype
     try:
-        target = tune.check_device(args.device)
         oracle.Case((1, 1, 1), dtype=dtype, adapter_dtype=adapters)  # refuses what cannot be judged
         rate = _rate(args.dropout)
         shapes = shapes_of(args.model)
+        target = tune.check_device(args.device)  # last: what is wrong anywhere is said without a GPU too
         file = choices.store(target, {})
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         return common.refuse("tune", str(error))
@@ -157,6 +163,7 @@ def _measure(
             adapter_dtype=adapters,
             dropout_p=rate,
             repeats=args.repeats,
+            again=args.again,
             progress=lambda what: progress.update(task, description=what),
             finished=finished,
             remark=lambda what: stderr.print(what, style="yellow", markup=False, soft_wrap=True),
@@ -164,16 +171,20 @@ def _measure(
 
 
 def _report(results: "Sequence[Result]", total: int, target: "Target", file: Path, args: argparse.Namespace) -> None:
+    kept = sum(result.kept for result in results)
+    found = [result for result in results if result.choice is not None and not result.kept]
     if args.json:
-        facts = {"device": target.name, "file": str(file), "problems": total, "measured": len(results)}
+        facts = {"device": target.name, "file": str(file), "problems": total, "measured": len(found), "kept": kept}
         print(json.dumps({**facts, "rows": [_plain(result) for result in results]}, indent=2))
         return
     stdout, _ = common.consoles()
     if results:
         stdout.print(_table(results, target, args.repeats))
-    changed = sum(result.choice not in (None, result.default) for result in results)
-    stored = sum(result.choice is not None for result in results)
-    stdout.print(f"{stored} of {total} problems measured, {changed} better than the default. Stored: {file}", soft_wrap=True)
+    if kept:
+        stdout.print(f"{kept} of {total} problems kept from earlier runs; --again measures them anew.", soft_wrap=True)
+    changed = sum(result.choice != result.default for result in found)
+    summary = f"{len(found)} of {total} problems measured, {changed} better than the default. Stored: {file}"
+    stdout.print(summary, soft_wrap=True)
 
 
 def _table(results: "Sequence[Result]", target: "Target", repeats: int) -> Any:
@@ -207,7 +218,7 @@ def _table(results: "Sequence[Result]", target: "Target", repeats: int) -> Any:
             result.default.form,
             choice.form if choice == result.default else f"[green]{choice.form}",
             tune.tile_of(choice),
-            three_digits(result.seconds[choice].median * 1e3),
+            "kept" if result.kept else three_digits(result.seconds[choice].median * 1e3),
             gain,
         )
     return table
@@ -226,4 +237,5 @@ def _plain(result: "Result") -> dict[str, Any]:
         "seconds": {name_of(choice): times._asdict() for choice, times in result.seconds.items()},
         "left_out": {name_of(choice): reason for choice, reason in result.left_out.items()},
         "skipped": result.skipped,
+        "kept": result.kept,
     }
