@@ -99,6 +99,17 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     metafunc.parametrize(("size", "pass_", "contender"), cases)
 
 
+def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
+    """The most telling linears, the models, the other linears: the time budget may end the run before the last ones."""
+    first = {size.id for size in grid.most_telling(config.option.grid, config.stash[_SUITE].device)}
+
+    def place(item: pytest.Item) -> int:
+        parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
+        return 1 if "size" not in parameters else 0 if parameters["size"].id in first else 2
+
+    items.sort(key=place)
+
+
 def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: dict[str, Any]) -> None:
     machine_info["fastlora"] = config.stash[_SUITE].facts
 

@@ -3,10 +3,11 @@
 On a GPU the centre is M = 8192, r = 16, p = 0.1 in bfloat16, and its linear the square one of Llama-3.1-8B, K = N = 4096.
 
     quick       the linears of Llama-3.1-8B at the centre; the centre with one of M, r, p, adapters' dtype changed
-    full        every linear of every model at the centre; the centre's linear at every M, r, p and adapters' dtype;
-                every linear at every M
-    everything  the whole product
+    full        every linear of every model at the centre; the centre with few rows, at every p; the centre's linear at every
+                M, r, p and adapters' dtype; every linear at every M
+    everything  the whole product, and the centre with few rows
 
+Few rows are those of decoding and of short sequences, where launching may take longer than the device: `launch_ms` tells.
 Compiling takes seconds for each contender and size, so those under torch.compile run at the square linear of each model, at the
 centre.  On a CPU: a square linear of 1024 in float32, with dropout and without, and for full the linears of Llama-3.2-1B.
 `toy` is for the tests.
@@ -27,6 +28,7 @@ NAMES = ("quick", "full", "everything", "toy")
 CENTRE_MODEL = "Llama-3.1-8B"
 CENTRE = Case((8192, 4096, 4096), rank=16, dtype=torch.bfloat16, bias=False, dropout_p=0.1)
 ROWS = (8192, 16384, 2048, 512)
+FEW_ROWS = (1, 16, 128)
 RANKS = (16, 8, 64, 128)
 DROPOUT = (0.1, 0.0)
 ADAPTERS = (torch.bfloat16, torch.float32)
@@ -60,10 +62,15 @@ def sizes(name: str, device: torch.device) -> list[Size]:
     return _unique(grid())
 
 
+def most_telling(name: str, device: torch.device) -> list[Size]:
+    """What of the grid is measured before whole models are."""
+    return sizes("toy" if name == "toy" else "quick", device)
+
+
 def _quick() -> Iterable[Size]:
     yield from _linears(CENTRE_MODEL)
     yield from (Size(replace(CENTRE, dropout_p=0.0)), Size(replace(CENTRE, adapter_dtype=torch.float32)))
-    yield from (Size(_with_rows(CENTRE, rows)) for rows in (512, 16384))
+    yield from (Size(_with_rows(CENTRE, rows)) for rows in (512, 16384, 1, 128))
     yield Size(replace(CENTRE, rank=64))
 
 
@@ -71,6 +78,7 @@ def _full() -> Iterable[Size]:
     yield from _quick()
     for model in MODELS:
         yield from _linears(model)
+    yield from (Size(replace(_with_rows(CENTRE, rows), dropout_p=p)) for rows in FEW_ROWS for p in DROPOUT)
     yield from map(Size, _around(CENTRE))
     for rows in ROWS:
         for model in MODELS:

@@ -18,7 +18,14 @@ ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- python -m benches.report writes from here -->", "<!-- to here -->"
 COMMAND = "pytest benches --benchmark-only"
 OVERVIEW = ("frozen linear", "PEFT", "chained addmm_", "fastlora fused", "fastlora prefill", "fastlora")
-LISTED = 8  # sizes in the short table; a grid begins with the most telling ones
+LAUNCHED = ("PEFT", "fastlora")  # whose host time the short table shows
+LISTED = 10  # sizes in the short table; a grid begins with the most telling ones, the grid quick has no more
+GRIDS = (
+    "On a GPU the default grid is not the whole product, as `--grid everything` is: every linear is measured at every M\n"
+    "from 512 on, but only one of them at every r, p and dtype of the adapters, and at M = 1, 16 and 128."
+)
+ROOFLINE = "The roofline is the least time that these rates allow; passes with faster products than the one above exceed 100 %."
+HOST = 'All are of the device but "host": how long the CPU took to launch the same pass, which decides where it is the longer.'
 
 Run = dict[str, Any]
 
@@ -73,6 +80,7 @@ def text(runs: dict[Path, Run]) -> str:
             f"**Speed on a GPU has not been measured yet.** `{COMMAND}` measures it on yours and begins no size after\n"
             "8 minutes, with `--quick` after 2; `python -m benches.report` then writes the tables here."
         )
+    parts.append(GRIDS)
     for path, run in runs.items():
         parts += _of_run(path, run)
     return "\n\n".join(parts)
@@ -103,10 +111,27 @@ def _conditions(path: Path, run: Run) -> str:
         f"{dtype}: matrix product {three_digits(rates['gemm_tflops'])} TFLOP/s, copy {three_digits(rates['copy_gbps'])} GB/s"
         for dtype, rates in run["ceilings"].items()
     )
-    measured = f"\nMeasured in the same run, {ceilings}." if ceilings else ""
     table, plot = (f"benches/results/{path.stem}.{suffix}" for suffix in ("csv", "png"))
-    where = f"Times are medians. All rows: [csv]({table}). The first size: [plot]({plot})."
-    return f"**{facts['device']}** ({known}).{measured}\n{where}"
+    lines = [
+        f"**{facts['device']}** ({known}).",
+        f"Measured in the same run, {ceilings}.\n{ROOFLINE}" if ceilings else "",
+        f"Times are medians. All rows: [csv]({table}). The first size: [plot]({plot}).",
+        HOST if _launched(run["rows"]) else "",
+        _not_reached(run),
+    ]
+    return "\n".join(line for line in lines if line)
+
+
+def _not_reached(run: Run) -> str:
+    """Where a run was cut: a sentence; nothing where it was not."""
+    left, done = len(run["not_reached"]), len(_by_id(run["rows"]))
+    cut = f"The time budget ended after {done} sizes; {left} were not reached, decoder layer and training step counted."
+    return cut if left else ""
+
+
+def _launched(rows: Sequence[results.Row]) -> bool:
+    """Whether the host's time was taken: on a GPU."""
+    return any(row.get("launch_ms") is not None for row in rows)
 
 
 def _in_full(rows: Sequence[results.Row]) -> str:
@@ -129,7 +154,9 @@ def _of_model(rows: Sequence[results.Row]) -> str:
 
 
 def _by_contender(rows: Sequence[results.Row], columns: dict[str, Callable[[results.Row], str]]) -> str:
-    """A line for each contender: the medians of its passes, then what `columns` say of the last pass."""
+    """A line for each contender: the medians of its passes, then the host's time and what `columns` say of the last pass."""
+    if _launched(rows):
+        columns = {"host, ms": lambda row: three_digits(row["launch_ms"]), **columns}
     passes = list(dict.fromkeys(row["pass"] for row in rows))
     lines = []
     for name in dict.fromkeys(row["contender"] for row in rows):
@@ -145,13 +172,15 @@ def _in_short(sizes: Sequence[Sequence[results.Row]]) -> str:
     listed = sizes[:LISTED]
     present = {row["contender"] for rows in listed for row in rows}
     names = [name for name in OVERVIEW[1:] if name in present]
+    launched = [name for name in LAUNCHED if name in present and _launched(listed[0])]
     lines = []
     for rows in listed:
         whole = {row["contender"]: row for row in rows if row["pass"] == PASSES[-1]}
         frozen = three_digits(whole["frozen linear"]["median_ms"])
         ratios = [f"{whole[name]['over_frozen']:.2f}" if name in whole else "" for name in names]
-        lines.append([_title(rows[0]), frozen, *ratios, rows[0]["used_by"]])
-    header = ["size", "frozen, ms", *(f"{name}, ×" for name in names), "linear of"]
+        hosts = [three_digits(whole[name]["launch_ms"]) if name in whole else "" for name in launched]
+        lines.append([_title(rows[0]), frozen, *ratios, *hosts, rows[0]["used_by"]])
+    header = ["size", "frozen, ms", *(f"{name}, ×" for name in names), *(f"{name}, host ms" for name in launched), "linear of"]
     if not any(line[-1] for line in lines):
         header, lines = header[:-1], [line[:-1] for line in lines]
     which = "the other sizes" if len(listed) == len(sizes) else f"the next {len(listed)} of {len(sizes)} other sizes"

@@ -29,10 +29,10 @@ class Suite:
 
     Args:
         path: the results, a JSON file {"facts", "ceilings", "rows", "not_reached"}, rewritten after each size; beside it the
-            rows as CSV, with the facts in every row.
+            rows as CSV, with the facts and the ceilings of its dtype in every row.
         compiler: of the contenders under torch.compile; None leaves them out.
         budget: seconds after which no further size is begun.
-        resume: keep the rows that the file holds from the same machine, versions and commit, and measure only the others.
+        resume: keep the rows that the file holds from the same machine, versions, commit and repeats; measure only the others.
         copies: sets of inputs, see `benchmark.run`.
         tell: shows a line to the user.
     """
@@ -52,7 +52,7 @@ class Suite:
         self.path, self.device, self.repeats, self.compiler = path, device, repeats, compiler
         self.copies, self.tell = copies, tell
         self.deadline = time.monotonic() + budget
-        self.facts = results.environment(device)
+        self.facts = {**results.environment(device), "repeats": repeats}
         self.content: dict[str, Any] = {"facts": self.facts, "ceilings": {}, "rows": [], "not_reached": []}
         if resume:
             self._resume()
@@ -145,7 +145,9 @@ class Suite:
         def measure() -> None:
             steps = make().steps()
             limit = 4 * SECONDS_PER_SIZE[self.device.type]
-            self._models[kind] = benchmark.measure(steps, self.device, self.repeats, limit=limit)
+            clock = benchmark.device_clock(self.device)
+            self._models[kind] = benchmark.measure(steps, self.device, self.repeats, limit=limit, clock=clock)
+            launches = benchmark.timed_launches(clock)
             rows = []
             for (name, step), seconds in self._models[kind].items():
                 p20, median, p80 = (1e3 * second for second in benchmark.quantiles(seconds))
@@ -155,7 +157,9 @@ class Suite:
                     "saved_bytes": None,
                 }
                 times = {"median_ms": median, "p20_ms": p20, "p80_ms": p80, "over_eager": median / peft}
-                rows.append({**setting.facts(kind), "contender": name, "pass": step, **times, **memory})
+                launch = benchmark.quantiles(launches[name, step]).median * 1e3 if launches else None
+                named = {**setting.facts(kind), "contender": name, "pass": step}
+                rows.append({**named, **times, "launch_ms": launch, **memory})
             self.add(rows)
 
         self._once(kind, measure)
@@ -193,8 +197,9 @@ class Suite:
         """Write the final files, if there is anything to write."""
         if self.content["rows"]:
             results.write_json(self.content, self.path)
-            facts = {**self.facts, "repeats": self.repeats}
-            results.write_csv([{**row, **facts} for row in self.content["rows"]], self.path.with_suffix(".csv"))
+            ceilings = self.content["ceilings"]
+            rows = [{**row, **ceilings.get(row["dtype"], {}), **self.facts} for row in self.content["rows"]]
+            results.write_csv(rows, self.path.with_suffix(".csv"))
 
     def _resume(self) -> None:
         known = results.read_json(self.path)

@@ -1,11 +1,13 @@
 """`pytest benches` at toy size: times taken in turn reach pytest-benchmark and the files; runs resume; README is current."""
 
 import csv
+import itertools
 import json
 import os
+import re
 import subprocess
 import sys
-from collections.abc import Iterator
+from collections.abc import Hashable, Iterator
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -14,7 +16,8 @@ import pytest
 import torch
 from triton.runtime.errors import OutOfResources
 
-from fastlora.benchmark import WrongResultError
+from fastlora.benchmark import CudaClock, Prepared, WrongResultError
+from fastlora.benchmark.clock import WARMUP
 from fastlora.peft import Report
 
 ROOT = Path(__file__).parents[1]
@@ -60,6 +63,17 @@ def benches(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, ModuleType]]:
         sys.modules.pop(name, None)
 
 
+def test_the_models_come_after_the_most_telling_linears() -> None:
+    command = [sys.executable, "-m", "pytest", "benches", "--collect-only", "-q", "--device", "cpu", "-p", "no:cacheprovider"]
+    done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
+    files = [re.sub(r".*test_(\w+)\.py::.*", r"\1", line) for line in done.stdout.splitlines() if "::" in line]
+    linears = [line for line in done.stdout.splitlines() if "::test_linear[" in line]
+    assert [name for name, _ in itertools.groupby(files)] == ["linears", "decoder", "linears"]
+    telling = files.index("decoder")
+    assert all("2048x1024x1024-r16" in line for line in linears[:telling])
+    assert not any("2048x1024x1024-r16" in line for line in linears[telling:])
+
+
 def test_pytest_benchmark_shows_the_times_that_were_measured_in_turn(run: tuple[Path, dict, dict]) -> None:
     _, own, saved = run
     assert saved["machine_info"]["fastlora"] == own["facts"]
@@ -96,13 +110,23 @@ def test_every_contender_and_pass_of_every_size(run: tuple[Path, dict, dict]) ->
         assert contenders[f"f32-96x64x80-r8-p0 {pass_}"] == LINEAR_CONTENDERS
         assert contenders[f"decoder layer {pass_}"] == ["frozen layer", "PEFT", "fastlora"]
     assert contenders["training step training step"] == ["PEFT", "fastlora"]
+    assert list(dict.fromkeys(row["id"] for row in own["rows"])) == [
+        "f32-96x64x80-r8-p0.1",
+        "f32-96x64x80-r8-p0",
+        "decoder layer",
+        "training step",
+    ]
+    assert own["facts"]["repeats"] == 3
     assert set(own["ceilings"]) == {"float32"}
     assert not own["not_reached"]
     (file,) = folder.glob("*.csv")
     with file.open() as text:
         written = list(csv.DictReader(text))
     assert len(written) == len(own["rows"])
-    assert {row["torch"] for row in written} == {torch.__version__}
+    assert {(row["torch"], row["repeats"]) for row in written} == {(torch.__version__, "3")}
+    assert {(float(row["gemm_tflops"]), float(row["copy_gbps"])) for row in written} == {
+        (own["ceilings"]["float32"]["gemm_tflops"], own["ceilings"]["float32"]["copy_gbps"])
+    }
 
 
 def make_suite(benches: dict[str, ModuleType], path: Path, **options: Any) -> Any:
@@ -140,11 +164,27 @@ def test_a_run_stops_with_its_budget_and_goes_on(
     assert list(dict.fromkeys(row["id"] for row in content["rows"])) == [first.id, second.id]
     assert content["not_reached"] == []
 
-    content["facts"]["torch"] = "1.0"
-    path.write_text(json.dumps(content))
-    suite = make_suite(benches, path, resume=True)
-    assert "under other conditions" in suite.told[0]
-    assert suite.content["rows"] == []
+    for changed in ({"torch": "1.0"}, {"repeats": 2}):
+        path.write_text(json.dumps({**content, "facts": {**content["facts"], **changed}}))
+        suite = make_suite(benches, path, resume=True)
+        assert "under other conditions" in suite.told[0]
+        assert suite.content["rows"] == []
+
+
+def test_on_a_gpu_the_models_have_the_time_that_launching_took(
+    benches: dict[str, ModuleType], tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    class FakeClock(CudaClock):
+        def __call__(self, name: Hashable, step: Prepared) -> float:
+            step()
+            launches = self.launches.setdefault(name, [])
+            launches.append(1.0 if len(launches) < WARMUP else 2e-3)
+            return 5e-3
+
+    monkeypatch.setattr(benches["suite"].benchmark, "device_clock", FakeClock)
+    suite = make_suite(benches, tmp_path / "results.json", repeats=3)
+    seconds, row = suite.layer("fastlora", "forward", toy=True)
+    assert (seconds, row["median_ms"], row["launch_ms"]) == ([5e-3] * 3, 5.0, 2.0)
 
 
 @pytest.mark.parametrize(
@@ -237,14 +277,18 @@ def test_grids(name: str, benches: dict[str, ModuleType]) -> None:
         (s.case.shape[0], s.case.rank, s.case.dropout_p, s.case.adapters) for s in sizes if s.case.shape[1:] == (4096, 4096)
     }
     if name != "quick":
-        assert len(cases) == 4 * 4 * 2 * 2
+        assert len(cases) == 4 * 4 * 2 * 2 + 3 * 2
+        assert {(rows, 16, p, torch.bfloat16) for rows in (1, 16, 128) for p in (0.0, 0.1)} <= cases
         for model, decoder in grid.MODELS.items():
             for linear in decoder.linears:
                 for rows in grid.ROWS:
                     shape = rows, linear.in_features, linear.out_features
                     found = [s for s in sizes if s.case.shape == shape and s.case.bias == linear.bias]
                     assert any(f"{model} {', '.join(linear.names)}" in s.used_by for s in found)
-    count = {"quick": 9, "full": 136, "everything": 19 * 64}
+    else:
+        assert {(rows, 16, 0.1, torch.bfloat16) for rows in (1, 128)} <= cases
+        assert len(ids) <= 1 + benches["report"].LISTED
+    count = {"quick": 11, "full": 142, "everything": 19 * 64 + 6}
     assert len(ids) == count[name]
     assert all(size.case.shape[0] <= 2048 for size in grid.sizes(name, CPU))
 
@@ -276,19 +320,70 @@ def test_the_report(run: tuple[Path, dict, dict], benches: dict[str, ModuleType]
     assert f"| {report.three_digits(step['median_ms'])} |" in line
     assert f"| {step['over_eager']:.2f} | {report.three_digits(step['peak_bytes'] / 2**20)} |" in line
 
-    linears = [row for row in own["rows"] if row["kind"] == "linear"]
-    more = [{**row, "id": f"{row['id']}-{copy}", "used_by": "a model"} for copy in range(report.LISTED) for row in linears]
-    gpu = {"facts": {**own["facts"], "device": "a GPU", "driver": "1"}, "ceilings": {}, "rows": [*own["rows"], *more]}
-    (folder / "gpu.json").write_text(json.dumps(gpu))
-    shown = report.text(report.load(folder))
-    assert "has not been measured" not in shown
-    assert shown.index("**a GPU**") < shown.index(f"**{own['facts']['device']}**")
-    assert f"the next {report.LISTED} of {1 + 2 * report.LISTED} other sizes, over the frozen linear's" in shown
-    assert shown.count("| a model |") == report.LISTED - 1  # the first of them is the second size of the suite
-
     readme.write_text("no markers")
     with pytest.raises(ValueError, match=r"README\.md must hold"):
         report.main(arguments)
+
+
+def cells(text: str, heading: str, line: str) -> dict[str, str]:
+    """By column, the line of the first table whose header begins with `heading`."""
+    table = text[text.index(f"| {heading} |") :].partition("\n\n")[0].splitlines()
+    header, *rows = ([cell.strip() for cell in row.strip("|").split("|")] for row in table)
+    return dict(zip(header, next(row for row in rows if row[0] == line), strict=True))
+
+
+def test_the_report_of_a_gpu(run: tuple[Path, dict, dict], benches: dict[str, ModuleType], tmp_path: Path) -> None:
+    _, own, _ = run
+    report = benches["report"]
+    rows = [{**row, "launch_ms": 0.1 * (1 + index)} for index, row in enumerate(own["rows"])]
+    linears = [row for row in rows if row["kind"] == "linear"]
+    more = [{**row, "id": f"{row['id']}-{copy}", "used_by": "a model"} for copy in range(report.LISTED) for row in linears]
+    facts = {**own["facts"], "device": "a GPU", "driver": "1"}
+    gpu = {"facts": facts, "ceilings": {}, "rows": [*rows, *more], "not_reached": ["a size", "training step"]}
+    (tmp_path / "cpu.json").write_text(json.dumps(own))
+    (tmp_path / "gpu.json").write_text(json.dumps(gpu))
+    shown = report.text(report.load(tmp_path))
+    assert "has not been measured" not in shown
+    assert f"the next {report.LISTED} of {1 + 2 * report.LISTED} other sizes, over the frozen linear's" in shown
+    assert shown.count("| a model |") == report.LISTED - 1  # the first of them is the second size of the suite
+
+    _, of_gpu, of_cpu = re.split(r"^\*\*(?=a GPU|" + re.escape(own["facts"]["device"]) + ")", shown, flags=re.MULTILINE)
+    assert report.HOST in of_gpu
+    assert "host" not in of_cpu
+    launch = {(row["id"], row["pass"], row["contender"]): report.three_digits(row["launch_ms"]) for row in rows}
+    both, first, second = "forward + backward", "f32-96x64x80-r8-p0.1", "f32-96x64x80-r8-p0"
+    assert cells(of_gpu, "contender", "PEFT")["host, ms"] == launch[first, both, "PEFT"]
+    for kind in ("Decoder layer", "Training step"):
+        id_, pass_ = kind.lower(), both if kind == "Decoder layer" else kind.lower()
+        table = of_gpu[of_gpu.index(f"{kind}, Llama") :]
+        assert cells(table, "contender", "fastlora")["host, ms"] == launch[id_, pass_, "fastlora"]
+    short = cells(of_gpu, "size", "M=96 K=64 N=80 r=8 p=0, float32")
+    for name in ("PEFT", "fastlora"):
+        assert short[f"{name}, host ms"] == launch[second, both, name]
+
+
+@pytest.mark.parametrize("left", [[], ["f32-1x2x3-r4-p0", "decoder layer", "training step"]], ids=["whole", "cut"])
+def test_the_report_says_what_a_cut_run_did_not_reach(
+    left: list[str], run: tuple[Path, dict, dict], benches: dict[str, ModuleType], tmp_path: Path
+) -> None:
+    _, own, _ = run
+    rows = [row for row in own["rows"] if row["id"] not in left]
+    (tmp_path / "cut.json").write_text(json.dumps({**own, "rows": rows, "not_reached": left}))
+    shown = benches["report"].text(benches["report"].load(tmp_path))
+    assert ("The time budget ended after 2 sizes; 3 were not reached" in shown) == bool(left)
+    assert ("not reached" in shown) == bool(left)
+
+
+def test_the_report_says_what_the_grid_and_the_roofline_are(
+    run: tuple[Path, dict, dict], benches: dict[str, ModuleType], tmp_path: Path
+) -> None:
+    report, grid = benches["report"], benches["grid"]
+    assert "not the whole product, as `--grid everything` is" in report.text({})
+    assert f"every M\nfrom {min(grid.ROWS)} on" in report.text({})
+    assert f"M = {grid.FEW_ROWS[0]}, {grid.FEW_ROWS[1]} and {grid.FEW_ROWS[2]}." in report.text({})
+    folder, own, _ = run
+    text = report.text(report.load(folder))
+    assert f"copy {report.three_digits(own['ceilings']['float32']['copy_gbps'])} GB/s.\nThe roofline is the least time" in text
 
 
 def test_readme_shows_the_results(benches: dict[str, ModuleType]) -> None:

@@ -164,6 +164,9 @@ def test_cuda_events_enclose_the_run_and_the_device_waits_for_the_host(monkeypat
     assert log == ["setup", "no wait", *visit, "setup", "wait", *visit]
     assert seconds == {"step": [0.25]}
     assert len(timer.launches["step"]) == 2
+    timer.launches["step"] = [1.0] * clock.WARMUP + [2.0]
+    assert benchmark.timed_launches(timer) == {"step": [2.0]}
+    assert benchmark.timed_launches(benchmark.device_clock(CPU)) == {}
 
 
 @pytest.mark.parametrize(("nbytes", "copies"), [(1, 32), (10 << 20, 4), (1 << 30, 2)])

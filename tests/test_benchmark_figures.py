@@ -2,6 +2,7 @@
 
 import json
 import math
+import subprocess
 from pathlib import Path
 
 import pytest
@@ -111,6 +112,32 @@ def test_the_environment_names_the_code_and_the_machine() -> None:
     facts = results.environment(CPU)
     assert facts["torch"] == torch.__version__
     assert set(facts) >= {"commit", "triton", "peft", "python", "device", "threads", "date"}
+
+
+def test_code_that_differs_from_the_commit_is_told_and_results_are_not(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def git(*arguments: str) -> None:
+        subprocess.run(["git", "-c", "user.name=a", "-c", "user.email=a@b", *arguments], cwd=tmp_path, check=True)
+
+    code = [tmp_path / name for name in ("fastlora/benchmark/results.py", "kernels/gemm.py", "benches/suite.py")]
+    for path in code:
+        path.parent.mkdir(parents=True)
+        path.write_text("before\n")
+    monkeypatch.setattr(results, "__file__", str(code[0]))
+    assert results.commit() is None
+    git("init", "--quiet")
+    git("add", ".")
+    git("commit", "--quiet", "--message", "first")
+    (tmp_path / "benches" / "results").mkdir()
+    (tmp_path / "benches" / "results" / "new.json").touch()
+    head = results.commit()
+    assert head is not None
+    assert len(head) == 12
+    for path in code:
+        path.write_text("after\n")
+        assert results.commit() == f"{head}+changes"
+        path.write_text("before\n")
+    (tmp_path / "benches" / "new.py").touch()
+    assert results.commit() == f"{head}+changes"
 
 
 def test_a_gpu_is_named_with_its_driver_and_what_was_tuned_on_it(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:

@@ -10,7 +10,17 @@ results.py     rows, conditions, files; plot.py: bars
 """
 
 from fastlora.benchmark.ceilings import Ceilings, measure_ceilings
-from fastlora.benchmark.clock import CudaClock, Prepared, Quantiles, Step, copies_beyond_cache, measure, quantiles
+from fastlora.benchmark.clock import (
+    CudaClock,
+    Prepared,
+    Quantiles,
+    Step,
+    copies_beyond_cache,
+    device_clock,
+    measure,
+    quantiles,
+    timed_launches,
+)
 from fastlora.benchmark.contenders import Contender, Weights, contenders_for
 from fastlora.benchmark.memory import peak_bytes, saved_bytes
 from fastlora.benchmark.trial import PASSES, Inputs, Measurement, WrongResultError, draw, run, verify
@@ -29,6 +39,7 @@ __all__ = [
     "WrongResultError",
     "contenders_for",
     "copies_beyond_cache",
+    "device_clock",
     "draw",
     "measure",
     "measure_ceilings",
@@ -36,5 +47,6 @@ __all__ = [
     "quantiles",
     "run",
     "saved_bytes",
+    "timed_launches",
     "verify",
 ]

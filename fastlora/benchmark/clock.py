@@ -155,6 +155,12 @@ class CudaClock:
         return begin.elapsed_time(end) / 1e3
 
 
+def timed_launches(clock: Clock) -> dict[Hashable, list[float]]:
+    """Seconds that the host took to launch each step in the timed rounds, by name; none of a clock that is not a GPU's."""
+    launches = clock.launches if isinstance(clock, CudaClock) else {}
+    return {name: seconds[WARMUP:] for name, seconds in launches.items()}
+
+
 def copies_beyond_cache(nbytes: int, device: torch.device) -> int:
     """How many sets of `nbytes` bytes to take in turn so that none is still in the last-level cache when its turn comes."""
     return min(max(2, math.ceil(2 * cache_bytes(device) / max(nbytes, 1))), _MOST_COPIES)

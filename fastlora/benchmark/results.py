@@ -2,7 +2,8 @@
 
 A row is one pass of one contender at one size: {"contender", "pass", "median_ms", "p20_ms", "p80_ms", "over_frozen",
 "over_eager", "roofline_percent", "launch_ms", "saved_bytes", "peak_bytes"} and the facts of the case.  Bytes stand with
-forward + backward, launch_ms on a GPU, roofline_percent where the ceilings were measured; elsewhere they are None.
+forward + backward, launch_ms (the host's time to launch the pass) on a GPU, roofline_percent where the ceilings were measured;
+elsewhere they are None.
 """
 
 import csv
@@ -94,14 +95,20 @@ def environment(device: torch.device) -> dict[str, Any]:
 
 
 def commit() -> str | None:
-    """The commit of the source tree that is imported, with "+changes" where files differ from it; None outside of one."""
+    """The commit of the source tree that is imported, with "+changes" where its code differs from it; None outside of one.
+
+    Of benches only the code counts: results that a run has written must not keep it from being resumed.
+    """
     root = Path(__file__).parents[2]
     git = shutil.which("git")
     if git is None or not (root / ".git").exists():
         return None
     head, status = (
         subprocess.run([git, "-C", str(root), *command], capture_output=True, text=True, check=False)
-        for command in (["rev-parse", "--short=12", "HEAD"], ["status", "--porcelain", "--", "fastlora", "kernels"])
+        for command in (
+            ["rev-parse", "--short=12", "HEAD"],
+            ["status", "--porcelain", "--", "fastlora", "kernels", "benches/*.py"],
+        )
     )
     return head.stdout.strip() + ("+changes" if status.stdout.strip() else "") if head.returncode == 0 else None
 

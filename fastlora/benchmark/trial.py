@@ -15,8 +15,6 @@ from torch import Tensor, nn
 
 from fastlora import oracle
 from fastlora.benchmark.clock import (
-    WARMUP,
-    CudaClock,
     Prepared,
     Quantiles,
     Step,
@@ -24,6 +22,7 @@ from fastlora.benchmark.clock import (
     device_clock,
     measure,
     quantiles,
+    timed_launches,
 )
 from fastlora.benchmark.contenders import Contender, Mask, Weights
 from fastlora.benchmark.memory import peak_bytes, saved_bytes
@@ -221,13 +220,13 @@ def run(
     steps = {(contender, name): step for contender, by_pass in passes.items() for name, step in by_pass.items()}
     clock = device_clock(device)
     seconds = measure(steps, device, repeats, limit=limit, clock=clock, progress=progress)
-    launches = clock.launches if isinstance(clock, CudaClock) else {}
+    launches = timed_launches(clock)
     parameters = [tensor for inputs in sets for tensor in inputs.weights]  # they live, saved or not
     return [
         Measurement(
             name,
             {pass_: seconds[name, pass_] for pass_ in PASSES},
-            {pass_: launches[name, pass_][WARMUP:] for pass_ in PASSES if launches},
+            {pass_: launches[name, pass_] for pass_ in PASSES if launches},
             saved_bytes(by_pass["forward"], parameters),
             peak_bytes(by_pass["forward + backward"], device),
         )
