@@ -104,8 +104,8 @@ def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item
     first = {size.id for size in grid.most_telling(config.option.grid, config.stash[_SUITE].device)}
 
     def place(item: pytest.Item) -> int:
-        parameters = item.callspec.params if isinstance(item, pytest.Function) and hasattr(item, "callspec") else {}
-        return 1 if "size" not in parameters else 0 if parameters["size"].id in first else 2
+        size = item.callspec.params.get("size") if isinstance(item, pytest.Function) and hasattr(item, "callspec") else None
+        return 1 if not isinstance(size, grid.Size) else 0 if size.id in first else 2
 
     items.sort(key=place)
 
