@@ -16,7 +16,7 @@ import pytest
 from fastlora import cli
 
 ROOT = Path(__file__).parents[1]
-PAGES = [ROOT / "README.md", ROOT / "examples/README.md", *sorted((ROOT / "docs").glob("*.md"))]
+PAGES = [ROOT / "README.md", ROOT / "examples/README.md", *sorted((ROOT / "docs").glob("*.md")), *sorted((ROOT / "benches").glob("*.md"))]
 LONGEST = 120
 
 pages = pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
@@ -82,7 +82,9 @@ def check_command(words: list[str]) -> None:
             assert (ROOT / script).is_file(), words
         case ["pytest", folder, *_] if not folder.startswith("-"):
             assert (ROOT / folder).is_dir(), words
-        case ["pytest", "-m", mark]:
+        case ["compute-sanitizer", "--tool", _, *program]:
+            check_command(program)
+        case ["pytest", "-m", mark, *_]:
             assert any(line.startswith(f"{mark}:") for line in project()["tool"]["pytest"]["ini_options"]["markers"]), words
         case ["pip", "install", what, *_]:
             extras = re.fullmatch(r"\.(?:\[(.*)\])?", what)
