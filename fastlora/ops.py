@@ -30,6 +30,7 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
     return torch.float64 if dtype == torch.float64 else torch.float32
 
 
+@functools.cache
 def _steps(direction: str, backend: str) -> Callable[..., Any]:
     """The implementation of "forward" or "backward": on torch, or on Triton in the form that the backend names, if any."""
     if backend == "torch":

@@ -32,11 +32,13 @@ from fastlora.kernels.project import project
 from fastlora.kernels.sums import sum_partials
 from fastlora.kernels.target import Target, target_of
 
+_HERE = nullcontext()
+
 
 def _on(device: torch.device) -> AbstractContextManager[object]:
     """Triton launches on the current device: make it the tensors' own."""
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
-    return torch.cuda.device(device) if elsewhere else nullcontext()
+    return torch.cuda.device(device) if elsewhere else _HERE
 
 
 def forward(
