@@ -143,6 +143,8 @@ def stream_config(
         block_m, warps = 32, 4 if aligned else 8
     if term and (block_r >= 64 or not aligned or dtype.itemsize == 4):
         block_m = 32
+    if dropout and block_r >= 64 and dtype.itemsize == 4:
+        block_m = 32  # dots without mma keep all of their operands in registers, beside Philox's words
     widths = (64,) if split or term or dtype.itemsize == 4 else (128, 64)
     candidates = [StreamConfig(block_m, width, block_r, warps, stages) for width in widths for stages in (3, 2)]
     fitting = (
