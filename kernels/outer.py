@@ -68,6 +68,7 @@ def outer_kernel(
     offs_k = cols.to(tl.int64) if WIDE else cols
     if HAS_DROPOUT:
         seed = tl.load(seed)
+    # Known where there is one: a branch or a loop in the loop over rows would keep Triton from pipelining its loads.
     rank_block = tl.program_id(2) if R > BLOCK_R else 0
     if PREFILL and R <= BLOCK_R:
         v_mask = (ranks[:, None] < R) & (cols[None, :] < K)
