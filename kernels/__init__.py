@@ -116,7 +116,7 @@ def backward(
             return None, dA, dB
         if seed is not None and "bits" in plans:
             bits = pack_bits(plans["bits"], seed, dropout_p)
-        alpha = keep_scale(dropout_p)
+        alpha = 1.0 if seed is None else keep_scale(dropout_p)
         if form == "fused":
             return gemm(plans["dx"], dy, weight, dS, lora_A, alpha=alpha, bits=bits), dA, dB
         if term is None:

@@ -173,8 +173,7 @@ def outer(
     out, *besides = (result.empty(x.device) for result in plan.results)
     bits = besides[0] if plan.options["PACK"] else None
     C = besides[0] if plan.options["PREFILL"] else None
-    scale = keep_scale(dropout_p)
-    limit = 0 if seed is None else lane_limit(dropout_p)
+    scale, limit = (1.0, 0) if seed is None else (keep_scale(dropout_p), lane_limit(dropout_p))
     V = None if C is None else V
     launch.launch(plan, x, U, out, bits, V, C, seed, *plan.sizes, scaling * scale, scale, limit)
     return out, bits, C

@@ -95,6 +95,6 @@ def project(
 ) -> Tensor:
     """scaling · drop(x) Aᵀ, float32; without a seed there is no dropout.  Of A only the data is read, as the plan says."""
     out = plan.results[0].empty(x.device)
-    limit = 0 if seed is None else lane_limit(dropout_p)
-    launch.launch(plan, x, A, out, seed, *plan.sizes, scaling * keep_scale(dropout_p), limit)
+    scale, limit = (scaling, 0) if seed is None else (scaling * keep_scale(dropout_p), lane_limit(dropout_p))
+    launch.launch(plan, x, A, out, seed, *plan.sizes, scale, limit)
     return out
