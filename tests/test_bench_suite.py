@@ -1,13 +1,12 @@
-"""`pytest benches` at toy size: times taken in turn reach pytest-benchmark and the files; runs resume; README is current."""
+"""`pytest benches` at toy size: times taken in turn reach pytest-benchmark and the files; runs resume."""
 
 import csv
 import itertools
 import json
-import os
 import re
 import subprocess
 import sys
-from collections.abc import Hashable, Iterator
+from collections.abc import Hashable
 from pathlib import Path
 from types import ModuleType
 from typing import Any
@@ -25,44 +24,6 @@ CPU = torch.device("cpu")
 LINEAR_CONTENDERS = ["frozen linear", "eager LoRA", "PEFT", "chained addmm_", "fastlora"]
 
 
-def pytest_benches(*arguments: str | Path) -> subprocess.CompletedProcess[str]:
-    command = [
-        Path(sys.executable).with_name("pytest"),
-        "benches",
-        "--grid",
-        "toy",
-        "--benchmark-only",
-        "-p",
-        "no:cacheprovider",
-    ]
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST_", "TRITON_INTERPRET"))}
-    return subprocess.run([*command, *arguments], capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
-
-
-@pytest.fixture(scope="module")
-def run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], dict[str, Any]]:
-    """A run of the whole suite: its folder, its own results, and what pytest-benchmark wrote."""
-    pytest.importorskip("pytest_benchmark")
-    folder = tmp_path_factory.mktemp("results")
-    saved = folder / "saved.bench"
-    done = pytest_benches("--compile", "aot_eager", "--repeats", "3", "--results", folder, "--benchmark-json", saved)
-    assert done.returncode == 0, done.stdout[-3000:]
-    (file,) = folder.glob("*-toy.json")
-    assert f"results: {file}" in done.stdout
-    assert "decoder layer: frozen layer" in done.stdout
-    return folder, json.loads(file.read_text()), json.loads(saved.read_text())
-
-
-@pytest.fixture
-def benches(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, ModuleType]]:
-    """The modules of benches/, imported as pytest imports them there."""
-    monkeypatch.syspath_prepend(str(ROOT / "benches"))
-    names = ("decoder", "grid", "report", "suite")
-    yield {name: __import__(name) for name in names}
-    for name in names:
-        sys.modules.pop(name, None)
-
-
 def test_the_models_come_after_the_most_telling_linears() -> None:
     command = [sys.executable, "-m", "pytest", "benches", "--collect-only", "-q", "--device", "cpu", "-p", "no:cacheprovider"]
     done = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=True)
@@ -74,8 +35,8 @@ def test_the_models_come_after_the_most_telling_linears() -> None:
     assert not any("2048x1024x1024-r16" in line for line in linears[telling:])
 
 
-def test_pytest_benchmark_shows_the_times_that_were_measured_in_turn(run: tuple[Path, dict, dict]) -> None:
-    _, own, saved = run
+def test_pytest_benchmark_shows_the_times_that_were_measured_in_turn(toy_run: tuple[Path, dict, dict]) -> None:
+    _, own, saved = toy_run
     assert saved["machine_info"]["fastlora"] == own["facts"]
     rows = {(row["id"], row["pass"], row["contender"]): row for row in own["rows"]}
     assert len(saved["benchmarks"]) == len(rows)
@@ -89,8 +50,8 @@ def test_pytest_benchmark_shows_the_times_that_were_measured_in_turn(run: tuple[
         assert entry["options"]["timer"].endswith("recorded_clock")
 
 
-def test_every_contender_and_pass_of_every_size(run: tuple[Path, dict, dict]) -> None:
-    folder, own, _ = run
+def test_every_contender_and_pass_of_every_size(toy_run: tuple[Path, dict, dict]) -> None:
+    folder, own, _ = toy_run
     contenders: dict[str, list[str]] = {}
     for row in own["rows"]:
         contenders.setdefault(f"{row['id']} {row['pass']}", []).append(row["contender"])
@@ -291,100 +252,3 @@ def test_grids(name: str, benches: dict[str, ModuleType]) -> None:
     count = {"quick": 11, "full": 142, "everything": 19 * 64 + 6}
     assert len(ids) == count[name]
     assert all(size.case.shape[0] <= 2048 for size in grid.sizes(name, CPU))
-
-
-def test_the_report(run: tuple[Path, dict, dict], benches: dict[str, ModuleType], tmp_path: Path) -> None:
-    folder, own, _ = run
-    report, readme = benches["report"], tmp_path / "README.md"
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    arguments = ["--readme", str(readme), "--results", str(folder)]
-    assert report.main([*arguments, "--check"]) == 1
-    assert "old" in readme.read_text()
-    assert report.main(arguments) == 0
-    assert report.main([*arguments, "--check"]) == 0
-    text = readme.read_text()
-    assert text.startswith("before\n")
-    assert text.endswith("after\n")
-    assert "old" not in text
-    assert "**Speed on a GPU has not been measured yet.** `pytest benches --benchmark-only`" in text
-    row = next(r for r in own["rows"] if (r["kind"], r["contender"], r["pass"]) == ("linear", "PEFT", "forward + backward"))
-    line = next(line for line in text.splitlines() if line.startswith("| PEFT |"))
-    assert f"| {row['over_frozen']:.2f} |" in line
-    assert report.three_digits(row["median_ms"]) in line
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in folder.glob("*.png"))
-    assert list(folder.glob("*.png"))
-
-    step = next(r for r in own["rows"] if (r["kind"], r["contender"]) == ("training step", "fastlora"))
-    table = text.partition("| contender | training step, ms |")[2]
-    line = next(line for line in table.splitlines() if line.startswith("| fastlora |"))
-    assert f"| {report.three_digits(step['median_ms'])} |" in line
-    assert f"| {step['over_eager']:.2f} | {report.three_digits(step['peak_bytes'] / 2**20)} |" in line
-
-    readme.write_text("no markers")
-    with pytest.raises(ValueError, match=r"README\.md must hold"):
-        report.main(arguments)
-
-
-def cells(text: str, heading: str, line: str) -> dict[str, str]:
-    """By column, the line of the first table whose header begins with `heading`."""
-    table = text[text.index(f"| {heading} |") :].partition("\n\n")[0].splitlines()
-    header, *rows = ([cell.strip() for cell in row.strip("|").split("|")] for row in table)
-    return dict(zip(header, next(row for row in rows if row[0] == line), strict=True))
-
-
-def test_the_report_of_a_gpu(run: tuple[Path, dict, dict], benches: dict[str, ModuleType], tmp_path: Path) -> None:
-    _, own, _ = run
-    report = benches["report"]
-    rows = [{**row, "launch_ms": 0.1 * (1 + index)} for index, row in enumerate(own["rows"])]
-    linears = [row for row in rows if row["kind"] == "linear"]
-    more = [{**row, "id": f"{row['id']}-{copy}", "used_by": "a model"} for copy in range(report.LISTED) for row in linears]
-    facts = {**own["facts"], "device": "a GPU", "driver": "1"}
-    gpu = {"facts": facts, "ceilings": {}, "rows": [*rows, *more], "not_reached": ["a size", "training step"]}
-    (tmp_path / "cpu.json").write_text(json.dumps(own))
-    (tmp_path / "gpu.json").write_text(json.dumps(gpu))
-    shown = report.text(report.load(tmp_path))
-    assert "has not been measured" not in shown
-    assert f"the next {report.LISTED} of {1 + 2 * report.LISTED} other sizes, over the frozen linear's" in shown
-    assert shown.count("| a model |") == report.LISTED - 1  # the first of them is the second size of the suite
-
-    _, of_gpu, of_cpu = re.split(r"^\*\*(?=a GPU|" + re.escape(own["facts"]["device"]) + ")", shown, flags=re.MULTILINE)
-    assert report.HOST in of_gpu
-    assert "host" not in of_cpu
-    launch = {(row["id"], row["pass"], row["contender"]): report.three_digits(row["launch_ms"]) for row in rows}
-    both, first, second = "forward + backward", "f32-96x64x80-r8-p0.1", "f32-96x64x80-r8-p0"
-    assert cells(of_gpu, "contender", "PEFT")["host, ms"] == launch[first, both, "PEFT"]
-    for kind in ("Decoder layer", "Training step"):
-        id_, pass_ = kind.lower(), both if kind == "Decoder layer" else kind.lower()
-        table = of_gpu[of_gpu.index(f"{kind}, Llama") :]
-        assert cells(table, "contender", "fastlora")["host, ms"] == launch[id_, pass_, "fastlora"]
-    short = cells(of_gpu, "size", "M=96 K=64 N=80 r=8 p=0, float32")
-    for name in ("PEFT", "fastlora"):
-        assert short[f"{name}, host ms"] == launch[second, both, name]
-
-
-@pytest.mark.parametrize("left", [[], ["f32-1x2x3-r4-p0", "decoder layer", "training step"]], ids=["whole", "cut"])
-def test_the_report_says_what_a_cut_run_did_not_reach(
-    left: list[str], run: tuple[Path, dict, dict], benches: dict[str, ModuleType], tmp_path: Path
-) -> None:
-    _, own, _ = run
-    rows = [row for row in own["rows"] if row["id"] not in left]
-    (tmp_path / "cut.json").write_text(json.dumps({**own, "rows": rows, "not_reached": left}))
-    shown = benches["report"].text(benches["report"].load(tmp_path))
-    assert ("The time budget ended after 2 sizes; 3 were not reached" in shown) == bool(left)
-    assert ("not reached" in shown) == bool(left)
-
-
-def test_the_report_says_what_the_grid_and_the_roofline_are(
-    run: tuple[Path, dict, dict], benches: dict[str, ModuleType], tmp_path: Path
-) -> None:
-    report, grid = benches["report"], benches["grid"]
-    assert "not the whole product, as `--grid everything` is" in report.text({})
-    assert f"every M\nfrom {min(grid.ROWS)} on" in report.text({})
-    assert f"M = {grid.FEW_ROWS[0]}, {grid.FEW_ROWS[1]} and {grid.FEW_ROWS[2]}." in report.text({})
-    folder, own, _ = run
-    text = report.text(report.load(folder))
-    assert f"copy {report.three_digits(own['ceilings']['float32']['copy_gbps'])} GB/s.\nThe roofline is the least time" in text
-
-
-def test_readme_shows_the_results(benches: dict[str, ModuleType]) -> None:
-    assert benches["report"].main(["--check"]) == 0

@@ -1,4 +1,4 @@
-"""`fastlora tune` as a person and a script run it: models and shapes, table, JSON, exit codes, refusals, interruption."""
+"""`fastlora tune` as a person and a script run it: table, JSON, exit codes, refusals, interruption."""
 
 import json
 from collections.abc import Mapping
@@ -7,12 +7,10 @@ from typing import Any
 
 import pytest
 import torch
-import transformers
-from tuned import FUSED, NAMED, stored
+from tuned import FUSED, NAMED, refusal, stored
 
 from fastlora import choices, cli, kernels, tune
 from fastlora.benchmark.clock import Prepared
-from fastlora.cli.tune import shapes_of
 from fastlora.kernels import launch
 from fastlora.kernels.forms import Choice
 from fastlora.kernels.gemm import gemm_kernel
@@ -213,17 +211,6 @@ def test_a_lost_device(gpu: None, monkeypatch: pytest.MonkeyPatch, capsys: pytes
     assert "1 of 4 problems measured, 1 better than the default" in capsys.readouterr().out
 
 
-def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
-    """What it says as it refuses, having touched nothing."""
-    try:
-        code: Any = cli.main(["tune", *arguments])
-    except SystemExit as exit_:
-        code = exit_.code
-    out, err = capsys.readouterr()
-    assert (code, out) == (2, "")
-    return err
-
-
 def test_without_a_gpu(empty_cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     message = "fastlora tune: error: tuning needs a CUDA GPU of capability 8.0 or newer; the device is cpu\n"
     assert refusal(capsys, *SMALL) == message
@@ -267,78 +254,3 @@ def test_bad_arguments(
 def test_where_nothing_can_be_kept(gpu: None, empty_cache: Path, capsys: pytest.CaptureFixture[str]) -> None:
     empty_cache.write_text("")
     assert str(empty_cache) in refusal(capsys, *SMALL)
-
-
-# Models
-
-
-def saved(config: Any, folder: Path) -> Path:
-    config.save_pretrained(folder)
-    return folder / "config.json"
-
-
-LLAMA = transformers.LlamaConfig(
-    vocab_size=50, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
-)
-
-
-def test_shapes_as_such() -> None:
-    assert shapes_of("64x32") == [(64, 32)]
-    assert shapes_of("64x32,32x64,64x32") == [(64, 32), (32, 64)]
-
-
-def test_a_decoder_by_file_and_by_folder(tmp_path: Path) -> None:
-    """(in, out) of q and o, k and v, gate and up, down; not of the output head, 64 x 50."""
-    file = saved(LLAMA, tmp_path)
-    assert shapes_of(str(file)) == shapes_of(str(tmp_path)) == [(64, 64), (64, 32), (64, 96), (96, 64)]
-
-
-def test_conv1d_weights_are_stored_the_other_way_round(tmp_path: Path) -> None:
-    saved(transformers.GPT2Config(vocab_size=50, n_positions=16, n_embd=32, n_layer=1, n_head=2), tmp_path)
-    assert shapes_of(str(tmp_path)) == [(32, 96), (32, 32), (32, 128), (128, 32)]
-
-
-def test_a_model_that_is_no_decoder(tmp_path: Path) -> None:
-    saved(transformers.ViTConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2), tmp_path)
-    assert shapes_of(str(tmp_path)) == [(32, 32), (32, 48), (48, 32)]
-
-
-def test_a_model_is_tuned(gpu: None, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Every shape, row count, rank, direction, with and without dropout: once, with the options given."""
-    asked: list[Any] = []
-    monkeypatch.setattr(tune, "tune", lambda problems, device, **options: asked.append((problems, device, options)))
-    model = str(saved(LLAMA, tmp_path))
-    arguments = ["-r", "8", "32", "-p", "0.05", "0", "--dtype", "float16", "--adapter-dtype", "float32", "--repeats", "7"]
-    assert cli.main(["tune", "--model", model, *arguments]) == 0
-    ((problems, device, options),) = asked
-    assert len(problems) == len(set(problems)) == 4 * 6 * 2 * 2 * 2
-    assert {problem.rows for problem in problems} == {512, 1024, 2048, 4096, 8192, 16384}
-    assert ({problem.r for problem in problems}, {problem.dtype for problem in problems}) == ({8, 32}, {torch.float16})
-    assert (device, options["adapter_dtype"]) == (torch.device("cpu"), torch.float32)
-    assert (options["dropout_p"], options["repeats"]) == (0.05, 7)
-
-
-def test_a_hub_id_goes_to_the_hub(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    asked = []
-
-    def offline(model: str) -> None:
-        asked.append(model)
-        raise OSError("We couldn't connect to 'https://huggingface.co'")
-
-    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", offline)
-    for model in ("Qwen/Qwen3-8B", "gpt2"):
-        assert "couldn't connect" in refusal(capsys, "--model", model)
-    assert asked == ["Qwen/Qwen3-8B", "gpt2"]
-
-
-@pytest.mark.parametrize(
-    ("text", "message"),
-    [("{", "not a valid JSON file"), ('{"model_type": "nope"}', "does not recognize"), ("{}", "model_type")],
-)
-def test_a_bad_configuration(text: str, message: str, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    (tmp_path / "config.json").write_text(text)
-    assert message in refusal(capsys, "--model", str(tmp_path))
-
-
-def test_a_folder_without_one(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    assert "config.json" in refusal(capsys, "--model", str(tmp_path))

@@ -7,7 +7,7 @@ from typing import Any
 import pytest
 import torch
 
-from fastlora import choices, tune
+from fastlora import choices, cli, tune
 from fastlora.benchmark.clock import Prepared
 from fastlora.kernels.config import GemmConfig
 from fastlora.kernels.forms import Choice, Problem, default_choice
@@ -57,3 +57,14 @@ def favouring(winner: Choice, timed: list[Choice] | None = None) -> tune.Clock:
 def stored(target: Target = NAMED) -> dict[Problem, Choice]:
     """As another process finds it."""
     return {problem: choice for (problem, _), choice in choices._read(target).items()}
+
+
+def refusal(capsys: pytest.CaptureFixture[str], *arguments: str) -> str:
+    """What it says as it refuses, having touched nothing."""
+    try:
+        code: Any = cli.main(["tune", *arguments])
+    except SystemExit as exit_:
+        code = exit_.code
+    out, err = capsys.readouterr()
+    assert (code, out) == (2, "")
+    return err
