@@ -2,7 +2,6 @@
 
 PYTHON ?= python3
 JOBS ?= 2
-MARKS ?= not slow
 ARGS ?=
 TRITON ?=
 OLDEST_TRITON := 3.6.0
@@ -11,7 +10,7 @@ VENV := .venv
 OLDEST_VENV := .venv-triton-$(OLDEST_TRITON)
 REPORT_VENV := $(if $(TRITON),.venv-triton-$(TRITON),$(VENV))
 PIP_INSTALL = $(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
-PYTEST_OPTIONS := --numprocesses $(JOBS) --dist worksteal --durations 10 -m "$(MARKS)"
+PYTEST_OPTIONS := --numprocesses $(JOBS) --dist worksteal --durations 10
 
 .DEFAULT_GOAL := help
 .PHONY: help demo test test-interpreter test-compile check bench bench-suite bench-report compile-report traffic-report host-time clean
@@ -22,7 +21,7 @@ help:  ## show the commands
 demo: $(VENV)/.installed  ## fine-tune a small language model with fastlora and with eager LoRA, side by side
 	$(VENV)/bin/fastlora finetune $(ARGS)
 
-test: test-interpreter test-compile  ## run the tests (MARKS="" adds the slow ones)
+test: test-interpreter test-compile  ## run the tests
 
 # Triton reads TRITON_INTERPRET once, when the kernels are imported, hence a process for each of the two modes.
 test-interpreter: $(VENV)/.installed  ## run the tests that execute the kernels under Triton's interpreter
@@ -32,10 +31,10 @@ test-compile: $(VENV)/.installed $(OLDEST_VENV)/.installed  ## compile the kerne
 	$(VENV)/bin/pytest $(PYTEST_OPTIONS) tests/compile
 	$(OLDEST_VENV)/bin/pytest $(PYTEST_OPTIONS) tests/compile
 
-check: $(VENV)/.installed build/typed  ## lint, formatting, types
+check: $(VENV)/.installed  ## lint, formatting, types
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
-	cd build/typed && $(CURDIR)/$(VENV)/bin/mypy --config-file $(CURDIR)/pyproject.toml
+	$(VENV)/bin/mypy
 
 bench: $(VENV)/.installed  ## time forward and backward against eager LoRA, PEFT and chained addmm_ on this machine
 	$(VENV)/bin/fastlora bench $(ARGS)
@@ -78,10 +77,3 @@ $(VENV)/.installed: pyproject.toml constraints.txt
 	$(@D)/bin/python -m pip install --quiet --disable-pip-version-check --no-deps triton==$*
 	$(PIP_INSTALL) --no-build-isolation --no-deps --editable .
 	@touch $@
-
-# The package as it is once installed, in links: mypy cannot follow setuptools' package-dir.
-.PHONY: build/typed
-build/typed:
-	@rm -rf $@ && mkdir -p $@/fastlora
-	@ln -s $(CURDIR)/fastlora/* $(CURDIR)/kernels $@/fastlora/
-	@ln -s $(CURDIR)/tools $(CURDIR)/benches $@/

@@ -1,8 +1,8 @@
 """`pytest benches --benchmark-only`: options, what is measured, and where the results go.
 
-pytest-benchmark times one function after another on the host's clock; contenders that are to be compared must be timed in turn,
-and a GPU by its own events.  So the first test of a size has `Suite` measure all contenders of that size, interleaved, with
-the clock of `fastlora.benchmark`; and each test hands the times of its own contender and pass to pytest-benchmark, whose
+pytest-benchmark times one function after another on the host's clock; providers that are to be compared must be timed in turn,
+and a GPU by its own events.  So the first test of a size has `Suite` measure all providers of that size, interleaved, with
+the clock of `fastlora.benchmark`; and each test hands the times of its own provider and pass to pytest-benchmark, whose
 clock here is `recorded_clock`: it stands still but for the recorded seconds, by which the function it times moves it.  Every
 statistic, group, comparison and JSON file of pytest-benchmark is then of the interleaved times, one round for each of them.
 """
@@ -19,7 +19,8 @@ from suite import BUDGETS, NotMeasuredError, Suite
 
 from fastlora import benchmark
 from fastlora.benchmark import results
-from fastlora.benchmark.contenders import COMPILERS
+from fastlora.benchmark.providers import COMPILERS
+from fastlora.environment import environment
 
 RESULTS = Path(__file__).parent / "results"
 _SUITE = pytest.StashKey[Suite]()
@@ -45,7 +46,7 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption(
         "--compile",
         choices=(*COMPILERS, "none"),
-        help="the backend of the contenders under torch.compile (default: inductor on a GPU, none on a CPU)",
+        help="the backend of the providers under torch.compile (default: inductor on a GPU, none on a CPU)",
     )
     group.addoption("--repeats", type=int, default=20, help="timed rounds, fewer where they take long (default: 20)")
     group.addoption("--budget", type=float, help="seconds after which no size is begun (default on a GPU: 480, quick 120)")
@@ -62,7 +63,7 @@ def pytest_configure(config: pytest.Config) -> None:
     budget = BUDGETS.get(name, float("inf")) if device.type == "cuda" else float("inf")
     option.results.mkdir(parents=True, exist_ok=True)
     config.stash[_SUITE] = Suite(
-        option.results / f"{_slug(results.environment(device)['device'])}-{name}.json",
+        option.results / f"{_slug(environment(device)['device'])}-{name}.json",
         device,
         repeats=option.repeats,
         compiler=None if compiler == "none" else compiler,
@@ -86,17 +87,17 @@ def _tell(config: pytest.Config, line: str) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test for each size, pass and contender."""
+    """A test for each size, pass and provider."""
     if "size" not in metafunc.fixturenames:
         return
     suite = metafunc.config.stash[_SUITE]
     cases = [
-        pytest.param(size, pass_, contender.name, id=f"{size.id}-{pass_}-{contender.name}".replace(" ", "-"))
+        pytest.param(size, pass_, provider.name, id=f"{size.id}-{pass_}-{provider.name}".replace(" ", "-"))
         for size in grid.sizes(metafunc.config.option.grid, suite.device)
         for pass_ in benchmark.PASSES
-        for contender in suite.contenders(size)
+        for provider in suite.providers(size)
     ]
-    metafunc.parametrize(("size", "pass_", "contender"), cases)
+    metafunc.parametrize(("size", "pass_", "provider"), cases)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:

@@ -156,7 +156,7 @@ class Layer:
         return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
     def steps(self) -> dict[tuple[str, str], benchmark.Step]:
-        """(contender, pass) -> step."""
+        """(provider, pass) -> step."""
         frozen: Any = copy.deepcopy(self.peft)
         frozen = frozen.unload()
         models = {"frozen layer": frozen.requires_grad_(False), "PEFT": self.peft, "fastlora": self.fast}
@@ -197,7 +197,7 @@ class Training:
         return [output.logits, *torch.autograd.grad(output.loss, [p for p in model.parameters() if p.requires_grad])]
 
     def steps(self) -> dict[tuple[str, str], benchmark.Step]:
-        """(contender, pass) -> step."""
+        """(provider, pass) -> step."""
         return {(name, TRAINING_STEP): self._step(model) for name, model in (("PEFT", self.peft), ("fastlora", self.fast))}
 
     def _step(self, model: nn.Module) -> benchmark.Step:

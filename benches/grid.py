@@ -8,7 +8,7 @@ On a GPU the centre is M = 8192, r = 16, p = 0.1 in bfloat16, and its linear the
     everything  the whole product, and the centre with few rows
 
 Few rows are those of decoding and of short sequences, where launching may take longer than the device: `launch_ms` tells.
-Compiling takes seconds for each contender and size, so those under torch.compile run at the square linear of each model, at the
+Compiling takes seconds for each provider and size, so those under torch.compile run at the square linear of each model, at the
 centre.  On a CPU: a square linear of 1024 in float32, with dropout and without, and for full the linears of Llama-3.2-1B.
 `toy` is for the tests.
 """
@@ -40,7 +40,7 @@ TOY = Case((96, 64, 80), rank=8, bias=False, dropout_p=0.1)
 
 @dataclass(frozen=True)
 class Size:
-    """A case, which linears of which models have its shape, and whether contenders under torch.compile take part."""
+    """A case, which linears of which models have its shape, and whether providers under torch.compile take part."""
 
     case: Case
     used_by: str = ""
@@ -124,7 +124,7 @@ def _label(model: str, linear: Linear) -> str:
 
 
 def _unique(grid: Iterable[Size]) -> list[Size]:
-    """Each case once, in the place of its first appearance, with the names and the compiled contenders of all of them."""
+    """Each case once, in the place of its first appearance, with the names and the compiled providers of all of them."""
     found: dict[str, Size] = {}
     for size in grid:
         known = found.setdefault(size.id, size)

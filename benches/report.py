@@ -17,7 +17,7 @@ from fastlora.benchmark.plot import three_digits
 ROOT = Path(__file__).parents[1]
 BEGIN, END = "<!-- python -m benches.report writes from here -->", "<!-- to here -->"
 COMMAND = "pytest benches --benchmark-only"
-OVERVIEW = ("frozen linear", "PEFT", "chained addmm_", "fastlora fused", "fastlora prefill", "fastlora")
+OVERVIEW = ("frozen linear", "PEFT", "chained addmm_", "fastlora fused", "fastlora addmm", "fastlora")
 LAUNCHED = ("PEFT", "fastlora")  # whose host time the short table shows
 LISTED = 10  # sizes in the short table; a grid begins with the most telling ones, the grid quick has no more
 GRIDS = (
@@ -135,47 +135,47 @@ def _launched(rows: Sequence[results.Row]) -> bool:
 
 
 def _in_full(rows: Sequence[results.Row]) -> str:
-    """One size: every contender and pass."""
+    """One size: every provider and pass."""
     columns = {
         "× frozen": lambda row: f"{row['over_frozen']:.2f}",
         "% of roofline": lambda row: f"{row['roofline_percent']:.0f}",
         "saved, MiB": lambda row: _mib(row["saved_bytes"]),
         "peak, MiB": lambda row: _mib(row["peak_bytes"]),
     }
-    return f"{_title(rows[0])}; the columns from p20 on are of {PASSES[-1]}:\n\n{_by_contender(rows, columns)}"
+    return f"{_title(rows[0])}; the columns from p20 on are of {PASSES[-1]}:\n\n{_by_provider(rows, columns)}"
 
 
 def _of_model(rows: Sequence[results.Row]) -> str:
-    """A decoder layer or a training step: every contender and pass."""
+    """A decoder layer or a training step: every provider and pass."""
     columns = {"× PEFT": lambda row: f"{row['over_eager']:.2f}", "peak, MiB": lambda row: _mib(row["peak_bytes"])}
     first = rows[0]
     what = f"{first['kind'].capitalize()}, {first['used_by']}, {first['M']} tokens, r={first['r']} p={first['p']:g}"
-    return f"{what}, {_dtypes(first)}, an adapter on every linear:\n\n{_by_contender(rows, columns)}"
+    return f"{what}, {_dtypes(first)}, an adapter on every linear:\n\n{_by_provider(rows, columns)}"
 
 
-def _by_contender(rows: Sequence[results.Row], columns: dict[str, Callable[[results.Row], str]]) -> str:
-    """A line for each contender: the medians of its passes, then the host's time and what `columns` say of the last pass."""
+def _by_provider(rows: Sequence[results.Row], columns: dict[str, Callable[[results.Row], str]]) -> str:
+    """A line for each provider: the medians of its passes, then the host's time and what `columns` say of the last pass."""
     if _launched(rows):
         columns = {"host, ms": lambda row: three_digits(row["launch_ms"]), **columns}
     passes = list(dict.fromkeys(row["pass"] for row in rows))
     lines = []
-    for name in dict.fromkeys(row["contender"] for row in rows):
-        found = [next(row for row in rows if (row["contender"], row["pass"]) == (name, pass_)) for pass_ in passes]
+    for name in dict.fromkeys(row["provider"] for row in rows):
+        found = [next(row for row in rows if (row["provider"], row["pass"]) == (name, pass_)) for pass_ in passes]
         spread = f"{three_digits(found[-1]['p20_ms'])} to {three_digits(found[-1]['p80_ms'])}"
         more = [column(found[-1]) for column in columns.values()]
         lines.append([name, *(three_digits(row["median_ms"]) for row in found), spread, *more])
-    return _table(["contender", *(f"{pass_}, ms" for pass_ in passes), "p20 to p80", *columns], lines)
+    return _table(["provider", *(f"{pass_}, ms" for pass_ in passes), "p20 to p80", *columns], lines)
 
 
 def _in_short(sizes: Sequence[Sequence[results.Row]]) -> str:
     """A line for each size, the first LISTED of them: forward + backward over the frozen linear's."""
     listed = sizes[:LISTED]
-    present = {row["contender"] for rows in listed for row in rows}
+    present = {row["provider"] for rows in listed for row in rows}
     names = [name for name in OVERVIEW[1:] if name in present]
     launched = [name for name in LAUNCHED if name in present and _launched(listed[0])]
     lines = []
     for rows in listed:
-        whole = {row["contender"]: row for row in rows if row["pass"] == PASSES[-1]}
+        whole = {row["provider"]: row for row in rows if row["pass"] == PASSES[-1]}
         frozen = three_digits(whole["frozen linear"]["median_ms"])
         ratios = [f"{whole[name]['over_frozen']:.2f}" if name in whole else "" for name in names]
         hosts = [three_digits(whole[name]["launch_ms"]) if name in whole else "" for name in launched]

@@ -13,7 +13,8 @@ from grid import Size
 
 from fastlora import benchmark
 from fastlora.benchmark import results
-from fastlora.benchmark.contenders import NAMES
+from fastlora.benchmark.providers import NAMES
+from fastlora.environment import environment
 
 SECONDS_PER_SIZE = {"cuda": 1.5, "cpu": 30.0}  # of timed rounds, see `benchmark.measure`
 BUDGETS = {"quick": 120.0, "full": 480.0}  # seconds on a GPU
@@ -30,7 +31,7 @@ class Suite:
     Args:
         path: the results, a JSON file {"facts", "ceilings", "rows", "not_reached"}, rewritten after each size; beside it the
             rows as CSV, with the facts and the ceilings of its dtype in every row.
-        compiler: of the contenders under torch.compile; None leaves them out.
+        compiler: of the providers under torch.compile; None leaves them out.
         budget: seconds after which no further size is begun.
         resume: keep the rows that the file holds from the same machine, versions, commit and repeats; measure only the others.
         copies: sets of inputs, see `benchmark.run`.
@@ -52,45 +53,45 @@ class Suite:
         self.path, self.device, self.repeats, self.compiler = path, device, repeats, compiler
         self.copies, self.tell = copies, tell
         self.deadline = time.monotonic() + budget
-        self.facts = {**results.environment(device), "repeats": repeats}
+        self.facts = {**environment(device), "repeats": repeats}
         self.content: dict[str, Any] = {"facts": self.facts, "ceilings": {}, "rows": [], "not_reached": []}
         if resume:
             self._resume()
         self.resumed = {row["id"] for row in self.content["rows"]}
-        #: id -> what was measured under it, by contender; or contender -> why it was left out, None for all of them
+        #: id -> what was measured under it, by provider; or provider -> why it was left out, None for all of them
         self._linears: dict[str, dict[str, benchmark.Measurement]] = {}
         self._models: dict[str, dict[tuple[str, str], list[float]]] = {}
         self._failed: dict[str, dict[str | None, Exception]] = {}
         self._ceilings: dict[torch.dtype, benchmark.Ceilings] = {}
 
-    def contenders(self, size: Size) -> list[benchmark.Contender]:
+    def providers(self, size: Size) -> list[benchmark.Provider]:
         """Who takes part in a size."""
-        return benchmark.contenders_for(size.case, self.device, compiler=self.compiler if size.compiled else None)
+        return benchmark.providers_for(size.case, self.device, compiler=self.compiler if size.compiled else None)
 
-    def linear(self, size: Size, contender: str) -> tuple[benchmark.Measurement, list[results.Row]]:
-        """What was measured of a contender, and its rows: one for each pass.
+    def linear(self, size: Size, provider: str) -> tuple[benchmark.Measurement, list[results.Row]]:
+        """What was measured of a provider, and its rows: one for each pass.
 
         Raises:
             NotMeasuredError: there is no measurement, and why.
-            Exception: whatever the contender, or the measurement of the size, failed with.
+            Exception: whatever the provider, or the measurement of the size, failed with.
         """
         self._once(size.id, lambda: self._measure(size))
-        self._raise_failure(size.id, contender)
-        return self._linears[size.id][contender], self._rows(size.id, contender)
+        self._raise_failure(size.id, provider)
+        return self._linears[size.id][provider], self._rows(size.id, provider)
 
-    def layer(self, contender: str, pass_: str, *, toy: bool = False) -> tuple[list[float], results.Row]:
+    def layer(self, provider: str, pass_: str, *, toy: bool = False) -> tuple[list[float], results.Row]:
         """Seconds and row of a pass through a decoder layer; raises as `linear` does."""
         setting = decoder.layer_setting(self.device, toy=toy)
-        return self._model(decoder.LAYER, setting, lambda: decoder.Layer(setting, self.device, self.copies), contender, pass_)
+        return self._model(decoder.LAYER, setting, lambda: decoder.Layer(setting, self.device, self.copies), provider, pass_)
 
-    def training(self, contender: str, *, toy: bool = False) -> tuple[list[float], results.Row]:
+    def training(self, provider: str, *, toy: bool = False) -> tuple[list[float], results.Row]:
         """Seconds and row of a training step; raises as `linear` does."""
         setting = decoder.model_setting(self.device, toy=toy)
         make = partial(decoder.Training, setting, self.device)  # made only if it is to be measured
-        return self._model(decoder.TRAINING_STEP, setting, make, contender, decoder.TRAINING_STEP)
+        return self._model(decoder.TRAINING_STEP, setting, make, provider, decoder.TRAINING_STEP)
 
-    def _rows(self, id_: str, contender: str) -> list[results.Row]:
-        return [row for row in self.content["rows"] if (row["id"], row["contender"]) == (id_, contender)]
+    def _rows(self, id_: str, provider: str) -> list[results.Row]:
+        return [row for row in self.content["rows"] if (row["id"], row["provider"]) == (id_, provider)]
 
     def _once(self, id_: str, measure: Callable[[], None]) -> None:
         """Measure what is named `id_` unless that was tried before in this run."""
@@ -107,8 +108,8 @@ class Suite:
                 self._failed[id_][None] = error.with_traceback(None)  # its frames hold the tensors
         self._raise_failure(id_, None)
 
-    def _raise_failure(self, id_: str, contender: str | None) -> None:
-        error = self._failed[id_].get(contender)
+    def _raise_failure(self, id_: str, provider: str | None) -> None:
+        error = self._failed[id_].get(provider)
         if isinstance(error, torch.OutOfMemoryError):
             raise NotMeasuredError(f"does not fit into the memory of {self.facts['device']}: {error}")
         if error is not None:
@@ -117,7 +118,7 @@ class Suite:
     def _measure(self, size: Size) -> None:
         excluded: dict[str, Exception] = {}
         measurements = benchmark.run(
-            self.contenders(size),
+            self.providers(size),
             size.case,
             self.device,
             repeats=self.repeats,
@@ -129,7 +130,7 @@ class Suite:
             if name in excluded:
                 raise excluded[name]
         self._failed[size.id].update(excluded)
-        self._linears[size.id] = {measurement.contender: measurement for measurement in measurements}
+        self._linears[size.id] = {measurement.provider: measurement for measurement in measurements}
         facts = {"kind": "linear", "id": size.id, "used_by": size.used_by, **results.facts_of(size.case)}
         ceilings = self.ceilings(size.case.dtype)
         self.add([{**facts, **row} for row in results.rows_of(measurements, size.case, ceilings)])
@@ -139,7 +140,7 @@ class Suite:
         kind: str,
         setting: decoder.Setting,
         make: Callable[[], decoder.Layer | decoder.Training],
-        contender: str,
+        provider: str,
         pass_: str,
     ) -> tuple[list[float], results.Row]:
         def measure() -> None:
@@ -158,13 +159,13 @@ class Suite:
                 }
                 times = {"median_ms": median, "p20_ms": p20, "p80_ms": p80, "over_eager": median / peft}
                 launch = benchmark.quantiles(launches[name, step]).median * 1e3 if launches else None
-                named = {**setting.facts(kind), "contender": name, "pass": step}
+                named = {**setting.facts(kind), "provider": name, "pass": step}
                 rows.append({**named, **times, "launch_ms": launch, **memory})
             self.add(rows)
 
         self._once(kind, measure)
-        row = next(row for row in self._rows(kind, contender) if row["pass"] == pass_)
-        return self._models[kind][contender, pass_], row
+        row = next(row for row in self._rows(kind, provider) if row["pass"] == pass_)
+        return self._models[kind][provider, pass_], row
 
     def ceilings(self, dtype: torch.dtype) -> benchmark.Ceilings:
         """Those of this run, measured when first asked for."""
@@ -179,7 +180,7 @@ class Suite:
         self.content["rows"] += rows
         results.write_json(self.content, self.path)
         whole = [row for row in rows if row["pass"] in WHOLE]
-        times = ", ".join(f"{row['contender']} {row['median_ms']:.3g}" for row in whole)
+        times = ", ".join(f"{row['provider']} {row['median_ms']:.3g}" for row in whole)
         left = self.deadline - time.monotonic()
         budget = f"; {max(left, 0):.0f} s of the budget left" if math.isfinite(left) else ""
         self.tell(f"{rows[0]['id']}: {times} ms{budget}")

@@ -1,4 +1,4 @@
-"""LoRA linears: every contender at every size of the grid, each checked against float64 before it is timed."""
+"""LoRA linears: every provider at every size of the grid, each checked against float64 before it is timed."""
 
 from collections.abc import Callable
 
@@ -9,7 +9,7 @@ from suite import Suite
 
 
 @pytest.mark.benchmark(timer=recorded_clock)
-def test_linear(size: Size, pass_: str, contender: str, suite: Suite, record: Callable[..., None]) -> None:
-    measurement, rows = suite.linear(size, contender)
+def test_linear(size: Size, pass_: str, provider: str, suite: Suite, record: Callable[..., None]) -> None:
+    measurement, rows = suite.linear(size, provider)
     row = next(row for row in rows if row["pass"] == pass_)
     record(f"{size.id} {pass_}", measurement.seconds[pass_], row)

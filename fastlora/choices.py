@@ -27,7 +27,7 @@ from fastlora import atomic
 from fastlora._version import __version__
 from fastlora.kernels.config import GemmConfig, gemm_candidates
 from fastlora.kernels.dot import matmul_precision
-from fastlora.kernels.forms import Choice, Problem, bucket, default_choice
+from fastlora.kernels.forms import Choice, Problem, default_choice, next_power_of_2
 from fastlora.kernels.target import Target
 
 FORMAT = 1  # of the files
@@ -211,7 +211,7 @@ def _parse(record: Any, target: Target) -> tuple[Key, Choice]:
     valid = (
         dtype is not None
         and all(type(size) is int and size > 0 for size in sizes)
-        and record["rows"] == bucket(record["rows"])
+        and record["rows"] == next_power_of_2(record["rows"])
         and record["direction"] in ("forward", "backward")
         and type(record["dropout"]) is bool
         and record["precision"] in (("ieee", "tf32") if dtype == torch.float32 else ("ieee",))

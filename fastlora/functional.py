@@ -15,7 +15,7 @@ from fastlora.quantized import QuantizedWeight, Scheme
 #: would import it, and neither `import fastlora` nor a graph that torch.compile traces needs that.
 INTERPRETING = os.environ.get("TRITON_INTERPRET", "").lower() in {"1", "true", "yes", "on", "y"}
 
-BACKENDS = ("triton", "fused", "prefill", "torch")
+BACKENDS = ("triton", "fused", "addmm", "torch")
 
 
 def lora_linear(
@@ -48,7 +48,7 @@ def lora_linear(
         seed: the mask's seed: None draws one from torch's default generator of x.device; an int; or an int64 tensor of one
             element on x.device.
         backend: None chooses: "triton" on a CUDA GPU of capability 8.0 or newer unless x is float64, otherwise "torch".
-            "triton" takes the form that suits the shape, see `fastlora.kernels.forms`; "fused" and "prefill" insist on one.
+            "triton" takes the form that suits the shape, see `fastlora.kernels.forms`; "fused" and "addmm" insist on one.
 
     Dtypes: x, weight and bias share one of float32, float16, bfloat16, float64; lora_A and lora_B share that dtype too, or are
     float32 while x is 16-bit.  Under autocast all are cast first, as F.linear would.  float32 products use TF32 on the tensor
@@ -93,7 +93,7 @@ def lora_linear(
 
 
 def available_backends(device: torch.device | str) -> tuple[str, ...]:
-    """The backends that can run tensors on `device`, the default one first; "fused" and "prefill" are forms of "triton"."""
+    """The backends that can run tensors on `device`, the default one first; "fused" and "addmm" are forms of "triton"."""
     device = torch.device(device)
     if device.type == "cuda" and torch.version.cuda and torch.cuda.get_device_capability(device) >= (8, 0):
         return BACKENDS

@@ -35,7 +35,7 @@ def _steps(direction: str, backend: str) -> Callable[..., Any]:
     """The implementation of "forward" or "backward": on torch, or on Triton in the form that the backend names, if any."""
     if backend == "torch":
         return getattr(torch_backend, direction)
-    from fastlora import kernels  # Triton is imported where a kernel is to run, not with the package
+    from fastlora.kernels import steps as kernels  # Triton is imported where a kernel is to run, not with the package
 
     steps = getattr(kernels, direction)
     return steps if backend == "triton" else functools.partial(steps, choice=kernels.Choice(backend))

@@ -164,7 +164,7 @@ def is_quantized(linear: nn.Module) -> bool:
     return any(isinstance(linear, kind) and type(linear).forward is kind.forward for kind in kinds)
 
 
-def obstacle(linear: Any) -> str | None:
+def unsupported_reason(linear: Any) -> str | None:
     """Why the weight of a quantised layer cannot be read, as the end of a sentence about the layer; None where it can."""
     unquantised = "is not quantised yet: move it to a device first"
     if _is_8bit(linear):
@@ -187,7 +187,7 @@ def weight_of(linear: nn.Module) -> QuantizedWeight:
     """
     if not is_quantized(linear):
         raise TypeError(f"linear must be a bitsandbytes Linear4bit or Linear8bitLt, got {type(linear).__name__}")
-    if reason := obstacle(linear):
+    if reason := unsupported_reason(linear):
         raise ValueError(f"linear is a {type(linear).__name__} that {reason}")
     if _is_8bit(linear):
         codes, row_scale = _int8_codes(linear)
@@ -204,7 +204,7 @@ def of_4bit(packed: Tensor, state: Any) -> QuantizedWeight:
     return QuantizedWeight(packed.data, (absmax, *nested), scheme)
 
 
-def why_not(linear: nn.Module, x: Tensor) -> str | None:
+def unsupported_input(linear: nn.Module, x: Tensor) -> str | None:
     """None where `lora_linear(x, weight_of(linear), ...)`, cast to x's dtype, is what `linear` and PEFT's adapter on it compute
     together; otherwise why it is not, as the end of a sentence that begins with the layer's name.
 
@@ -212,7 +212,7 @@ def why_not(linear: nn.Module, x: Tensor) -> str | None:
     its own dtype, or in autocast's.  The two meet in one dtype where x has the compute dtype, and also under autocast where the
     compute dtype is autocast's and x is float32: base and adapter then both see x rounded to it.
     """
-    if reason := obstacle(linear):
+    if reason := unsupported_reason(linear):
         return reason
     kind = x.device.type
     # On a CPU bitsandbytes would lay the weight out anew for that, and training could not go on from there.

@@ -19,18 +19,18 @@ from triton.errors import TritonError
 
 from fastlora import choices, oracle
 from fastlora.benchmark.clock import Prepared, Quantiles, copies_beyond_cache, measure, quantiles
-from fastlora.benchmark.contenders import Contender, of_call
+from fastlora.benchmark.providers import Provider, of_call
 from fastlora.benchmark.trial import Judge, WrongResultError, draw, steps_of
 from fastlora.dropout import threshold
 from fastlora.functional import available_backends, lora_linear
 from fastlora.kernels.config import gemm_config
 from fastlora.kernels.dot import matmul_precision
-from fastlora.kernels.forms import Choice, Problem, bucket, default_choice
+from fastlora.kernels.forms import Choice, Problem, default_choice, next_power_of_2
 from fastlora.kernels.target import Target, target_of
 
 DIRECTIONS = ("forward", "backward")
 REPEATS = 20
-LORA_LINEAR = Contender("fastlora", of_call(partial(lora_linear, backend="triton")))
+LORA_LINEAR = Provider("fastlora", of_call(partial(lora_linear, backend="triton")))
 
 Times = Mapping[Choice, list[float]]
 Clock = Callable[[Mapping[Choice, Prepared]], Times]  # seconds of each step, round by round
@@ -77,7 +77,7 @@ def problems_for(
 ) -> list[Problem]:
     """Every step of linears of these shapes (in, out), each problem once: rows count as the next power of two."""
     found = {
-        Problem(direction, dtype, bucket(m), in_features, out_features, r, dropout): None
+        Problem(direction, dtype, next_power_of_2(m), in_features, out_features, r, dropout): None
         for in_features, out_features in shapes
         for r in ranks
         for m in rows
@@ -192,7 +192,7 @@ class _Trial:
         default, *others = candidates(self.problem, self.target)
         first = draw(self.case, self.device)
         judge = Judge(self.case, first)
-        reasons = {choice: self.obstacle(choice, judge) for choice in (default, *others)}
+        reasons = {choice: self.unsupported_reason(choice, judge) for choice in (default, *others)}
         del judge  # its float64 results would take memory from what is timed
         left_out = {choice: reason for choice, reason in reasons.items() if reason}
         for choice, reason in left_out.items():
@@ -209,7 +209,7 @@ class _Trial:
         seconds = {choice: quantiles(times[choice]) for choice in right}
         return Result(self.problem, default, decide(seconds, default), seconds, left_out)
 
-    def obstacle(self, choice: Choice, judge: Judge) -> str:
+    def unsupported_reason(self, choice: Choice, judge: Judge) -> str:
         """Why the candidate cannot be timed; "" where it can."""
         self.progress(f"{describe(self.problem)}: checking {name_of(choice)}")
         try:

@@ -52,9 +52,9 @@ class GemmConfig:
             # for float16 on sm_100, whose accumulators leave tensor memory to be scaled (136 bytes of stack at rank 64).
             # Without descriptors the addresses take them (632 bytes of stack where rows are not aligned).
             scaled = dtype == torch.float16 and target.has_tensor_memory
-            roomy = target.has_wide_mma and descriptors and not scaled
+            roomy = target.has_wgmma and descriptors and not scaled
             # One wide instruction covers 64 rows.
-            fits = accumulators <= (128 if roomy else 64) and (self.block_m >= 64 or not target.has_wide_mma)
+            fits = accumulators <= (128 if roomy else 64) and (self.block_m >= 64 or not target.has_wgmma)
         return fits and self.shared_memory(dtype.itemsize, descriptors) <= target.shared_memory
 
 
@@ -84,7 +84,7 @@ def gemm_config(rows: int, cols: int, dtype: torch.dtype, precision: str, target
     return next(config for config in valid if config.block_m * config.block_n == smallest)
 
 
-def prefill_config(dtype: torch.dtype, precision: str) -> GemmConfig:
+def addmm_config(dtype: torch.dtype, precision: str) -> GemmConfig:
     """The tile that is written without a product: small, since what it waits for is the store of C."""
     if dtype == torch.float32 and precision == "ieee":
         return GemmConfig(64, 64, 16, 16, 8, 1)
@@ -137,9 +137,9 @@ def stream_config(
     # and where mma keeps its operands in registers a shorter one as well.
     mixed = small_dtype.itemsize > dtype.itemsize
     split = mixed and block_r >= 64
-    many_warps = block_r >= 64 or (mixed and target.has_tensor_memory) or not aligned or (dropout and target.has_wide_mma)
+    many_warps = block_r >= 64 or (mixed and target.has_tensor_memory) or not aligned or (dropout and target.has_wgmma)
     block_m, warps = 64, 8 if many_warps else 4
-    if split and not target.has_wide_mma:
+    if split and not target.has_wgmma:
         block_m, warps = 32, 4 if aligned else 8
     if term and (block_r >= 64 or not aligned or dtype.itemsize == 4):
         block_m = 32
@@ -152,7 +152,7 @@ def stream_config(
     )
     config = next(fitting, StreamConfig(block_m, 64, block_r, warps, 1))
     tiles = cdiv(shape[0], config.block_m) * cdiv(shape[1], config.block_k) * cdiv(r, block_r)
-    if config.block_m == 64 and not fills(tiles, target):
+    if config.block_m == 64 and not fills_device(tiles, target):
         return replace(config, block_m=32, num_warps=4)
     return config
 
@@ -166,12 +166,12 @@ def super_tile_config(
     block_r = rank_block(r)
     block_m, width = (64, 128) if dtype.itemsize == 4 else (32, 512)
     width = width * 16 // block_r
-    on_wgmma = target.has_wide_mma and not target.has_tensor_memory
-    if small_dtype.itemsize > dtype.itemsize and on_wgmma and fills(cdiv(shape[0], 64) * cdiv(shape[1], 256), target):
+    on_wgmma = target.has_wgmma and not target.has_tensor_memory
+    if small_dtype.itemsize > dtype.itemsize and on_wgmma and fills_device(cdiv(shape[0], 64) * cdiv(shape[1], 256), target):
         # B's two dots are one chain of 64 mma at 32 rows (sm_90, read from the machine code); at 64 rows they are wgmma.
         block_m, width = 64, 256
     narrowest = 16 * block_r // dtype.itemsize  # there a partial dS is a quarter of dY's bytes
-    while width > narrowest and not fills(cdiv(shape[0], block_m) * cdiv(shape[1], width), target):
+    while width > narrowest and not fills_device(cdiv(shape[0], block_m) * cdiv(shape[1], width), target):
         width //= 2
     candidates = [StreamConfig(block_m, columns, block_r, 8, stages) for columns in (width, width // 2) for stages in (3, 2)]
     for config in candidates:
@@ -183,10 +183,10 @@ def super_tile_config(
 
 
 MIN_STEPS = 2  # of a part of a split reduction, so that loads overlap
-MOST_ROUNDS = 4  # of programs beside each other: enough for the last round, which is not full, to be short
+MAX_WAVES = 4  # of programs beside each other: enough for the last round, which is not full, to be short
 
 
-def fills(tiles: int, target: Target) -> bool:
+def fills_device(tiles: int, target: Target) -> bool:
     """Whether a reduction of so many tiles can be cut into a part for every multiprocessor."""
     return tiles >= MIN_STEPS * target.sms
 
@@ -198,7 +198,7 @@ def split_steps(steps: int, programs: int, target: Target, partial: float, besid
 
     But into no part of fewer than MIN_STEPS, nor of fewer bytes than its partial sum; there is one part even of no steps.
     """
-    most = min(cdiv(MOST_ROUNDS * beside * target.sms, max(programs, 1)), steps // max(MIN_STEPS, math.ceil(partial)))
+    most = min(cdiv(MAX_WAVES * beside * target.sms, max(programs, 1)), steps // max(MIN_STEPS, math.ceil(partial)))
     best, least = (1, steps), math.inf
     for wanted in range(1, most + 1):
         each = cdiv(steps, wanted)

@@ -41,10 +41,10 @@ def into_range(t, OPERAND: tl.constexpr):
 
 
 @triton.jit
-def dot_wide(a, b, acc, PRECISION: tl.constexpr, SPLIT: tl.constexpr):
+def dot_mixed(a, b, acc, PRECISION: tl.constexpr, HI_LO: tl.constexpr):
     """acc + a b, where b may be float32 beside a 16-bit a.
 
-    With SPLIT, b = hi + lo with both parts in a's dtype, and since a is exact, two dots keep float32 quality; without, b is
+    With HI_LO, b = hi + lo with both parts in a's dtype, and since a is exact, two dots keep float32 quality; without, b is
     rounded to a's dtype.
     """
     if a.dtype == b.dtype:
@@ -52,13 +52,13 @@ def dot_wide(a, b, acc, PRECISION: tl.constexpr, SPLIT: tl.constexpr):
     b, inverse, scale = into_range(b.to(tl.float32), a.dtype)
     hi = round_to(b, a.dtype)
     acc = dot(a, hi, acc * inverse, PRECISION)
-    if SPLIT:
+    if HI_LO:
         acc = dot(a, round_to(b - hi.to(tl.float32), a.dtype), acc, PRECISION)
     return acc * scale
 
 
 @triton.jit
-def rank_dot(u, v, acc, alpha, PRECISION: tl.constexpr, OPERAND: tl.constexpr):
+def lora_dot(u, v, acc, alpha, PRECISION: tl.constexpr, OPERAND: tl.constexpr):
     """acc + alpha · u v for float32 u and any v, each rounded to OPERAND."""
     u, inverse, scale = into_range(u * alpha, OPERAND)
     v, inverse_v, scale_v = into_range(v, OPERAND)
@@ -66,7 +66,7 @@ def rank_dot(u, v, acc, alpha, PRECISION: tl.constexpr, OPERAND: tl.constexpr):
 
 
 @triton.jit
-def rank_term(
+def lora_tile(
     U,
     V,
     rows,
@@ -89,7 +89,7 @@ def rank_term(
         u = tl.load(U + rows[:, None] * R + ranks[None, :], mask=u_mask, other=0.0)
         v_mask = (ranks[:, None] < R) & (cols[None, :] < N)
         v = tl.load(V + ranks[:, None].to(cols.dtype) * stride_vr + cols[None, :] * stride_vn, mask=v_mask, other=0.0)
-        acc = rank_dot(u, v, acc, alpha, PRECISION, OPERAND)
+        acc = lora_dot(u, v, acc, alpha, PRECISION, OPERAND)
     return acc
 
 

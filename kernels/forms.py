@@ -17,7 +17,7 @@ from fastlora.kernels.config import GemmConfig, cdiv
 from fastlora.kernels.target import Target
 from fastlora.torch_backend import DECODE_ROWS
 
-FORMS = ("fused", "prefill", "torch")
+FORMS = ("fused", "addmm", "torch")
 #: Multiply-adds of 16-bit operands in the time that memory takes for an element of 2 bytes: 790 TFLOP/s over 4.3 TB/s, what is
 #: assumed of an H200.
 BALANCE = 184
@@ -28,7 +28,7 @@ ASSUMED_SLOWDOWN = 0.1
 
 @dataclass(frozen=True)
 class Problem:
-    """What the choice of a form depends on besides the GPU.  rows: a power of two, see `bucket`."""
+    """What the choice of a form depends on besides the GPU.  rows: a power of two, see `next_power_of_2`."""
 
     direction: str  # "forward" or "backward"
     dtype: torch.dtype  # of x, W and dy
@@ -52,7 +52,7 @@ class Choice:
     config: GemmConfig | None = None
 
 
-def bucket(rows: int) -> int:
+def next_power_of_2(rows: int) -> int:
     """The power of two that `rows` is counted as: the next one up."""
     return 1 << max(rows - 1, 0).bit_length()
 
@@ -66,4 +66,4 @@ def default_choice(problem: Problem, target: Target) -> Choice:
     # float32 without tensor cores, and tiles too few for the chip, are where the vendor's GEMM is furthest ahead.
     fills_chip = cdiv(problem.rows, 128) * cdiv(width, 256) >= target.sms
     within_reach = length * ASSUMED_SLOWDOWN <= BALANCE - problem.r
-    return Choice("fused" if problem.dtype.itemsize == 2 and fills_chip and within_reach else "prefill")
+    return Choice("fused" if problem.dtype.itemsize == 2 and fills_chip and within_reach else "addmm")

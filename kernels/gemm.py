@@ -16,12 +16,12 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastlora.kernels import launch
-from fastlora.kernels.config import GemmConfig, cdiv, gemm_config, prefill_config, rank_block
-from fastlora.kernels.dot import TRITON_DTYPES, dot, rank_term, round_to
+from fastlora.kernels.config import GemmConfig, addmm_config, cdiv, gemm_config, rank_block
+from fastlora.kernels.dot import TRITON_DTYPES, dot, lora_tile, round_to
 from fastlora.kernels.dropout import packed_mask
 from fastlora.kernels.launch import Plan, Result
-from fastlora.kernels.layout import Layout, fits_descriptor, needs_int64
 from fastlora.kernels.target import Target
+from fastlora.kernels.tensor_spec import TensorSpec, fits_descriptor, needs_int64
 
 
 @triton.jit
@@ -106,7 +106,7 @@ def gemm_kernel(
     DESCRIPTORS: tl.constexpr,
     Q_TRANSPOSED: tl.constexpr,
     EVEN_K: tl.constexpr,
-    WIDE: tl.constexpr,
+    USE_INT64: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """C = P Q + bias + mask(alpha · U V); P, Q, C are descriptors (Q's of Qᵀ with Q_TRANSPOSED) or pointers."""
@@ -114,9 +114,9 @@ def gemm_kernel(
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         first_m, first_n = grouped_tile(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
         rows, cols = first_m + tl.arange(0, BLOCK_M), first_n + tl.arange(0, BLOCK_N)
-        offs_m = rows.to(tl.int64) if WIDE else rows
-        offs_n = cols.to(tl.int64) if WIDE else cols
-        acc = rank_term(U, V, offs_m, offs_n, M, N, stride_vr, stride_vn, alpha, R, BLOCK_R, PRECISION, DTYPE)
+        offs_m = rows.to(tl.int64) if USE_INT64 else rows
+        offs_n = cols.to(tl.int64) if USE_INT64 else cols
+        acc = lora_tile(U, V, offs_m, offs_n, M, N, stride_vr, stride_vn, alpha, R, BLOCK_R, PRECISION, DTYPE)
         if HAS_MASK:
             acc = tl.where(keep_from_bits(bits, rows, first_n, M, row_bytes, BLOCK_M, BLOCK_N), acc, 0.0)
         if HAS_BIAS:
@@ -133,7 +133,7 @@ def gemm_kernel(
                         q = Q.load([k, first_n])
                 else:
                     ks = k + tl.arange(0, BLOCK_K)
-                    offs_k = ks.to(tl.int64) if WIDE else ks
+                    offs_k = ks.to(tl.int64) if USE_INT64 else ks
                     p_mask = None if EVEN_K else ks[None, :] < K
                     q_mask = None if EVEN_K else ks[:, None] < K
                     other = None if EVEN_K else 0.0
@@ -148,15 +148,15 @@ def gemm_kernel(
 
 
 def plan_gemm(
-    P: Layout | None,
-    Q: Layout | None,
-    U: Layout,
-    V: Layout,
+    P: TensorSpec | None,
+    Q: TensorSpec | None,
+    U: TensorSpec,
+    V: TensorSpec,
     dtype: torch.dtype,
     precision: str,
     target: Target,
     *,
-    bias: Layout | None = None,
+    bias: TensorSpec | None = None,
     masked: bool = False,
     config: GemmConfig | None = None,
 ) -> Plan:
@@ -166,12 +166,12 @@ def plan_gemm(
     when it is not given, or not valid for these operands: a tile that was measured with descriptors, say.
     """
     M, N = U.shape[0], V.shape[1]
-    C = Layout.new(M, N, dtype=dtype)
-    described: tuple[Layout, ...] = ()  # what goes through descriptors, as it is stored
+    C = TensorSpec.new(M, N, dtype=dtype)
+    described: tuple[TensorSpec, ...] = ()  # what goes through descriptors, as it is stored
     transposed = False
     strides: tuple[int, ...]
     if P is None or Q is None:
-        config, programs = prefill_config(dtype, precision), None
+        config, programs = addmm_config(dtype, precision), None
         K, strides = 0, (0, 0, 0, 0)
     else:
         K, strides, programs = P.shape[1], (*P.stride, *Q.stride), target.sms
@@ -196,7 +196,7 @@ def plan_gemm(
         "DESCRIPTORS": bool(described),
         "Q_TRANSPOSED": transposed,
         "EVEN_K": K % config.block_k == 0,
-        "WIDE": needs_int64(P, Q, C, U, V, bias),
+        "USE_INT64": needs_int64(P, Q, C, U, V, bias),
         "PRECISION": precision,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,

@@ -7,10 +7,10 @@ from torch import Tensor
 
 from fastlora.kernels import launch
 from fastlora.kernels.config import cdiv, split_steps, super_tile_config
-from fastlora.kernels.dot import dot_wide, round_to
+from fastlora.kernels.dot import dot_mixed, round_to
 from fastlora.kernels.launch import Plan, Result
-from fastlora.kernels.layout import Layout, needs_int64
 from fastlora.kernels.target import Target
+from fastlora.kernels.tensor_spec import TensorSpec, needs_int64
 
 MAX_RANK = 32  # above it the partial dS, one for each block of dy's columns, costs what a second pass over dy does
 
@@ -34,8 +34,8 @@ def grad_b_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    SPLIT: tl.constexpr,
-    WIDE: tl.constexpr,
+    HI_LO: tl.constexpr,
+    USE_INT64: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """Of the super-tile (row blocks split · steps .. (split + 1) · steps, one block of columns): its share of dS and of dB.
@@ -45,43 +45,43 @@ def grad_b_kernel(
     pid_n, split = tl.program_id(0), tl.program_id(1)
     cols = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     ranks = tl.arange(0, BLOCK_R)
-    offs_n = cols.to(tl.int64) if WIDE else cols
-    offs_r = ranks.to(tl.int64) if WIDE else ranks
+    offs_n = cols.to(tl.int64) if USE_INT64 else cols
+    offs_r = ranks.to(tl.int64) if USE_INT64 else ranks
     nr_mask = (cols[:, None] < N) & (ranks[None, :] < R)
     b_tile = tl.load(B + offs_n[:, None] * stride_bn + offs_r[None, :] * stride_br, mask=nr_mask, other=0.0)
     dS += pid_n.to(tl.int64) * M * R
     acc = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
     for start in range(split * steps * BLOCK_M, tl.minimum(M, (split + 1) * steps * BLOCK_M), BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
-        offs_m = rows.to(tl.int64) if WIDE else rows
+        offs_m = rows.to(tl.int64) if USE_INT64 else rows
         y_mask = (rows[:, None] < M) & (cols[None, :] < N)
         y_tile = tl.load(dy + offs_m[:, None] * stride_ym + offs_n[None, :] * stride_yn, mask=y_mask, other=0.0)
         s_offs = offs_m[:, None] * R + ranks[None, :]
         s_mask = (rows[:, None] < M) & (ranks[None, :] < R)
-        ds_tile = dot_wide(y_tile, b_tile, tl.zeros((BLOCK_M, BLOCK_R), tl.float32), PRECISION, True)
+        ds_tile = dot_mixed(y_tile, b_tile, tl.zeros((BLOCK_M, BLOCK_R), tl.float32), PRECISION, True)
         tl.store(dS + s_offs, ds_tile * scale, mask=s_mask)
         s_tile = tl.load(S + s_offs, mask=s_mask, other=0.0)
-        acc = dot_wide(tl.trans(y_tile), s_tile, acc, PRECISION, SPLIT)
+        acc = dot_mixed(tl.trans(y_tile), s_tile, acc, PRECISION, HI_LO)
     dB += split.to(tl.int64) * N * R
     tl.store(dB + offs_n[:, None] * R + ranks[None, :], round_to(acc * scale, dB.dtype.element_ty), mask=nr_mask)
 
 
-def plan_grad_s_and_b(dy: Layout, B: Layout, S: Layout, dtype: torch.dtype, precision: str, target: Target) -> Plan:
+def plan_grad_s_and_b(dy: TensorSpec, B: TensorSpec, S: TensorSpec, dtype: torch.dtype, precision: str, target: Target) -> Plan:
     """For dy (M, N), B (N, r) and a contiguous S (M, r), r at most MAX_RANK; both results may come in parts."""
     (M, N), r = dy.shape, B.shape[1]
     config = super_tile_config((M, N), r, dy.dtype, B.dtype, target)
     col_blocks = max(1, cdiv(N, config.block_k))  # of no columns, one program still writes dS = 0
     partial = config.block_r * 4 / (config.block_m * dy.dtype.itemsize)
     # Without wgmma, dy's loads wait in registers for the two layouts that the dots want, and nothing else hides them.
-    beside = 1 if target.has_wide_mma else 2
+    beside = 1 if target.has_wgmma else 2
     parts, steps = split_steps(cdiv(M, config.block_m), col_blocks, target, partial, beside)
     options = {
         "R": r,
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_k,
         "BLOCK_R": config.block_r,
-        "SPLIT": dtype == torch.float32,
-        "WIDE": needs_int64(dy, B, S, Layout.new(N, r, dtype=dtype)),
+        "HI_LO": dtype == torch.float32,
+        "USE_INT64": needs_int64(dy, B, S, TensorSpec.new(N, r, dtype=dtype)),
         "PRECISION": precision,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,

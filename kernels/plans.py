@@ -6,26 +6,26 @@ import torch
 
 from fastlora import choices
 from fastlora.kernels.dropout import plan_pack_bits
-from fastlora.kernels.forms import Choice, Problem, bucket
+from fastlora.kernels.forms import Choice, Problem, next_power_of_2
 from fastlora.kernels.gemm import plan_gemm
+from fastlora.kernels.grad_a import plan_grad_a
 from fastlora.kernels.grad_b import MAX_RANK, plan_grad_s_and_b
 from fastlora.kernels.launch import Plan, Result
-from fastlora.kernels.layout import Layout
-from fastlora.kernels.outer import plan_outer
-from fastlora.kernels.project import plan_project
+from fastlora.kernels.shrink import plan_shrink
 from fastlora.kernels.sums import plan_sum
 from fastlora.kernels.target import Target
+from fastlora.kernels.tensor_spec import TensorSpec
 
 Plans = tuple[str, dict[str, Plan]]  # the form, and the launches by what they compute
 
 
 @functools.lru_cache(maxsize=4096)
 def plan_forward(
-    x: Layout,
-    weight: Layout,
-    lora_A: Layout,
-    lora_B: Layout,
-    bias: Layout | None,
+    x: TensorSpec,
+    weight: TensorSpec,
+    lora_A: TensorSpec,
+    lora_B: TensorSpec,
+    bias: TensorSpec | None,
     dropout: bool,
     precision: str,
     choice: Choice | None,
@@ -36,8 +36,8 @@ def plan_forward(
     choice = choice or _choose("forward", x, weight, lora_A.shape[0], dropout, target)
     if choice.form == "torch":
         return choice.form, {}
-    S = plan_project(x, lora_A, dropout, precision, target)
-    U, V = Layout.new(*S.results[0].shape, dtype=torch.float32), lora_B.t()
+    S = plan_shrink(x, lora_A, dropout, precision, target)
+    U, V = TensorSpec.new(*S.results[0].shape, dtype=torch.float32), lora_B.t()
     P, Q = (x, weight.t()) if choice.form == "fused" else (None, None)
     y = plan_gemm(P, Q, U, V, x.dtype, precision, target, bias=bias, config=choice.config)
     return choice.form, {"S": S, "sum S": plan_sum(*S.results), "y": y}
@@ -45,12 +45,12 @@ def plan_forward(
 
 @functools.lru_cache(maxsize=4096)
 def plan_backward(
-    dy: Layout,
-    x: Layout | None,
-    weight: Layout | None,
-    lora_A: Layout | None,
-    lora_B: Layout | None,
-    S: Layout | None,
+    dy: TensorSpec,
+    x: TensorSpec | None,
+    weight: TensorSpec | None,
+    lora_A: TensorSpec | None,
+    lora_B: TensorSpec | None,
+    S: TensorSpec | None,
     dropout: bool,
     adapter_dtype: torch.dtype,
     precision: str,
@@ -60,7 +60,7 @@ def plan_backward(
 ) -> Plans:
     """dS and dB come out of one pass over dy up to rank MAX_RANK, above it each out of its own; dx's rank-r term, where it is
     prefilled, out of dA's pass over x, where there is one."""
-    form, config = "prefill", None
+    form, config = "addmm", None
     if weight is not None and lora_A is not None:
         choice = choice or _choose("backward", dy, weight, lora_A.shape[0], dropout, target)
         form, config = choice.form, choice.config
@@ -72,18 +72,18 @@ def plan_backward(
         plans["dS dB"] = plan_grad_s_and_b(dy, lora_B, S, adapter_dtype, precision, target)
         dS, dB = plans["dS dB"].results
     elif lora_B is not None:
-        plans["dS"] = plan_project(dy, lora_B.t(), False, precision, target)
+        plans["dS"] = plan_shrink(dy, lora_B.t(), False, precision, target)
         dS = plans["dS"].results[0]
     if S is not None and "dS dB" not in plans:
-        plans["dB"] = plan_outer(dy, S, adapter_dtype, precision, target, transposed=True)
+        plans["dB"] = plan_grad_a(dy, S, adapter_dtype, precision, target, transposed=True)
         dB = plans["dB"].results[0]
     if lora_B is not None:
-        U = Layout.new(dy.shape[0], lora_B.shape[1], dtype=torch.float32)
+        U = TensorSpec.new(dy.shape[0], lora_B.shape[1], dtype=torch.float32)
         fused = form == "fused"
         if x is not None:
             V = None if fused or weight is None else lora_A
             pack = fused and dropout
-            plans["dA"] = plan_outer(x, U, adapter_dtype, precision, target, dropout=dropout, pack=pack, V=V)
+            plans["dA"] = plan_grad_a(x, U, adapter_dtype, precision, target, dropout=dropout, pack=pack, V=V)
             dA = plans["dA"].results[0]
         if weight is not None and lora_A is not None:
             if x is None and dropout:
@@ -94,6 +94,8 @@ def plan_backward(
     return form, plans | {"sum dS": plan_sum(dS), "sum dA dB": plan_sum(dA, dB)}
 
 
-def _choose(direction: str, rows: Layout, weight: Layout, r: int, dropout: bool, target: Target) -> Choice:
+def _choose(direction: str, rows: TensorSpec, weight: TensorSpec, r: int, dropout: bool, target: Target) -> Choice:
     out_features, in_features = weight.shape
-    return choices.choose(Problem(direction, rows.dtype, bucket(rows.shape[0]), in_features, out_features, r, dropout), target)
+    return choices.choose(
+        Problem(direction, rows.dtype, next_power_of_2(rows.shape[0]), in_features, out_features, r, dropout), target
+    )

@@ -26,7 +26,7 @@ class Target:
         return self.capability >= 90
 
     @property
-    def has_wide_mma(self) -> bool:
+    def has_wgmma(self) -> bool:
         """One matrix instruction serves four warps (wgmma, tcgen05), which a 128 x 256 tile needs to stay in registers."""
         return 90 <= self.capability < 120
 

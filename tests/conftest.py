@@ -21,7 +21,7 @@ from hypothesis import settings
 
 ROOT = Path(__file__).parents[1]
 COMPILE_TESTS = Path(__file__).parent / "compile"
-GPU_TESTS = Path(__file__).parent / "test_gpu.py"
+GPU_TESTS = Path(__file__).parent / "gpu" / "test_gpu.py"
 INTERPRETED = pytest.StashKey[bool]()
 ON_GPU = pytest.StashKey[bool]()
 ALLOCATIONS = ("empty", "empty_like", "empty_permuted", "empty_strided")

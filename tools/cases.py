@@ -9,14 +9,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlora import kernels
+from fastlora.kernels import steps
 from fastlora.kernels.dropout import pack_bits, plan_pack_bits
 from fastlora.kernels.launch import Result
 from fastlora.kernels.sums import plan_sum, sum_partials
 from fastlora.kernels.target import Target
 
 # The two directions in both forms of `fastlora.kernels.forms`, the mask alone, and the sum of partial results.
-STEPS = ("forward", "backward", "prefill-forward", "prefill-backward", "mask", "sum")
+STEPS = ("forward", "backward", "addmm-forward", "addmm-backward", "mask", "sum")
 # The dtypes of x, W and of the adapters; "ieee" and "tf32" are the two positions of torch's switch for float32 products.
 DTYPES = {
     "float16": (torch.float16, torch.float16),
@@ -71,12 +71,12 @@ class Case:
         S = _meta(M, self.rank, dtype=torch.float32)
         seed = _meta(1, dtype=torch.int64) if dropout_p > 0 else None
         with _float32_products("tf32" if self.dtype.endswith("tf32") else "ieee"):
-            choice = kernels.Choice("prefill" if self.step.startswith("prefill") else "fused")
+            choice = steps.Choice("addmm" if self.step.startswith("addmm") else "fused")
             options: dict[str, Any] = {"choice": choice, "target": self.target}
             if self.step.endswith("forward"):
-                kernels.forward(x, weight, lora_A, lora_B, bias, seed, 2.0, dropout_p, **options)
+                steps.forward(x, weight, lora_A, lora_B, bias, seed, 2.0, dropout_p, **options)
             elif self.step.endswith("backward"):
-                kernels.backward(dy, x, weight, lora_A, lora_B, S, seed, 2.0, dropout_p, adapter, **options)
+                steps.backward(dy, x, weight, lora_A, lora_B, S, seed, 2.0, dropout_p, adapter, **options)
             elif self.step == "sum":
                 both = Result((self.rank, K), adapter, parts=4), Result((N, self.rank), adapter, parts=3)
                 sum_partials(plan_sum(*both), *(result.empty(x.device) for result in both))

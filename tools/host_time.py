@@ -25,7 +25,7 @@ from rich.progress import track
 from rich.table import Table
 
 from fastlora import lora_linear, oracle
-from fastlora.benchmark.contenders import Contender, contenders_for, of_call
+from fastlora.benchmark.providers import Provider, of_call, providers_for
 from fastlora.benchmark.trial import draw, trained
 from fastlora.kernels import launch as launching
 
@@ -37,7 +37,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     """Time, print, and return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tools.host_time", description=__doc__)
     parser.add_argument("-p", "--dropout", type=float, default=0.1, help="dropout rate (default: 0.1)")
-    parser.add_argument("--rounds", type=int, default=50, help="timings of each contender, in turn (default: 50)")
+    parser.add_argument("--rounds", type=int, default=50, help="timings of each provider, in turn (default: 50)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args(arguments)
     results = measure(options.dropout, options.rounds)
@@ -45,8 +45,8 @@ def main(arguments: Sequence[str] | None = None) -> int:
         json.dump(results, sys.stdout, indent=1)
         return 0
     table = Table(title=f"µs of CPU time a call, x {BATCH, SEQUENCE, IN}, r = {RANK}, p = {options.dropout:g}, float32")
-    for column in ("contender", "forward", "forward + backward"):
-        table.add_column(column, justify="left" if column == "contender" else "right")
+    for column in ("provider", "forward", "forward + backward"):
+        table.add_column(column, justify="left" if column == "provider" else "right")
     for name, times in results.items():
         table.add_row(name, *(f"{seconds * 1e6:.0f}" for seconds in times.values()))
     Console().print(table)
@@ -54,13 +54,13 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def measure(dropout_p: float, rounds: int) -> dict[str, dict[str, float]]:
-    """Seconds of CPU time of each contender's forward and forward + backward: the median of `rounds` timings."""
+    """Seconds of CPU time of each provider's forward and forward + backward: the median of `rounds` timings."""
     device = torch.device("cpu")
     torch.set_num_threads(1)
     case = oracle.Case((BATCH * SEQUENCE, IN, OUT), RANK, dropout_p=dropout_p, bias=False)
-    eager = [rival for rival in contenders_for(case, device) if rival.name in ("eager LoRA", "PEFT")]
-    backends = {"fastlora fused": "fused", "fastlora prefill": "prefill", "fastlora": "triton"}
-    forms = [Contender(name, of_call(partial(lora_linear, backend=backend))) for name, backend in backends.items()]
+    eager = [rival for rival in providers_for(case, device) if rival.name in ("eager LoRA", "PEFT")]
+    backends = {"fastlora fused": "fused", "fastlora addmm": "addmm", "fastlora": "triton"}
+    forms = [Provider(name, of_call(partial(lora_linear, backend=backend))) for name, backend in backends.items()]
     steps = {(rival.name, name): step for rival in eager + forms for name, step in _steps(rival, case).items()}
     times: dict[tuple[str, str], list[float]] = {key: [] for key in steps}
     with launches_doing_nothing():
@@ -72,17 +72,17 @@ def measure(dropout_p: float, rounds: int) -> dict[str, dict[str, float]]:
                     step()
                 times[key].append((time.process_time() - start) / CALLS)
     results: dict[str, dict[str, float]] = {}
-    for (contender, name), seconds in times.items():
-        results.setdefault(contender, {})[name] = statistics.median(seconds)
+    for (provider, name), seconds in times.items():
+        results.setdefault(provider, {})[name] = statistics.median(seconds)
     return results
 
 
-def _steps(contender: Contender, case: oracle.Case) -> dict[str, Callable[[], object]]:
+def _steps(provider: Provider, case: oracle.Case) -> dict[str, Callable[[], object]]:
     drawn = draw(case, torch.device("cpu"))
     x = drawn.x.detach().view(BATCH, SEQUENCE, IN).requires_grad_()
     inputs = replace(drawn, x=x, dy=drawn.dy.view(BATCH, SEQUENCE, OUT))
-    forward = contender.bind(inputs.weights, case.scaling, case.dropout_p)
-    leaves = trained(contender, inputs)
+    forward = provider.bind(inputs.weights, case.scaling, case.dropout_p)
+    leaves = trained(provider, inputs)
     return {
         "forward": lambda: forward(inputs.x),
         "forward + backward": lambda: torch.autograd.grad(forward(inputs.x), leaves, inputs.dy),

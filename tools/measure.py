@@ -10,13 +10,13 @@ from tools.sass import Sass, read_cubin
 
 # What the launches of a step produce, in order, by the kernels they run; sums of partial results are a step of their own.
 PRODUCTS = {
-    ("project", "gemm"): ("S", "y"),
-    ("grad_b", "outer", "gemm"): ("dS dB", "dA", "dx"),
-    ("project", "outer", "outer", "gemm"): ("dS", "dB", "dA", "dx"),
+    ("shrink", "gemm"): ("S", "y"),
+    ("grad_b", "grad_a", "gemm"): ("dS dB", "dA", "dx"),
+    ("shrink", "grad_a", "grad_a", "gemm"): ("dS", "dB", "dA", "dx"),
     ("pack_bits",): ("bits",),
     ("sum_partials",): ("sum",),
-    ("grad_b", "outer"): ("dS dB", "dA dx"),
-    ("project", "outer", "outer"): ("dS", "dB", "dA dx"),
+    ("grad_b", "grad_a"): ("dS dB", "dA dx"),
+    ("shrink", "grad_a", "grad_a"): ("dS", "dB", "dA dx"),
     (): (),
 }
 # The block of elements that a program masks at a time.

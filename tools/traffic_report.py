@@ -17,7 +17,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from fastlora import kernels
+from fastlora.kernels import steps
 from fastlora.kernels.forms import Choice
 from fastlora.kernels.target import INTERPRETER, Target
 from tools.traffic import Launch, counted
@@ -29,16 +29,16 @@ DTYPES = {
     "float16+float32": (torch.float16, torch.float32),
     "float32": (torch.float32, torch.float32),
 }
-FORMS = ("fused", "prefill")
+FORMS = ("fused", "addmm")
 # The step of each launch, by the kernels of a pass in order; a sum of partial results, and so that of dB, belongs to the step
 # before it.
 STEPS = {
-    ("project", "gemm"): ("S", "y"),
-    ("project", "gemm", "addmm_"): ("S", "y", "y"),
-    ("grad_b", "outer", "gemm"): ("dS dB", "dA", "dx"),
-    ("grad_b", "outer", "addmm_"): ("dS dB", "dA", "dx"),
-    ("project", "outer", "outer", "gemm"): ("dS dB", "dS dB", "dA", "dx"),
-    ("project", "outer", "outer", "addmm_"): ("dS dB", "dS dB", "dA", "dx"),
+    ("shrink", "gemm"): ("S", "y"),
+    ("shrink", "gemm", "addmm_"): ("S", "y", "y"),
+    ("grad_b", "grad_a", "gemm"): ("dS dB", "dA", "dx"),
+    ("grad_b", "grad_a", "addmm_"): ("dS dB", "dA", "dx"),
+    ("shrink", "grad_a", "grad_a", "gemm"): ("dS dB", "dS dB", "dA", "dx"),
+    ("shrink", "grad_a", "grad_a", "addmm_"): ("dS dB", "dS dB", "dA", "dx"),
 }
 # (M, in, out), scaled down because a program takes the interpreter milliseconds: square, ragged (neither descriptors nor whole
 # tiles), and of few rows.
@@ -75,9 +75,9 @@ class Case:
         seed = torch.tensor([1234]) if self.dropout_p > 0 else None
         p, choice, target = self.dropout_p, Choice(self.form), self.target
         with counted() as forward:
-            _, S = kernels.forward(x, weight, lora_A, lora_B, bias, seed, 2.0, p, choice=choice, target=target)
+            _, S = steps.forward(x, weight, lora_A, lora_B, bias, seed, 2.0, p, choice=choice, target=target)
         with counted() as backward:
-            kernels.backward(dy, x, weight, lora_A, lora_B, S, seed, 2.0, p, adapter, choice=choice, target=target)
+            steps.backward(dy, x, weight, lora_A, lora_B, S, seed, 2.0, p, adapter, choice=choice, target=target)
         return forward, backward
 
     def compulsory(self) -> dict[str, tuple[int, int]]:

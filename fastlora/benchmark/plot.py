@@ -20,7 +20,7 @@ def bars(rows: Sequence[Row], title: str, conditions: str, path: Path) -> None:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
-    names = list(dict.fromkeys(row["contender"] for row in rows))
+    names = list(dict.fromkeys(row["provider"] for row in rows))
     colours = [BLUE if "fastlora" in name else GREY if name == names[0] else ORANGE for name in names]
     figure = Figure(figsize=(11, 1.6 + 0.42 * len(names)), layout="constrained")
     FigureCanvasAgg(figure)

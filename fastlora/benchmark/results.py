@@ -1,29 +1,23 @@
 """Results as rows, the conditions they hold under, and their files.
 
-A row is one pass of one contender at one size: {"contender", "pass", "median_ms", "p20_ms", "p80_ms", "over_frozen",
+A row is one pass of one provider at one size: {"provider", "pass", "median_ms", "p20_ms", "p80_ms", "over_frozen",
 "over_eager", "roofline_percent", "launch_ms", "saved_bytes", "peak_bytes"} and the facts of the case.  Bytes stand with
 forward + backward, launch_ms (the host's time to launch the pass) on a GPU, roofline_percent where the ceilings were measured;
 elsewhere they are None.
 """
 
 import csv
-import importlib.metadata
 import json
-import platform
-import shutil
-import subprocess
 from collections.abc import Mapping, Sequence
-from datetime import UTC, datetime
 from pathlib import Path
 from typing import Any
 
 import torch
 
-from fastlora import __version__, oracle
+from fastlora import oracle
 from fastlora.benchmark.ceilings import Ceilings
 from fastlora.benchmark.clock import quantiles
 from fastlora.benchmark.trial import PASSES, Measurement
-from fastlora.functional import available_backends
 
 Row = dict[str, Any]
 
@@ -36,7 +30,7 @@ def scattered(rows: Sequence[Mapping[str, Any]]) -> int:
 
 
 def rows_of(measurements: Sequence[Measurement], case: oracle.Case, ceilings: Ceilings | None = None) -> list[Row]:
-    """One row for each pass of each contender; the first two are the frozen linear and eager LoRA."""
+    """One row for each pass of each provider; the first two are the frozen linear and eager LoRA."""
     frozen, eager = measurements[:2]
     rows = []
     for name in PASSES:
@@ -47,7 +41,7 @@ def rows_of(measurements: Sequence[Measurement], case: oracle.Case, ceilings: Ce
             launch = measurement.launch_seconds.get(name)
             rows.append(
                 {
-                    "contender": measurement.contender,
+                    "provider": measurement.provider,
                     "pass": name,
                     "median_ms": median * 1e3,
                     "p20_ms": p20 * 1e3,
@@ -72,77 +66,6 @@ def facts_of(case: oracle.Case) -> Row:
 
 def _name(dtype: torch.dtype) -> str:
     return str(dtype).removeprefix("torch.")
-
-
-def environment(device: torch.device) -> dict[str, Any]:
-    """What a timing depends on besides the code, and which code it was."""
-    import triton
-
-    known = {"date": datetime.now(UTC).date().isoformat(), "commit": commit(), "fastlora": __version__}
-    known |= {"torch": torch.__version__, "triton": triton.__version__, "peft": _version("peft")}
-    known["python"] = platform.python_version()
-    if device.type == "cuda":
-        capability = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
-        return {
-            **known,
-            "device": torch.cuda.get_device_name(device),
-            "capability": capability,
-            "cuda": torch.version.cuda,
-            "driver": _driver(),
-            "tuned": _tuned(device),
-        }
-    return {**known, "device": _processor(), "threads": torch.get_num_threads()}
-
-
-def commit() -> str | None:
-    """The commit of the source tree that is imported, with "+changes" where its code differs from it; None outside of one.
-
-    Of benches only the code counts: results that a run has written must not keep it from being resumed.
-    """
-    root = Path(__file__).parents[2]
-    git = shutil.which("git")
-    if git is None or not (root / ".git").exists():
-        return None
-    head, status = (
-        subprocess.run([git, "-C", str(root), *command], capture_output=True, text=True, check=False)
-        for command in (
-            ["rev-parse", "--short=12", "HEAD"],
-            ["status", "--porcelain", "--", "fastlora", "kernels", "benches/*.py"],
-        )
-    )
-    return head.stdout.strip() + ("+changes" if status.stdout.strip() else "") if head.returncode == 0 else None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
-        return None
-
-
-def _driver() -> str | None:
-    smi = shutil.which("nvidia-smi")
-    if smi is None:
-        return None
-    query = [smi, "--query-gpu=driver_version", "--format=csv,noheader"]
-    return next(iter(subprocess.run(query, capture_output=True, text=True, check=False).stdout.splitlines()), None)
-
-
-def _tuned(device: torch.device) -> str | None:
-    """Which measured choices the kernels go by."""
-    if "triton" not in available_backends(device):
-        return None
-    from fastlora import choices
-    from fastlora.kernels.target import target_of
-
-    return choices.fingerprint(target_of(device))
-
-
-def _processor() -> str:
-    cpuinfo = Path("/proc/cpuinfo")
-    lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.machine()
 
 
 def write_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:

@@ -1,6 +1,6 @@
-"""One size, every contender: draw, check against float64, time, count bytes.
+"""One size, every provider: draw, check against float64, time, count bytes.
 
-Random tensors, the same for all contenders, in as many sets as exceed the last-level cache, taken in turn.  Three passes:
+Random tensors, the same for all providers, in as many sets as exceed the last-level cache, taken in turn.  Three passes:
 forward as in training, backward alone (its forward runs untimed before it), and both together.
 """
 
@@ -24,14 +24,14 @@ from fastlora.benchmark.clock import (
     quantiles,
     timed_launches,
 )
-from fastlora.benchmark.contenders import Contender, Mask, Weights
 from fastlora.benchmark.memory import peak_bytes, saved_bytes
+from fastlora.benchmark.providers import Mask, Provider, Weights
 
 PASSES = ("forward", "backward", "forward + backward")
 
 
 class WrongResultError(RuntimeError):
-    """A contender's result is further from float64 than the oracle allows, so there is nothing to time."""
+    """A provider's result is further from float64 than the oracle allows, so there is nothing to time."""
 
 
 @dataclass(frozen=True)
@@ -79,67 +79,67 @@ def _seeded(seed: int, device: torch.device) -> Iterator[None]:
 
 
 class Judge:
-    """Holds contenders against float64 on one set of inputs; contenders with the same mask share the computation."""
+    """Holds providers against float64 on one set of inputs; providers with the same mask share the computation."""
 
     def __init__(self, case: oracle.Case, inputs: Inputs) -> None:
         self.case, self.inputs = case, inputs
         self._expected: dict[tuple[Mask | None, Callable[[float], float], bool], list[dict[str, Tensor]]] = {}
 
-    def expected(self, contender: Contender) -> list[dict[str, Tensor]]:
-        """[results in float64, results of eager torch in the case's dtypes] with the mask that the contender draws."""
-        masked = contender.adapted and self.case.dropout_p > 0
-        key = contender.mask if masked else None, contender.keep_scale, contender.adapted
+    def expected(self, provider: Provider) -> list[dict[str, Tensor]]:
+        """[results in float64, results of eager torch in the case's dtypes] with the mask that the provider draws."""
+        masked = provider.adapted and self.case.dropout_p > 0
+        key = provider.mask if masked else None, provider.keep_scale, provider.adapted
         if key not in self._expected:
             device = self.inputs.x.device
 
             def mask(seed: int, rows: int, cols: int, p: float, device: torch.device = device) -> Tensor:
                 with _seeded(seed, device):
-                    return contender.mask(rows, cols, p, device)
+                    return provider.mask(rows, cols, p, device)
 
-            case = self.case if contender.adapted else replace(self.case, scaling=0.0, dropout_p=0.0)
-            function = oracle.masked_reference(mask, contender.keep_scale)
+            case = self.case if provider.adapted else replace(self.case, scaling=0.0, dropout_p=0.0)
+            function = oracle.masked_reference(mask, provider.keep_scale)
             outputs = ("y", "dx", "dA", "dB")
             plain = self.inputs.plain()
             both = [oracle.evaluate(function, case, inputs, outputs) for inputs in (plain.double(), plain)]
             self._expected[key] = [{name: t for name, t in results.items() if t is not None} for results in both]
         return self._expected[key]
 
-    def verify(self, contender: Contender) -> list[oracle.Row]:
+    def verify(self, provider: Provider) -> list[oracle.Row]:
         """The oracle's verdict on y and each gradient.
 
         Raises:
             WrongResultError: an error over its bound, with the table of all of them.
         """
-        outputs = ("y", *contender.gradients)
-        forward = contender.bind(self.inputs.weights, self.case.scaling, self.case.dropout_p)
+        outputs = ("y", *provider.gradients)
+        forward = provider.bind(self.inputs.weights, self.case.scaling, self.case.dropout_p)
         with _seeded(self.inputs.seed, self.inputs.x.device):
             y = forward(self.inputs.x)
-            results = [y.detach(), *torch.autograd.grad(y, trained(contender, self.inputs), self.inputs.dy, allow_unused=True)]
-        refs, eager = self.expected(contender)
+            results = [y.detach(), *torch.autograd.grad(y, trained(provider, self.inputs), self.inputs.dy, allow_unused=True)]
+        refs, eager = self.expected(provider)
         rows = [
             oracle.judge(self.case, name, result, eager[name], refs[name])
             for name, result in zip(outputs, results, strict=True)
         ]
         if not all(row.passed for row in rows):
-            raise WrongResultError(f"{contender.name} is wrong on {self.case}, so it is not timed:\n{oracle.table(rows)}")
+            raise WrongResultError(f"{provider.name} is wrong on {self.case}, so it is not timed:\n{oracle.table(rows)}")
         return rows
 
 
-def verify(contender: Contender, case: oracle.Case, device: torch.device) -> list[oracle.Row]:
-    """Hold one contender against float64 on the case's first inputs; see `Judge.verify`."""
-    return Judge(case, draw(case, device)).verify(contender)
+def verify(provider: Provider, case: oracle.Case, device: torch.device) -> list[oracle.Row]:
+    """Hold one provider against float64 on the case's first inputs; see `Judge.verify`."""
+    return Judge(case, draw(case, device)).verify(provider)
 
 
-def trained(contender: Contender, inputs: Inputs) -> list[Tensor]:
+def trained(provider: Provider, inputs: Inputs) -> list[Tensor]:
     """The tensors whose gradients its backward computes."""
-    return [inputs.x, inputs.weights.lora_A, inputs.weights.lora_B] if contender.adapted else [inputs.x]
+    return [inputs.x, inputs.weights.lora_A, inputs.weights.lora_B] if provider.adapted else [inputs.x]
 
 
 @dataclass
 class Measurement:
-    """What was measured of one contender: seconds of each timed run by pass, of launching it, and bytes."""
+    """What was measured of one provider: seconds of each timed run by pass, of launching it, and bytes."""
 
-    contender: str
+    provider: str
     seconds: dict[str, list[float]] = field(default_factory=dict)
     launch_seconds: dict[str, list[float]] = field(default_factory=dict)  # on a GPU only
     saved_bytes: int = 0
@@ -151,14 +151,14 @@ class Measurement:
 
 
 def steps_of(
-    contender: Contender, case: oracle.Case, sets: Sequence[Inputs], turn: Iterator[int] | None = None
+    provider: Provider, case: oracle.Case, sets: Sequence[Inputs], turn: Iterator[int] | None = None
 ) -> dict[str, Step]:
-    """The three passes of `contender`, each call on the next of `sets`.
+    """The three passes of `provider`, each call on the next of `sets`.
 
-    turn: whose turn it is, by index; shared by contenders that are timed side by side, so that none finds in the cache what
+    turn: whose turn it is, by index; shared by providers that are timed side by side, so that none finds in the cache what
     the one before it has read.
     """
-    bound = [(inputs, contender.bind(inputs.weights, case.scaling, case.dropout_p)) for inputs in sets]
+    bound = [(inputs, provider.bind(inputs.weights, case.scaling, case.dropout_p)) for inputs in sets]
     turn = turn or itertools.cycle(range(len(sets)))
 
     def forward() -> Tensor:
@@ -170,13 +170,13 @@ def steps_of(
 
     def backward(state: tuple[Inputs, Tensor]) -> object:
         inputs, y = state
-        return torch.autograd.grad(y, trained(contender, inputs), inputs.dy)
+        return torch.autograd.grad(y, trained(provider, inputs), inputs.dy)
 
     return dict(zip(PASSES, (forward, Prepared(run_forward, backward), lambda: backward(run_forward())), strict=True))
 
 
 def run(
-    rivals: Iterable[Contender],
+    rivals: Iterable[Provider],
     case: oracle.Case,
     device: torch.device,
     *,
@@ -186,38 +186,38 @@ def run(
     excluded: dict[str, Exception] | None = None,
     progress: Callable[[str], None] = lambda what: None,
 ) -> list[Measurement]:
-    """Check every contender, then time its passes against those of the others and count its bytes.
+    """Check every provider, then time its passes against those of the others and count its bytes.
 
     Args:
         repeats, limit: see `measure`.
         copies: sets of inputs to take in turn; default as many as exceed the cache.
-        excluded: where a contender that is wrong or fails is put by name with its error, to be left out; by default its error
+        excluded: where a provider that is wrong or fails is put by name with its error, to be left out; by default its error
             is raised.
         progress: called with what was just done: len(rivals) + WARMUP times, and after each timed round.
 
     Raises:
-        WrongResultError: before anything is timed, when a contender's result is wrong.
+        WrongResultError: before anything is timed, when a provider's result is wrong.
     """
     rivals = list(rivals)
-    if any(contender.compiled for contender in rivals):
+    if any(provider.compiled for provider in rivals):
         torch.compiler.reset()  # what was compiled for other cases counts against the limit of recompilations
     first = draw(case, device)
     judge = Judge(case, first)
-    for contender in rivals:
+    for provider in rivals:
         try:
-            judge.verify(contender)
+            judge.verify(provider)
         except Exception as error:  # torch.compile, Triton and PEFT have no base of their errors in common
             if excluded is None:
                 raise
-            excluded[contender.name] = error.with_traceback(None)  # its frames hold the tensors
-        progress(f"checked {contender.name}")
+            excluded[provider.name] = error.with_traceback(None)  # its frames hold the tensors
+        progress(f"checked {provider.name}")
     del judge
-    rivals = [contender for contender in rivals if contender.name not in (excluded or {})]
+    rivals = [provider for provider in rivals if provider.name not in (excluded or {})]
     copies = copies or copies_beyond_cache(first.nbytes, device)
     sets = [first, *(draw(case, device, index) for index in range(1, copies))]
     turn = itertools.cycle(range(copies))
-    passes = {contender.name: steps_of(contender, case, sets, turn) for contender in rivals}
-    steps = {(contender, name): step for contender, by_pass in passes.items() for name, step in by_pass.items()}
+    passes = {provider.name: steps_of(provider, case, sets, turn) for provider in rivals}
+    steps = {(provider, name): step for provider, by_pass in passes.items() for name, step in by_pass.items()}
     clock = device_clock(device)
     seconds = measure(steps, device, repeats, limit=limit, clock=clock, progress=progress)
     launches = timed_launches(clock)

@@ -9,9 +9,10 @@ from typing import Any
 import torch
 
 from fastlora import benchmark, oracle
-from fastlora.benchmark import clock, contenders, plot, results
+from fastlora.benchmark import clock, plot, providers, results
 from fastlora.benchmark.plot import three_digits
 from fastlora.cli import common
+from fastlora.environment import environment
 
 DESCRIPTION = """\
 Time forward, backward and both of the frozen linear alone (the floor), of eager LoRA, PEFT's own layer, chained addmm_ and
@@ -52,13 +53,13 @@ def register(subparsers: Any) -> None:
     parser.add_argument(
         "--only",
         action="append",
-        choices=contenders.NAMES,
-        metavar="CONTENDER",
+        choices=providers.NAMES,
+        metavar="PROVIDER",
         help="time this one beside the frozen linear and eager LoRA, and what else is named so (default: all that run here): "
-        + ", ".join(contenders.NAMES[2:]),
+        + ", ".join(providers.NAMES[2:]),
     )
     parser.add_argument(
-        "--compile", choices=contenders.COMPILERS, help="add the contenders under torch.compile with this backend"
+        "--compile", choices=providers.COMPILERS, help="add the providers under torch.compile with this backend"
     )
     parser.add_argument(
         "--device", type=common.device, default=common.default_device(), help="cpu, cuda or cuda:N (default: %(default)s)"
@@ -99,7 +100,7 @@ def run(args: argparse.Namespace) -> int:
         "seed": args.seed,
         "gemm_tflops": ceilings.gemm / 1e12,
         "copy_gbps": ceilings.copy / 1e9,
-        **results.environment(device),
+        **environment(device),
     }
     results.write_csv([{**row, **facts} for row in rows], args.output / "bench.csv")
     plot.bars(rows, _title(case, facts), _conditions(facts), args.output / "bench.png")
@@ -122,7 +123,7 @@ def _case(args: argparse.Namespace) -> oracle.Case:
     return oracle.Case(shape, args.rank, base, adapters, bias=args.bias, dropout_p=args.dropout, seed=args.seed)
 
 
-def _measure(rivals: Sequence[benchmark.Contender], case: oracle.Case, args: argparse.Namespace) -> list[benchmark.Measurement]:
+def _measure(rivals: Sequence[benchmark.Provider], case: oracle.Case, args: argparse.Namespace) -> list[benchmark.Measurement]:
     from rich.progress import Progress
 
     _, stderr = common.consoles()
@@ -137,15 +138,15 @@ def _measure(rivals: Sequence[benchmark.Contender], case: oracle.Case, args: arg
         )
 
 
-def _rivals(case: oracle.Case, args: argparse.Namespace) -> list[benchmark.Contender]:
-    """The contenders asked for; ValueError for one that cannot compute the case here."""
-    rivals = benchmark.contenders_for(case, args.device, compiler=args.compile)
+def _rivals(case: oracle.Case, args: argparse.Namespace) -> list[benchmark.Provider]:
+    """The providers asked for; ValueError for one that cannot compute the case here."""
+    rivals = benchmark.providers_for(case, args.device, compiler=args.compile)
     if args.only is None:
         return rivals
-    if missing := set(args.only) - {contender.name for contender in rivals}:
-        here = ", ".join(contender.name for contender in rivals)
+    if missing := set(args.only) - {provider.name for provider in rivals}:
+        here = ", ".join(provider.name for provider in rivals)
         raise ValueError(f"{', '.join(sorted(missing))} cannot run {case} on {args.device} (can: {here})")
-    return [contender for contender in rivals if contender.name in {*contenders.NAMES[:2], *args.only}]
+    return [provider for provider in rivals if provider.name in {*providers.NAMES[:2], *args.only}]
 
 
 def _title(case: oracle.Case, facts: dict[str, Any]) -> str:
@@ -170,7 +171,7 @@ def _print(rows: Sequence[dict[str, Any]], case: oracle.Case, facts: dict[str, A
     caption = f"{_conditions(facts)}\n{ceilings}\n{saved}"
     table = Table(title=_title(case, facts), caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     table.add_column("pass")
-    table.add_column("contender")
+    table.add_column("provider")
     for heading in (
         "median\nms",
         "p20\nms",
@@ -188,7 +189,7 @@ def _print(rows: Sequence[dict[str, Any]], case: oracle.Case, facts: dict[str, A
             table.add_row()
         table.add_row(
             row["pass"] if first else "",
-            row["contender"],
+            row["provider"],
             *(three_digits(row[key]) for key in ("median_ms", "p20_ms", "p80_ms")),
             f"{row['over_frozen']:.2f}",
             f"{row['over_eager']:.2f}",
@@ -199,4 +200,4 @@ def _print(rows: Sequence[dict[str, Any]], case: oracle.Case, facts: dict[str, A
     stdout.print(table)
     if results.scattered(rows):
         stdout.print("[yellow]The times scatter widely: something else ran on this machine, and the ratios mean little.")
-    stdout.print(f"Every contender was within its float64 bound before it was timed. Written: {folder}/bench.csv, bench.png")
+    stdout.print(f"Every provider was within its float64 bound before it was timed. Written: {folder}/bench.csv, bench.png")

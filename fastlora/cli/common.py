@@ -2,12 +2,14 @@
 
 import argparse
 import sys
+from collections.abc import Iterable, Mapping
 from typing import TYPE_CHECKING, Any
 
 import torch
 
 if TYPE_CHECKING:
     from rich.console import Console
+    from rich.table import Table
 
 DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
 
@@ -54,6 +56,19 @@ def consoles() -> "tuple[Console, Console]":
 
     # A pipe has no width: there a table is as wide as its contents.
     return Console(width=None if sys.stdout.isatty() else 160, highlight=False), Console(stderr=True, highlight=False)
+
+
+def table(title: str, columns: Mapping[str, str], rows: Iterable[Iterable[object]], caption: str | None = None) -> "Table":
+    """A table with a heading over each column; `columns` maps a heading to "left" or "right", the side its cells lean to."""
+    from rich import box
+    from rich.table import Table
+
+    made = Table(title=title, title_justify="left", caption=caption, caption_justify="left", box=box.SIMPLE_HEAD)
+    for heading, side in columns.items():
+        made.add_column(heading, justify="right" if side == "right" else "left")
+    for row in rows:
+        made.add_row(*map(str, row))
+    return made
 
 
 def require(module: str, extra: str = "cli") -> Any:

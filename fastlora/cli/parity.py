@@ -27,7 +27,7 @@ RANKS = (1, 3, 8, 16, 33, 64, 130)
 DROPOUTS = (0.0, 0.1, 0.5, 1.0)
 BIAS = (True, False)
 #: The Triton backend in each of its forms, and the torch backend.
-BACKENDS = ("fused", "prefill", "torch")
+BACKENDS = ("fused", "addmm", "torch")
 
 INTERPRETER_HINT = "Triton's interpreter runs its kernels on a CPU: TRITON_INTERPRET=1 fastlora parity"
 DESCRIPTION = """\

@@ -47,11 +47,11 @@ def accelerate(model: nn.Module) -> Report:
     from fastlora.peft import layers
 
     found = layers.find(model)
-    obstacles = {name: layers.obstacle(layer) for name, layer in found.items()}
-    outcome = layers.describe(found, obstacles)
+    reasons = {name: layers.unsupported_reason(layer) for name, layer in found.items()}
+    outcome = layers.describe(found, reasons)
     warned = layers.shared_warnings(found.values())
     for name, layer in found.items():
-        if obstacles[name] is None:
+        if reasons[name] is None:
             layers.fuse(layer, warned)
     if not all(layers.is_fused(layer) for layer in found.values()):
         warnings.warn(str(outcome), stacklevel=2)
@@ -83,10 +83,11 @@ def status(model: nn.Module) -> Report:
     from fastlora.peft import layers
 
     found = layers.find(model)
-    obstacles = {
-        name: None if layers.is_fused(layer) else layers.obstacle(layer) or "not accelerated" for name, layer in found.items()
+    reasons = {
+        name: None if layers.is_fused(layer) else layers.unsupported_reason(layer) or "not accelerated"
+        for name, layer in found.items()
     }
-    return layers.describe(found, obstacles)
+    return layers.describe(found, reasons)
 
 
 def fallbacks(model: nn.Module) -> dict[str, dict[str, int]]:

@@ -30,6 +30,6 @@ def weight_of(base_layer: nn.Module) -> Tensor | QuantizedWeight | str:
     if bias is not None and type(bias) not in PLAIN_TENSORS:
         return f"its base bias is a {type(bias).__name__}"
     if packed:
-        reason = quantized.obstacle(base_layer)
+        reason = quantized.unsupported_reason(base_layer)
         return f"its base layer {reason}" if reason else quantized.weight_of(base_layer)
     return weight if kind is nn.Linear else weight.t()

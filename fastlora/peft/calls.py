@@ -5,7 +5,7 @@ A call is fused when exactly one active adapter has weights in the layer, and
     the layer     is neither merged nor disabled, and casts its input as PEFT does by default
     the adapter   is no variant (DoRA, aLoRA, ...); A and B are linears without bias, its dropout is nn.Dropout or nn.Identity
     the base      is an nn.Linear or Conv1D that does nothing else, with a frozen weight; or a 4-bit or 8-bit linear of
-                  bitsandbytes, whose dtypes `fastlora.quantized.why_not` judges
+                  bitsandbytes, whose dtypes `fastlora.quantized.unsupported_input` judges
     the call      passes x alone, a dense tensor; is not decoding on a GPU (few rows, no gradient), where launches are all there
                   is; is not traced by torch.jit, and not differentiated by torch.func or forwards
     the dtypes    x, W and bias share one; A and B share that one, or are float32 while it is 16-bit (as autocast leaves them)
@@ -94,7 +94,7 @@ def operands(layer: Any) -> Operands | str:
     return Operands(weight, lora_A, lora_B, base_layer.bias, scaling, p)
 
 
-def obstacle_of_input(x: Tensor, given: Operands, layer: Any) -> str | None:
+def unsupported_input(x: Tensor, given: Operands, layer: Any) -> str | None:
     """Why `lora_linear` cannot compute with this x, or None."""
     if type(x) not in PLAIN_TENSORS or x.layout != torch.strided or x.is_nested:
         return f"x is a {type(x).__name__} that is not dense"
@@ -111,7 +111,7 @@ def obstacle_of_input(x: Tensor, given: Operands, layer: Any) -> str | None:
     base, adapter = autocast_target(x, autocast), autocast_target(given.lora_A, autocast)
     if isinstance(given.weight, Tensor):
         frozen, stored = [t for t in (given.weight, given.bias) if t is not None], str(given.weight.dtype)
-    elif reason := quantized.why_not(layer.base_layer, x):
+    elif reason := quantized.unsupported_input(layer.base_layer, x):
         return f"its base layer {reason}"
     else:
         frozen, stored = [], given.weight.scheme.kind
@@ -144,4 +144,4 @@ def decide(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any])
     given = operands(layer)
     if isinstance(given, str):
         return given
-    return obstacle_of_input(x, given, layer) or given
+    return unsupported_input(x, given, layer) or given

@@ -74,7 +74,7 @@ def is_fused(layer: Any) -> bool:
     return isinstance(layer, Fused)
 
 
-def obstacle(layer: Any) -> str | None:
+def unsupported_reason(layer: Any) -> str | None:
     """Why the layer cannot be accelerated, whatever its adapters are; None where it can."""
     if is_fused(layer):
         return "already accelerated"
@@ -88,11 +88,11 @@ def obstacle(layer: Any) -> str | None:
     return "its base weight is on the meta device: load it first" if weight.device.type == "meta" else None
 
 
-def describe(layers: Mapping[str, Any], obstacles: Mapping[str, str | None]) -> Report:
-    """The report on layers of which those without an obstacle are, or are to be, accelerated."""
+def describe(layers: Mapping[str, Any], reasons: Mapping[str, str | None]) -> Report:
+    """The report on layers of which those without an unsupported_reason are, or are to be, accelerated."""
     taken, waiting, left = [], [], []
     for name, layer in layers.items():
-        if reason := obstacles[name]:
+        if reason := reasons[name]:
             left.append((name, reason))
         elif isinstance(given := operands(layer), str):
             waiting.append((name, given))
@@ -112,7 +112,7 @@ def tally_of(layer: Any) -> Tally:
 
 
 def fuse(layer: Any, warned: set[str]) -> None:
-    """Make a layer without an obstacle an accelerated one."""
+    """Make a layer without an unsupported_reason an accelerated one."""
     layer._fastlora_tally = Tally(warned)
     layer.__class__ = _fused_class(layer)
 

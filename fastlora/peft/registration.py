@@ -9,7 +9,7 @@ from torch import Tensor, nn
 from transformers.pytorch_utils import Conv1D
 
 from fastlora.peft.base import weight_of
-from fastlora.peft.layers import fuse, obstacle
+from fastlora.peft.layers import fuse, unsupported_reason
 
 
 class Dispatch:
@@ -30,7 +30,7 @@ class Dispatch:
         if not isinstance(weight_of(base_layer), Tensor):
             return None
         layer = dispatch_default(target, adapter_name, config or self.config, **options)
-        if layer is not None and obstacle(layer) is None:
+        if layer is not None and unsupported_reason(layer) is None:
             fuse(layer, self.warned)
         return layer
 

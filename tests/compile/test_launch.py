@@ -9,10 +9,10 @@ from triton.compiler import CompiledKernel
 from triton.compiler.compiler import LazyDict
 from triton.runtime import driver
 
-from fastlora import kernels
+from fastlora.kernels import steps
 from fastlora.kernels.dropout import lane_limit
 from fastlora.kernels.plans import plan_backward, plan_forward
-from fastlora.kernels.project import project_kernel
+from fastlora.kernels.shrink import shrink_kernel
 from tools.aot import OfflineDriver
 from tools.cases import TARGETS
 
@@ -54,7 +54,7 @@ def comparable(argument: Any) -> Any:
 
 
 @pytest.mark.parametrize("adapter", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("form", ["fused", "prefill"])
+@pytest.mark.parametrize("form", ["fused", "addmm"])
 def test_a_planned_launch_is_what_triton_would_launch(launched: Calls, form: str, adapter: torch.dtype) -> None:
     def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
         return torch.empty(shape, dtype=dtype, device="meta")
@@ -63,9 +63,9 @@ def test_a_planned_launch_is_what_triton_would_launch(launched: Calls, form: str
         launched.clear()
         x, dy, weight, bias, S = meta(M, K), meta(M, N), meta(N, K), meta(N), meta(M, R, dtype=torch.float32)
         A, B, seed = meta(R, K, dtype=adapter), meta(N, R, dtype=adapter), meta(1, dtype=torch.int64)
-        options: dict[str, Any] = {"choice": kernels.Choice(form), "target": TARGETS[90]}
-        kernels.forward(x, weight, A, B, bias, seed, scaling, dropout_p, **options)
-        kernels.backward(dy, x, weight, A, B, S, seed, scaling, dropout_p, adapter, **options)
+        options: dict[str, Any] = {"choice": steps.Choice(form), "target": TARGETS[90]}
+        steps.forward(x, weight, A, B, bias, seed, scaling, dropout_p, **options)
+        steps.backward(dy, x, weight, A, B, S, seed, scaling, dropout_p, adapter, **options)
         return [tuple(map(comparable, call)) for call in launched]
 
     first, again = step(2.0, 0.25), step(2.0, 0.25)
@@ -80,11 +80,11 @@ def test_a_planned_launch_is_what_triton_would_launch(launched: Calls, form: str
 def test_the_second_step_does_not_ask_triton(launched: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
     def forward(K: int, seed: torch.Tensor | None) -> None:
         x, weight, A, B = (torch.empty(s, dtype=torch.bfloat16, device="meta") for s in ((M, K), (N, K), (R, K), (N, R)))
-        kernels.forward(x, weight, A, B, None, seed, 2.0, 0.25, choice=kernels.Choice("fused"), target=TARGETS[90])
+        steps.forward(x, weight, A, B, None, seed, 2.0, 0.25, choice=steps.Choice("fused"), target=TARGETS[90])
 
     seeds = torch.empty(3, dtype=torch.int64, device="meta")
     forward(K, seeds[:1])
-    monkeypatch.setattr(type(project_kernel), "run", lambda *args, **options: pytest.fail("looked up again"))
+    monkeypatch.setattr(type(shrink_kernel), "run", lambda *args, **options: pytest.fail("looked up again"))
     count = len(launched)
     forward(K, seeds[1:2])  # at 8 bytes, which no kernel is compiled for in particular
     assert len(launched) == 2 * count

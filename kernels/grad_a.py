@@ -1,0 +1,179 @@
+"""dA = dSᵀ drop(x) and dB = scaling · dyᵀ S: one pass over a tall matrix, reduced along rows.
+
+While the mask of dA is at hand, the same pass packs it to bits for the GEMM of dx or, where another GEMM is to accumulate
+dy W, writes the masked term dx = c · mask(dS A) itself.
+"""
+
+import torch
+import triton
+import triton.language as tl
+from torch import Tensor
+
+from fastlora.dropout import keep_scale
+from fastlora.kernels import launch
+from fastlora.kernels.config import cdiv, rank_block, split_steps, stream_config
+from fastlora.kernels.dot import TRITON_DTYPES, dot_mixed, lora_dot, lora_tile, round_to
+from fastlora.kernels.dropout import keep_tile, keep_words, lane_limit, packed_mask, store_bytes
+from fastlora.kernels.launch import Plan, Result
+from fastlora.kernels.target import Target
+from fastlora.kernels.tensor_spec import TensorSpec, fits_descriptor, needs_int64
+
+TERM_RANKS = 32  # a step of the prefilled term: its tile of V stays in registers
+
+
+@triton.jit(do_not_specialize=["M", "steps", "row_bytes", "limit"], do_not_specialize_on_alignment=["seed"])
+def grad_a_kernel(
+    x,
+    U,
+    out,
+    bits,
+    V,
+    C,
+    seed,
+    M,
+    K,
+    steps,
+    row_bytes,
+    stride_xm,
+    stride_xk,
+    stride_or,
+    stride_ok,
+    stride_vr,
+    stride_vk,
+    scale,
+    keep_scale,
+    limit,
+    R: tl.constexpr,
+    BLOCK_M: tl.constexpr,
+    BLOCK_K: tl.constexpr,
+    BLOCK_R: tl.constexpr,
+    TERM_R: tl.constexpr,
+    DTYPE: tl.constexpr,
+    HAS_DROPOUT: tl.constexpr,
+    PACK: tl.constexpr,
+    ADDMM: tl.constexpr,
+    HI_LO: tl.constexpr,
+    USE_INT64: tl.constexpr,
+    PRECISION: tl.constexpr,
+):
+    """out[split] (R, K) = scale · Uᵀ mask(x) over row blocks split · steps .. (split + 1) · steps; with PACK bits = the packed
+    mask, with ADDMM C (M, K) = mask(keep_scale · U V), once each: by the programs of the first rank block.
+
+    row_bytes stays unspecialised: known to be a multiple of 16, it would make Triton give the bytes' store a layout of its own
+    and compute Philox a second time for it (20.8 instructions per element on sm_90 instead of 14.3).
+    """
+    cols = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
+    split = tl.program_id(1)
+    ranks = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
+    offs_k = cols.to(tl.int64) if USE_INT64 else cols
+    if HAS_DROPOUT:
+        seed = tl.load(seed)
+    # Known where there is one: a branch or a loop in the loop over rows would keep Triton from pipelining its loads.
+    rank_block = tl.program_id(2) if R > BLOCK_R else 0
+    if ADDMM and R <= BLOCK_R:
+        v_mask = (ranks[:, None] < R) & (cols[None, :] < K)
+        v_tile = tl.load(V + ranks[:, None].to(offs_k.dtype) * stride_vr + offs_k[None, :] * stride_vk, mask=v_mask, other=0.0)
+    acc = tl.zeros((BLOCK_K, BLOCK_R), tl.float32)
+    for start in range(split * steps * BLOCK_M, tl.minimum(M, (split + 1) * steps * BLOCK_M), BLOCK_M):
+        rows = start + tl.arange(0, BLOCK_M)
+        offs_m = rows.to(tl.int64) if USE_INT64 else rows
+        x_mask = (rows[:, None] < M) & (cols[None, :] < K)
+        x_tile = tl.load(x + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk, mask=x_mask, other=0.0)
+        u_mask = (rows[:, None] < M) & (ranks[None, :] < R)
+        u_tile = tl.load(U + offs_m[:, None] * R + ranks[None, :], mask=u_mask, other=0.0)
+        if HAS_DROPOUT:
+            first_col = tl.program_id(0) * BLOCK_K
+            w0, w1, w2, w3 = keep_words(seed, rows, first_col, BLOCK_K)
+            keep = keep_tile(w0, w1, w2, w3, limit, BLOCK_M, BLOCK_K)
+            x_tile = tl.where(keep, x_tile, 0.0)
+            if PACK:
+                if rank_block == 0:
+                    store_bytes(bits, w0, w1, w2, w3, limit, rows, first_col, M, row_bytes, BLOCK_K)
+        if ADDMM:
+            if rank_block == 0:
+                if R <= BLOCK_R:
+                    term = lora_dot(u_tile, v_tile, tl.zeros((BLOCK_M, BLOCK_K), tl.float32), keep_scale, PRECISION, DTYPE)
+                else:
+                    term = lora_tile(U, V, offs_m, offs_k, M, K, stride_vr, stride_vk, keep_scale, R, TERM_R, PRECISION, DTYPE)
+                if HAS_DROPOUT:
+                    term = tl.where(keep, term, 0.0)
+                tl.store(C + offs_m[:, None].to(tl.int64) * K + offs_k[None, :], round_to(term, DTYPE), mask=x_mask)
+        acc = dot_mixed(tl.trans(x_tile), u_tile, acc, PRECISION, HI_LO)
+    out += split.to(tl.int64) * R * K
+    out_mask = (cols[:, None] < K) & (ranks[None, :] < R)
+    tl.store(
+        out + offs_k[:, None] * stride_ok + ranks.to(offs_k.dtype)[None, :] * stride_or,
+        round_to(acc * scale, out.dtype.element_ty),
+        mask=out_mask,
+    )
+
+
+def plan_grad_a(
+    x: TensorSpec,
+    U: TensorSpec,
+    dtype: torch.dtype,
+    precision: str,
+    target: Target,
+    *,
+    transposed: bool = False,
+    dropout: bool = False,
+    pack: bool = False,
+    V: TensorSpec | None = None,
+) -> Plan:
+    """For x (M, K) and a contiguous U (M, r): the result, (r, K) or with `transposed` (K, r) in `dtype`, may come in parts.
+
+    Another result is the packed mask, with `pack`, which goes with `dropout`; or drop(U V), with V (r, K), for a GEMM to
+    accumulate onto.
+    """
+    (M, K), r = x.shape, U.shape[1]
+    config = stream_config((M, K), r, x.dtype, U.dtype, target, aligned=fits_descriptor(x), dropout=dropout, term=V is not None)
+    col_blocks, rank_blocks = cdiv(K, config.block_k), cdiv(r, config.block_r)
+    parts, steps = split_steps(
+        cdiv(M, config.block_m), col_blocks * rank_blocks, target, config.block_r * 4 / (config.block_m * x.dtype.itemsize)
+    )
+    out_strides = (1, r) if transposed else (K, 1)
+    bits = packed_mask((M, K))
+    options = {
+        "R": r,
+        "BLOCK_M": config.block_m,
+        "BLOCK_K": config.block_k,
+        "BLOCK_R": config.block_r,
+        "TERM_R": rank_block(r, TERM_RANKS),
+        "DTYPE": TRITON_DTYPES[x.dtype],
+        "HAS_DROPOUT": dropout,
+        "PACK": pack,
+        "ADDMM": V is not None,
+        "HI_LO": dtype == torch.float32,
+        "USE_INT64": needs_int64(x, U, V, TensorSpec.new(r, K, dtype=dtype)),
+        "PRECISION": precision,
+        "num_warps": config.num_warps,
+        "num_stages": config.num_stages,
+    }
+    sizes = (M, K, steps, bits.shape[1] if pack else 0, *x.stride, *out_strides, *((0, 0) if V is None else V.stride))
+    out = Result((K, r) if transposed else (r, K), dtype, parts)
+    besides = (bits,) if pack else () if V is None else (Result((M, K), x.dtype),)
+    return Plan(grad_a_kernel, (col_blocks, parts, rank_blocks), sizes, options, (out, *besides))
+
+
+def grad_a(
+    plan: Plan,
+    x: Tensor,
+    U: Tensor,
+    V: Tensor | None = None,
+    *,
+    scaling: float = 1.0,
+    seed: Tensor | None = None,
+    dropout_p: float = 0.0,
+) -> tuple[Tensor, Tensor | None, Tensor | None]:
+    """(scaling · Uᵀ drop(x), the packed mask, drop(U V)), the last two where the plan has them, from U in float32.
+
+    A float32 result keeps float32 quality: U is split in two; for a 16-bit one U is rounded to x's dtype.  Of V, which a plan
+    without that term ignores, only the data is read: its layout is the plan's.
+    """
+    out, *besides = (result.empty(x.device) for result in plan.results)
+    bits = besides[0] if plan.options["PACK"] else None
+    C = besides[0] if plan.options["ADDMM"] else None
+    scale, limit = (1.0, 0) if seed is None else (keep_scale(dropout_p), lane_limit(dropout_p))
+    V = None if C is None else V
+    launch.launch(plan, x, U, out, bits, V, C, seed, *plan.sizes, scaling * scale, scale, limit)
+    return out, bits, C

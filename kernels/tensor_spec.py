@@ -1,0 +1,51 @@
+"""What a launcher needs to know of a tensor besides its data."""
+
+from typing import NamedTuple
+
+import torch
+
+
+class TensorSpec(NamedTuple):
+    """shape and stride in elements; aligned: whether the data starts at a multiple of 16 bytes."""
+
+    shape: tuple[int, ...]
+    stride: tuple[int, ...]
+    dtype: torch.dtype
+    aligned: bool
+
+    @classmethod
+    def of(cls, tensor: torch.Tensor) -> "TensorSpec":
+        """The layout of `tensor`."""
+        return cls(tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() % 16 == 0)
+
+    @classmethod
+    def of_each(cls, *tensors: torch.Tensor | None) -> "list[TensorSpec | None]":
+        """Their layouts, for those that there are; every call asks, so without the half µs a layout of calling `of`."""
+        new = tuple.__new__
+        return [None if t is None else new(cls, (t.shape, t.stride(), t.dtype, t.data_ptr() % 16 == 0)) for t in tensors]
+
+    @classmethod
+    def new(cls, *shape: int, dtype: torch.dtype) -> "TensorSpec":
+        """The layout of a matrix that the launcher allocates."""
+        return cls(shape, (shape[1], 1), dtype, True)
+
+    def t(self) -> "TensorSpec":
+        """The layout of the transposed matrix."""
+        return self._replace(shape=self.shape[::-1], stride=self.stride[::-1])
+
+
+def needs_int64(*layouts: TensorSpec | None) -> bool:
+    """Whether an element's offset in one of the tensors exceeds 2**31 - 1, so that 32-bit offsets would wrap."""
+    return any(
+        sum((size - 1) * stride for size, stride in zip(layout.shape, layout.stride, strict=True)) >= 2**31
+        for layout in layouts
+        if layout is not None and 0 not in layout.shape
+    )
+
+
+def fits_descriptor(matrix: TensorSpec) -> bool:
+    """Whether a tensor descriptor can address a matrix: not empty, unit inner stride, rows that do not overlap, and base and
+    rows aligned to 16 bytes."""
+    rows, cols = matrix.stride
+    aligned = matrix.aligned and rows * matrix.dtype.itemsize % 16 == 0
+    return 0 not in matrix.shape and cols == 1 and rows >= matrix.shape[1] and aligned

@@ -1,0 +1,141 @@
+"""`fastlora parity` as a person and a script run it: the table, the JSON, the exit codes, the refusals."""
+
+import json
+import sys
+from collections import Counter
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor
+
+from fastlora import cli, functional
+from fastlora.cli import parity
+
+
+def parity_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, Any]]:
+    code = cli.main(["parity", "--json", *arguments])
+    return code, json.loads(capsys.readouterr().out)
+
+
+@pytest.fixture
+def wrong_scaling(monkeypatch: pytest.MonkeyPatch) -> None:
+    right = functional.lora_linear
+
+    def wrong(*tensors: Tensor, scaling: float, **options: Any) -> Tensor:
+        return right(*tensors, scaling=2 * scaling, **options)
+
+    monkeypatch.setattr(functional, "lora_linear", wrong)
+
+
+def test_the_table(capsys: pytest.CaptureFixture[str]) -> None:
+    assert cli.main(["parity", "--cases", "3", "--backend", "torch", "--dtype", "bfloat16"]) == 0
+    out = capsys.readouterr().out
+    for word in ("case", "backend", "output", "fastlora", "eager", "bound", "verdict", "bf16", "dx", "dA", "dB", "ok"):
+        assert word in out
+    assert "errors are within their bounds (3 cases, torch backend)" in out
+    assert "OVER" not in out
+
+
+def test_every_available_backend_is_checked(capsys: pytest.CaptureFixture[str]) -> None:
+    code, report = parity_json(capsys, "--cases", "2", "--dtype", "float32", "--dtype", "bfloat16+float32")
+    assert code == 0
+    assert report["backends"] == ["torch", "addmm", "fused"]
+    assert Counter(row["backend"] for row in report["rows"]).keys() == {"torch", "addmm", "fused"}
+    assert {(row["case"]["dtype"], row["case"]["adapter_dtype"]) for row in report["rows"]} == {
+        ("torch.float32", "torch.float32"),
+        ("torch.bfloat16", "torch.float32"),
+    }
+    assert all(row["passed"] and row["error"] <= row["bound"] for row in report["rows"])
+
+
+def test_an_error_over_its_bound_fails_the_run(wrong_scaling: None, capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--cases", "4", "--backend", "torch", "--dtype", "float16"]
+    assert cli.main(["parity", *arguments]) == 1
+    out = capsys.readouterr().out
+    assert "OVER" in out
+    assert "errors are over their bounds" in out
+    code, report = parity_json(capsys, *arguments)
+    assert code == 1
+    assert not report["passed"]
+
+
+def test_an_infinite_error_is_null_in_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
+    right = functional.lora_linear
+    monkeypatch.setattr(functional, "lora_linear", lambda *tensors, **options: right(*tensors, **options) * torch.nan)
+    code, report = parity_json(capsys, "--cases", "1", "--backend", "torch")
+    assert code == 1
+    assert {(row["error"], row["note"]) for row in report["rows"]} == {(None, "not finite")}
+
+
+def test_a_crash_names_its_case(monkeypatch: pytest.MonkeyPatch) -> None:
+    def crash(*tensors: Tensor, **options: Any) -> Tensor:
+        raise RuntimeError("no")
+
+    monkeypatch.setattr(functional, "lora_linear", crash)
+    with pytest.raises(RuntimeError, match="no") as caught:
+        cli.main(["parity", "--cases", "1", "--seed", "5", "--dtype", "float32", "--backend", "torch"])
+    assert "while checking f32" in caught.value.__notes__[0]
+    assert "seed 5, on the torch backend" in caught.value.__notes__[0]
+
+
+def test_the_seed_decides_the_cases_and_the_errors(capsys: pytest.CaptureFixture[str]) -> None:
+    arguments = ["--cases", "3", "--backend", "torch"]
+    first, again, other = (parity_json(capsys, *arguments, "--seed", seed)[1] for seed in ("1", "1", "2"))
+    assert first == again
+    assert first["rows"] != other["rows"]
+
+
+def test_cases_cover_every_axis_equally() -> None:
+    cases = parity.draw_cases(list(parity.DTYPES), 40, seed=0)
+    assert len(cases) == 40
+    for axis, values in (
+        ([(case.dtype, case.adapters) for case in cases], list(parity.DTYPES.values())),
+        ([case.shape for case in cases], parity.SHAPES),
+        ([case.rank for case in cases], parity.RANKS),
+        ([case.dropout_p for case in cases], parity.DROPOUTS),
+        ([case.bias for case in cases], parity.BIAS),
+    ):
+        counts = Counter(axis)
+        assert set(counts) == set(values)
+        assert max(counts.values()) - min(counts.values()) <= 1
+
+
+def test_without_the_interpreter_it_says_what_was_not_checked(
+    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setattr(functional, "available_backends", lambda device: ("torch",))
+    assert cli.main(["parity", "--cases", "1"]) == 0
+    assert "Not checked: the Triton kernels" in (out := capsys.readouterr().out)
+    assert "TRITON_INTERPRET=1 fastlora parity" in out
+    assert cli.main(["parity", "--cases", "1", "--backend", "fused"]) == 2
+    captured = capsys.readouterr()
+    assert "TRITON_INTERPRET=1 fastlora parity --backend fused" in captured.err
+    assert not captured.out
+
+
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        (["--cases", "0"], "must be an integer >= 1, got '0'"),
+        (["--cases", "many"], "must be an integer >= 1, got 'many'"),
+        (["--seed", "x"], "invalid int value: 'x'"),
+        (["--dtype", "float8"], "invalid choice: 'float8'"),
+        (["--backend", "cuda"], "invalid choice: 'cuda'"),
+        (["--device", "tpu"], "must be cpu, cuda or cuda:N, got 'tpu'"),
+        (["--device", "meta"], "must be cpu, cuda or cuda:N, got 'meta'"),
+        (["--device", "cuda:99"], "'cuda:99' is not there: torch sees"),
+    ],
+    ids=lambda value: " ".join(value) if isinstance(value, list) else "",
+)
+def test_wrong_usage(arguments: list[str], message: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises(SystemExit) as exit_:
+        cli.main(["parity", *arguments])
+    assert exit_.value.code == 2
+    assert message in capsys.readouterr().err
+
+
+def test_without_rich_it_names_the_extra(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setitem(sys.modules, "rich", None)
+    with pytest.raises(SystemExit, match=r'rich is not installed: pip install "fastlora\[cli\]"'):
+        cli.main(["parity"])

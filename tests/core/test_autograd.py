@@ -1,0 +1,303 @@
+"""The operators and the Function: gradients, what is saved, what is computed, and the tools of torch they work under."""
+
+import threading
+
+import pytest
+import torch
+from torch.utils.checkpoint import checkpoint
+
+from fastlora import dropout_mask, lora_linear, oracle, reference, torch_backend
+from fastlora.autograd import LoraLinearFunction
+from fastlora.dropout import draw_seed
+from fastlora.oracle import Case
+
+BACKENDS = ("fused", "addmm", "torch")
+NAMES = ("x", "weight", "lora_A", "lora_B", "bias")
+
+
+def inputs(M=33, K=24, N=40, r=4, dtype=torch.float32, adapter_dtype=None, requires_grad=True) -> dict[str, torch.Tensor]:
+    drawn = oracle.draw(Case((M, K, N), rank=r, dtype=torch.float32))
+    tensors = {name: getattr(drawn, name).to(dtype) for name in NAMES}
+    for name in ("lora_A", "lora_B"):
+        tensors[name] = tensors[name].to(adapter_dtype or dtype)
+    return {name: t.requires_grad_(requires_grad and name != "weight") for name, t in tensors.items()}
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.3, 1.0])
+@pytest.mark.parametrize("bias", [True, False])
+def test_gradcheck(dropout_p, bias):
+    tensors = inputs(M=7, K=5, N=6, r=3, dtype=torch.float64)
+    weight = tensors.pop("weight")
+    if not bias:
+        del tensors["bias"]
+
+    def call(x, lora_A, lora_B, bias=None):
+        return lora_linear(x, weight, lora_A, lora_B, bias, scaling=0.7, dropout_p=dropout_p, seed=3)
+
+    assert torch.autograd.gradcheck(call, tuple(tensors.values()))
+
+
+def operator_calls(backend: str, dropout: bool, bias: bool) -> tuple[tuple, tuple]:
+    t = inputs(requires_grad=False)
+    seed = torch.tensor([5]) if dropout else None
+    p = 0.25 if dropout else 0.0
+    forward = (t["x"], t["weight"], t["lora_A"], t["lora_B"], t["bias"] if bias else None, seed, 0.5, p, backend)
+    dy, S = torch.randn(33, 40), torch.randn(33, 4)
+    backward = (dy, t["x"], t["weight"], t["lora_A"], t["lora_B"], S, seed, 0.5, p, torch.float32, backend)
+    return forward, backward
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize(("dropout", "bias"), [(True, True), (False, False)])
+def test_opcheck(backend, dropout, bias):
+    forward, backward = operator_calls(backend, dropout, bias)
+    for operator, arguments in ((torch.ops.fastlora.lora_linear, forward), (torch.ops.fastlora.lora_linear_backward, backward)):
+        results = torch.library.opcheck(operator, arguments)
+        assert set(results.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_opcheck_of_partial_backward(backend):
+    """dB alone, and dx alone: what is not asked for is an empty tensor, in the fake as in the kernel."""
+    _, (dy, x, weight, A, B, S, seed, *rest) = operator_calls(backend, dropout=True, bias=True)
+    for tensors in (
+        (dy, None, None, None, None, S, None),
+        (dy, None, weight, A, B, None, seed),
+        (dy, x, None, None, B, None, seed),
+    ):
+        results = torch.library.opcheck(torch.ops.fastlora.lora_linear_backward, (*tensors, *rest))
+        assert set(results.values()) == {"SUCCESS"}
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.2])
+@pytest.mark.parametrize(
+    "outputs",
+    [("dx",), ("dA",), ("dB",), ("dbias",), ("dx", "dA"), ("dx", "dB"), ("dA", "dB"), ("dA", "dB", "dbias"), ("y",)],
+    ids="-".join,
+)
+def test_gradients_one_by_one(backend, outputs, dropout_p):
+    """Each subset that requires grad, right by the oracle: the others' inputs are not saved and not computed with."""
+    oracle.assert_parity(Case((40, 56, 48), rank=4, dropout_p=dropout_p), backend=backend, outputs=outputs)
+
+
+def saved_bytes(call) -> dict[tuple[tuple[int, ...], torch.dtype], int]:
+    """{(shape, dtype): storage address} of what autograd saves during `call`."""
+    saved = {}
+
+    def pack(tensor: torch.Tensor) -> torch.Tensor:
+        saved[tuple(tensor.shape), tensor.dtype] = tensor.untyped_storage().data_ptr()
+        return tensor
+
+    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
+        call()
+    return saved
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_saved_for_backward(backend):
+    """x, S, the seed and the parameters; of size M × in nothing but x itself."""
+    t = inputs(M=96, K=64, N=80, dtype=torch.bfloat16, adapter_dtype=torch.float32)
+    saved = saved_bytes(lambda: lora_linear(*t.values(), dropout_p=0.1, backend=backend))
+    parameters = {(tuple(t[name].shape), t[name].dtype) for name in ("weight", "lora_A", "lora_B")}
+    assert set(saved) == {((96, 64), torch.bfloat16), ((96, 4), torch.float32), ((1,), torch.int64)} | parameters
+    for name in ("x", "weight", "lora_A", "lora_B"):
+        assert saved[tuple(t[name].shape), t[name].dtype] == t[name].untyped_storage().data_ptr(), f"{name} was copied"
+
+
+@pytest.mark.parametrize(
+    ("trained", "expected"),
+    [
+        (("x",), {"weight", "lora_A", "lora_B", "seed"}),
+        (("lora_A",), {"x", "lora_B", "seed"}),
+        (("lora_B",), {"S"}),
+        (("bias",), set()),
+        (("lora_A", "lora_B"), {"x", "lora_B", "S", "seed"}),
+    ],
+)
+def test_only_what_backward_needs_is_saved(trained, expected):
+    t = inputs(M=96, K=64, N=80, requires_grad=False)
+    for name in trained:
+        t[name].requires_grad_()
+    names = {tuple(t[name].shape): name for name in NAMES} | {(96, 4): "S", (1,): "seed"}
+    saved = saved_bytes(lambda: lora_linear(*t.values(), dropout_p=0.1))
+    assert {names[shape] for shape, _ in saved} == expected
+
+
+def test_inputs_and_saved_tensors_are_not_written():
+    for backend in BACKENDS:
+        t = inputs()
+        y = lora_linear(*t.values(), dropout_p=0.1, backend=backend)
+        dy = torch.randn_like(y)
+        before = {name: tensor.detach().clone() for name, tensor in {**t, "dy": dy}.items()}
+        leaves = [t[name] for name in NAMES if name != "weight"]
+        first = torch.autograd.grad(y, leaves, dy, retain_graph=True)
+        second = torch.autograd.grad(y, leaves, dy)
+        assert all(torch.equal(a, b) for a, b in zip(first, second, strict=True))
+        assert all(torch.equal({**t, "dy": dy}[name], tensor) for name, tensor in before.items())
+
+
+def test_any_leading_dimensions():
+    t = inputs()
+    flat = lora_linear(*t.values(), dropout_p=0.3, seed=1)
+    x = t["x"].detach()
+    rest = [t[name] for name in NAMES[1:]]
+    assert torch.equal(lora_linear(x.view(3, 11, 24), *rest, dropout_p=0.3, seed=1), flat.view(3, 11, 40))
+    row = lora_linear(x[0], *rest, dropout_p=0.3, seed=1)
+    assert row.shape == (40,)
+    assert torch.equal(row, lora_linear(x[:1], *rest, dropout_p=0.3, seed=1)[0])
+    assert lora_linear(x.view(3, 11, 24)[:0], *rest).shape == (0, 11, 40)
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("shape", [(24,), (3, 11, 24), (2, 0, 24)], ids=str)
+def test_gradients_of_any_leading_dimensions(backend, shape):
+    """The gradients are those of the rows laid out flat, trainable bias included."""
+    results = []
+    for flat in (False, True):
+        t = inputs()
+        x = torch.randn(shape, generator=torch.Generator().manual_seed(1))
+        x = (x.view(-1, 24) if flat else x).requires_grad_()
+        lora_linear(x, *[t[name] for name in NAMES[1:]], dropout_p=0.3, seed=1, backend=backend).square().sum().backward()
+        results.append([x.grad.flatten(), *(t[name].grad for name in ("lora_A", "lora_B", "bias"))])
+    assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+def test_backward_operator_takes_any_strides():
+    dy, S, B = torch.randn(33, 40), torch.randn(4, 33).t(), torch.randn(40, 4)
+    results = [
+        torch.ops.fastlora.lora_linear_backward(dy, None, None, None, B, S, None, 0.5, 0.0, torch.float32, backend)[2]
+        for backend in BACKENDS
+    ]
+    exact = 0.5 * dy.double().t() @ S.double()
+    assert all(oracle.relative_error(dB, exact) <= oracle.FLOOR[torch.float32, torch.float32] for dB in results)
+
+
+def test_seed_decides_the_mask():
+    t = inputs(requires_grad=False)
+
+    def call(**keywords):
+        return lora_linear(*t.values(), dropout_p=0.5, **keywords)
+
+    assert torch.equal(call(seed=7), call(seed=torch.tensor([7])))
+    assert torch.equal(call(seed=7), call(seed=torch.tensor(7)))
+    assert not torch.equal(call(seed=7), call(seed=8))
+    torch.manual_seed(1)
+    first, second = call(), call()
+    torch.manual_seed(1)
+    assert torch.equal(call(), first)
+    assert not torch.equal(first, second)
+    expected = reference.lora_linear(*t.values())
+    assert oracle.relative_error(call(seed=7, training=False), expected) <= oracle.FLOOR[torch.float32, torch.float32]
+
+
+def test_no_dropout_draws_no_seed():
+    t = inputs(requires_grad=False)
+    state = torch.get_rng_state()
+    lora_linear(*t.values())
+    lora_linear(*t.values(), dropout_p=0.5, training=False)
+    lora_linear(*t.values(), dropout_p=1e-6)
+    assert torch.equal(torch.get_rng_state(), state)
+
+
+def test_rank_zero_is_the_frozen_linear():
+    t = inputs(r=0)
+    y = lora_linear(*t.values(), dropout_p=0.5)
+    assert torch.equal(y, torch.nn.functional.linear(t["x"], t["weight"], t["bias"]))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_activation_checkpointing_redraws_the_mask(backend):
+    def gradients(use_checkpoint: bool) -> list[torch.Tensor]:
+        t = inputs()
+
+        def call(x):
+            return lora_linear(x, t["weight"], t["lora_A"], t["lora_B"], t["bias"], dropout_p=0.5, backend=backend)
+
+        torch.manual_seed(0)
+        y = checkpoint(call, t["x"], use_reentrant=False) if use_checkpoint else call(t["x"])
+        y.square().sum().backward()
+        return [y, *(t[name].grad for name in NAMES if name != "weight")]
+
+    assert all(torch.equal(a, b) for a, b in zip(gradients(True), gradients(False), strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+def test_compile_in_one_graph(backend, dropout_p):
+    """fullgraph, dynamic shapes, forward and backward: the same values as eager, at two sizes."""
+    torch._dynamo.reset()
+
+    def call(x, weight, lora_A, lora_B, bias):
+        return lora_linear(x, weight, lora_A, lora_B, bias, scaling=0.5, dropout_p=dropout_p, backend=backend).relu()
+
+    compiled = torch.compile(call, fullgraph=True, dynamic=True, backend="aot_eager")
+    for M in (33, 17):
+        results = []
+        for function in (call, compiled):
+            t = inputs(M=M)
+            torch.manual_seed(2)
+            y = function(*t.values())
+            y.square().sum().backward()
+            results.append([y.detach(), *(t[name].grad for name in NAMES if name != "weight")])
+        assert all(torch.equal(a, b) for a, b in zip(*results, strict=True))
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_autocast_casts_as_linear_does(backend, dtype):
+    t = inputs(M=64)
+    with torch.autocast("cpu", dtype=dtype):
+        y = lora_linear(*t.values(), dropout_p=0.2, seed=4, backend=backend)
+        y.float().square().sum().backward()  # autocast is still on: S and dS must stay float32 inside
+    assert y.dtype == torch.nn.functional.linear(t["x"].to(dtype), t["weight"].to(dtype)).dtype
+    cast = {name: tensor.detach().to(dtype).requires_grad_(name != "weight") for name, tensor in t.items()}
+    expected = lora_linear(*cast.values(), dropout_p=0.2, seed=4, backend=backend)
+    expected.float().square().sum().backward()
+    assert torch.equal(y, expected)
+    for name in ("x", "lora_A", "lora_B", "bias"):
+        assert t[name].grad.dtype == torch.float32
+        assert torch.equal(t[name].grad, cast[name].grad.float())
+
+
+def test_autocast_leaves_float64_alone():
+    t = inputs(dtype=torch.float64, requires_grad=False)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert lora_linear(*t.values()).dtype == torch.float64
+
+
+def test_function_is_the_public_one():
+    t = inputs()
+    y = LoraLinearFunction.apply(*t.values(), None, 0.5, 0.0, "torch")
+    assert torch.equal(y, lora_linear(*t.values(), scaling=0.5))
+
+
+def test_backward_in_another_thread():
+    """autograd's own threads, and data-parallel wrappers, run backward where no context manager of forward is active."""
+    t = inputs()
+    y = lora_linear(*t.values(), dropout_p=0.1, seed=3)
+    thread = threading.Thread(target=lambda: y.sum().backward())
+    thread.start()
+    thread.join()
+    assert all(t[name].grad is not None for name in NAMES if name != "weight")
+
+
+def test_torch_backend_makes_the_mask_in_chunks(monkeypatch):
+    """However small the chunks, the result is the same: the mask does not depend on how the rows are cut."""
+    case = Case((70, 40, 24), rank=4, dropout_p=0.3)
+    seen = []
+    keep_rows = torch_backend.keep_rows
+
+    def watch(seed, rows, cols, p, dtype):
+        seen.append(len(rows))
+        return keep_rows(seed, rows, cols, p, dtype)
+
+    monkeypatch.setattr(torch_backend, "keep_rows", watch)
+    monkeypatch.setattr(torch_backend, "_CPU_CHUNK", 16 * 40 // torch.get_num_threads())
+    oracle.assert_parity(case, backend="torch")
+    assert set(seen) == {16, 70 % 16}
+
+
+def test_draw_seed_lives_on_the_device():
+    assert draw_seed("meta").device.type == "meta"
+    assert dropout_mask(torch.tensor([1]), 3, 4, 0.5).device.type == "cpu"

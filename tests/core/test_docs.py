@@ -1,0 +1,160 @@
+"""README.md and docs/: every Python block runs and prints what it says; commands, names, links and reasons are the code's."""
+
+import ast
+import contextlib
+import importlib
+import io
+import re
+import shlex
+import tomllib
+from collections.abc import Iterator
+from pathlib import Path
+from pydoc import locate
+
+import pytest
+
+from fastlora import cli
+
+ROOT = Path(__file__).parents[2]
+PAGES = [ROOT / "README.md", ROOT / "examples/README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("benches/*.md"))]
+LONGEST = 120
+
+pages = pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+
+
+def blocks(page: Path, language: str) -> Iterator[tuple[int, str]]:
+    """(line number, text) of the page's code blocks in a language."""
+    text = page.read_text()
+    for found in re.finditer(rf"^```{language}\n(.*?)^```$", text, re.DOTALL | re.MULTILINE):
+        yield text.count("\n", 0, found.start(1)), found[1]
+
+
+def inline_code(page: Path) -> list[str]:
+    prose = re.sub(r"^```.*?^```$", "", page.read_text(), flags=re.DOTALL | re.MULTILINE)
+    return re.findall(r"`([^`\n]+)`", prose)
+
+
+def promised(block: str) -> list[str]:
+    """What a block says that it prints: comments that are lines of their own, and those behind a print."""
+    return re.findall(r"^(?:.*\bprint\w*\(.*\)\s+)?# (.*)$", block, re.MULTILINE)
+
+
+@pages
+def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    namespace: dict[str, object] = {"__name__": "__main__"}
+    for line, block in blocks(page, "python"):
+        with contextlib.redirect_stdout(io.StringIO()) as printed:
+            exec(compile("\n" * line + block, page, "exec"), namespace)
+        for text in promised(block):
+            pattern = re.escape(text).replace(re.escape("..."), ".*")
+            assert re.search(rf"^{pattern}$", printed.getvalue(), re.MULTILINE), (text, printed.getvalue())
+
+
+def test_promises_are_found() -> None:
+    assert promised("x = 1  # a comment\nprint(x)  # 1\n# 2\n    # inside\n") == ["1", "2"]
+    assert sum(len(promised(block)) for page in PAGES for _, block in blocks(page, "python")) >= 8
+    assert sum(1 for page in PAGES for _ in blocks(page, "python")) >= 20
+
+
+@pages
+def test_commands_exist(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    for command in cli.COMMANDS:  # so that arguments are parsed, and nothing is run
+        monkeypatch.setattr(importlib.import_module(f"fastlora.cli.{command}"), "run", lambda args: 0)
+    lines = [line for _, block in blocks(page, "bash") for line in block.splitlines()]
+    lines += [code for code in inline_code(page) if re.match(r"(\w+=\S+ )*(make|fastlora|python|pip|pytest) ", code)]
+    for line in lines:
+        check_command([word for word in shlex.split(line, comments=True) if not re.match(r"[A-Z_]+=", word)])
+
+
+def check_command(words: list[str]) -> None:
+    """Fails for a command that is not there, or does not take these arguments."""
+    match words:
+        case ["make", target]:
+            assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), words
+        case ["fastlora", command]:
+            assert command in cli.COMMANDS, words
+        case ["fastlora", *arguments]:
+            assert cli.main(arguments) == 0, words
+        case ["python", "-m", module]:
+            assert (ROOT / module.replace(".", "/")).with_suffix(".py").is_file(), words
+        case ["python", script, *_]:
+            assert (ROOT / script).is_file(), words
+        case ["pytest", folder, *_] if not folder.startswith("-"):
+            assert (ROOT / folder).is_dir(), words
+        case ["compute-sanitizer", "--tool", _, *program]:
+            check_command(program)
+        case ["pytest", "-m", mark, *_]:
+            assert any(line.startswith(f"{mark}:") for line in project()["tool"]["pytest"]["ini_options"]["markers"]), words
+        case ["pip", "install", what, *_]:
+            extras = re.fullmatch(r"\.(?:\[(.*)\])?", what)
+            assert extras, words
+            assert not extras[1] or set(extras[1].split(",")) <= set(project()["shrink"]["optional-dependencies"]), words
+        case _:
+            pytest.fail(f"a command that this test does not know: {words}")
+
+
+def project() -> dict:
+    return tomllib.loads((ROOT / "pyproject.toml").read_text())
+
+
+@pytest.mark.parametrize(
+    "command",
+    ["make dmeo", "fastlora tune --modle x", "fastlora tun", "python examples/a.py", "pip install '.[hg]'", "rm -r x"],
+)
+def test_wrong_commands_are_seen(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+    with pytest.raises((AssertionError, SystemExit, pytest.fail.Exception)):
+        check_command(shlex.split(command))
+
+
+@pages
+def test_names_and_links_exist(page: Path) -> None:
+    for code in inline_code(page):
+        if found := re.match(r"fastlora(\.[A-Za-z_]\w*)+(?![\w/])", code):
+            assert locate(found[0]) is not None, code
+    for link in re.findall(r"\]\(([^)#]+)\)", page.read_text()):
+        assert link.startswith("https://") or (page.parent / link).exists(), link
+
+
+@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+def test_pages_are_short_and_listed(page: Path) -> None:
+    assert len(page.read_text().splitlines()) < LONGEST
+    assert page.name == "README.md" or f"({page.name})" in (ROOT / "docs/README.md").read_text()
+
+
+#: What other reasons are put into.
+FRAMES = {"its base layer …", " under autocast to …"}
+
+
+def reasons() -> Iterator[str]:
+    """Every reason that the package gives for PEFT's forward, what is filled in as an ellipsis."""
+    sources = {
+        "peft/base.py": {"weight_of"},
+        "peft/calls.py": {"operands", "unsupported_input", "decide", "<module>"},
+        "peft/layers.py": {"unsupported_reason"},
+        "quantized.py": {"unsupported_reason", "unsupported_input"},
+    }
+    for path, functions in sources.items():
+        tree = ast.parse((ROOT / "fastlora" / path).read_text())
+        bodies = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in functions]
+        assert len(bodies) == len(functions - {"<module>"}), path
+        said = [node.value for body in bodies for node in ast.walk(body) if isinstance(node, (ast.Return, ast.Assign))]
+        if "<module>" in functions:
+            said += [node.value for node in tree.body if isinstance(node, ast.Assign)]
+        for value in filter(None, said):
+            options = (value.body, value.orelse) if isinstance(value, ast.IfExp) else (value,)
+            for option in options:
+                parts = option.values if isinstance(option, ast.JoinedStr) else (option,)
+                text = "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in parts)
+                if isinstance(option, (ast.JoinedStr, ast.Constant)) and " " in text and text not in FRAMES:
+                    yield text
+
+
+def test_every_reason_is_documented_and_every_documented_one_is_given() -> None:
+    table = (ROOT / "docs/coverage.md").read_text().partition("## Layers that are left")[2].partition("```python")[0]
+    rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
+    documented = [code for row in rows for code in re.findall(r"`([^`]+)`", row)]
+    given = list(reasons())
+    assert len(given) >= 25
+    assert [text for text in given if not any(code in text for code in documented)] == []
+    assert [code for code in documented if not any(code in text for text in given)] == []

@@ -1,0 +1,144 @@
+"""The mask: a pure function of (seed, row, column), the same bits in torch, in every kernel and at every tile size."""
+
+import math
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import given, settings
+from hypothesis import strategies as st
+from planned import run_grad_a, run_pack_bits, run_shrink
+
+from fastlora import dropout_mask
+from fastlora.dropout import draw_seed, keep_rows, keep_scale, philox, threshold
+
+RATES = (1e-5, 0.05, 0.1, 0.5, 0.75, 1 - 1e-5, 1.0)
+
+
+def unpack(bits: torch.Tensor, cols: int) -> torch.Tensor:
+    """uint8 (M, ⌈cols / 8⌉) -> bool (M, cols)."""
+    unpacked = np.unpackbits(bits.numpy(), axis=1, bitorder="little")
+    return torch.from_numpy(unpacked[:, :cols].astype(bool))
+
+
+@pytest.mark.parametrize(
+    ("counter", "key", "words"),
+    [  # philox4x32 with 7 rounds in kat_vectors of Random123 (D. E. Shaw Research)
+        ([0] * 4, [0] * 2, [0x5F6FB709, 0x0D893F64, 0x4F121F81, 0x4F730A48]),
+        ([0xFFFFFFFF] * 4, [0xFFFFFFFF] * 2, [0x5207DDC2, 0x45165E59, 0x4D8EE751, 0x8C52F662]),
+        (
+            [0x243F6A88, 0x85A308D3, 0x13198A2E, 0x03707344],
+            [0xA4093822, 0x299F31D0],
+            [0x4DFCCABA, 0x190A87F0, 0xC47362BA, 0xB6B5242A],
+        ),
+    ],
+)
+def test_philox_known_answers(counter, key, words):
+    tensors = [torch.tensor(value) for value in (*key, *counter)]
+    assert [int(word) for word in philox((tensors[0], tensors[1]), tuple(tensors[2:]))] == words
+
+
+def test_mask_known_answer():
+    """Pins seed, counter and lane layout: seed 2**40 + 3 has key (3, 256); rows 0 and 1, columns 0 .. 17, p = 0.5."""
+    mask = dropout_mask((1 << 40) + 3, 2, 18, 0.5)
+    expected = torch.zeros(2, 18, dtype=torch.bool)
+    for row in range(2):
+        for col in range(18):
+            words = philox((torch.tensor(3), torch.tensor(256)), tuple(map(torch.tensor, (col // 8, row, 0, 0))))
+            expected[row, col] = (int(words[col % 8 // 2]) >> (16 * (col % 2)) & 0xFFFF) >= 32768
+    assert torch.equal(mask, expected)
+    assert "".join("01"[int(keep)] for keep in mask.flatten()) == "011010101011001000101000001110011011"
+
+
+@pytest.mark.parametrize("p", RATES)
+@pytest.mark.parametrize(("rows", "cols"), [(1, 1), (37, 131), (64, 256), (70, 8)])
+def test_packed_bits_are_the_mask(p, rows, cols):
+    seed = torch.tensor([-(2**63) + 12345])
+    expected = dropout_mask(seed, rows, cols, p)
+    assert torch.equal(unpack(run_pack_bits(seed, rows, cols, p), cols), expected)
+    x, U = torch.randn(rows, cols), torch.randn(rows, 3)
+    _, bits = run_grad_a(x, U, torch.float32, pack=True, seed=seed, dropout_p=p)
+    assert torch.equal(unpack(bits, cols), expected)
+
+
+@pytest.mark.parametrize(("block_m", "block_k"), [(1, 8), (16, 16), (16, 64), (128, 32)])
+def test_tile_shape_does_not_matter(block_m, block_k):
+    seed, rows, cols, p = torch.tensor([99]), 50, 77, 0.3
+    bits = run_pack_bits(seed, rows, cols, p, block_m=block_m, block_k=block_k)
+    assert torch.equal(unpack(bits, cols), dropout_mask(seed, rows, cols, p))
+
+
+@pytest.mark.parametrize("p", RATES)
+def test_kernel_drops_the_elements_of_the_mask(p):
+    """With A = 1 the projection counts what is kept of each one-hot row, so that every element is looked at on its own."""
+    cols, seed = 40, torch.tensor([7])
+    x = torch.eye(cols).repeat(3, 1)
+    S = run_shrink(x, torch.ones(1, cols), seed=seed, dropout_p=p)
+    kept = dropout_mask(seed, 3 * cols, cols, p)[torch.arange(3 * cols), torch.arange(3 * cols) % cols]
+    assert torch.equal(S.squeeze(1), kept * torch.tensor(keep_scale(p), dtype=torch.float32))
+
+
+@settings(max_examples=40)
+@given(
+    seed=st.integers(-(2**63), 2**63 - 1),
+    rows=st.integers(0, 300),
+    cols=st.integers(0, 200),
+    p=st.floats(0, 1),
+    first=st.integers(0, 299),
+)
+def test_rows_can_be_made_apart(seed, rows, cols, p, first):
+    mask = dropout_mask(seed, rows, cols, p)
+    assert mask.shape == (rows, cols)
+    part = range(min(first, rows), rows)
+    assert torch.equal(keep_rows(torch.tensor([[seed]]), part, cols, p), mask[part.start :])
+    assert torch.equal(mask, dropout_mask(torch.tensor([seed]), rows, cols, p))
+
+
+@pytest.mark.parametrize("p", [0.05, 0.1, 0.5])
+def test_keep_rate(p):
+    rows, cols = 3200, 3200
+    kept = dropout_mask(2024, rows, cols, p).double().mean().item()
+    rate = 1 - threshold(p) / 65536
+    sigma = math.sqrt(rate * (1 - rate) / (rows * cols))
+    assert abs(kept - rate) <= 4 * sigma
+    assert abs(rate - (1 - p)) <= 0.5 / 65536
+
+
+def correlation_z(a: torch.Tensor, b: torch.Tensor) -> float:
+    """√n · the correlation of two masks: standard normal when they are independent."""
+    a, b = a.double().flatten(), b.double().flatten()
+    a, b = a - a.mean(), b - b.mean()
+    return (a @ b / (a.norm() * b.norm())).item() * math.sqrt(a.numel())
+
+
+@pytest.mark.parametrize("p", [0.1, 0.5])
+def test_no_correlation(p):
+    """Neighbours along rows and columns at several distances, lanes of one word, and masks of consecutive seeds."""
+    mask = dropout_mask(5, 1024, 1024, p)
+    pairs = {f"column + {d}": (mask[:, d:], mask[:, :-d]) for d in (1, 2, 7, 8, 9, 64)}
+    pairs |= {f"row + {d}": (mask[d:], mask[:-d]) for d in (1, 2, 16, 128)}
+    pairs |= {f"seed + {d}": (mask, dropout_mask(5 + d, 1024, 1024, p)) for d in (1, 2, 1 << 32)}
+    z = {name: correlation_z(*pair) for name, pair in pairs.items()}
+    assert max(map(abs, z.values())) < 4, z
+
+
+def test_projections_draw_their_own_masks():
+    """Two linears called one after the other, as a layer's q and v are, drop different elements of the same x."""
+    torch.manual_seed(0)
+    first, second = (dropout_mask(draw_seed("cpu"), 512, 512, 0.5) for _ in range(2))
+    assert abs(correlation_z(first, second)) < 4
+
+
+def test_seed_obeys_manual_seed():
+    torch.manual_seed(3)
+    seeds = [draw_seed("cpu") for _ in range(3)]
+    torch.manual_seed(3)
+    assert all(torch.equal(draw_seed("cpu"), seed) for seed in seeds)
+    assert len({int(seed) for seed in seeds}) == 3
+    assert all(seed.dtype == torch.int64 and seed.shape == (1,) for seed in seeds)
+
+
+@pytest.mark.parametrize(("p", "t"), [(0.0, 0), (1e-6, 0), (0.1, 6554), (0.5, 32768), (1.0, 65536)])
+def test_threshold_and_scale(p, t):
+    assert threshold(p) == t
+    assert keep_scale(p) == (65536 / (65536 - t) if t < 65536 else 0.0)

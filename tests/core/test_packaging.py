@@ -1,0 +1,87 @@
+"""What is installed: the right modules under the right names, from a wheel and from an editable install."""
+
+import os
+import shutil
+import subprocess
+import sys
+import zipfile
+from email import message_from_string
+from importlib import metadata
+from pathlib import Path
+
+import pytest
+
+import fastlora
+
+ROOT = Path(__file__).parents[2]
+
+
+def python(code: str, cwd: Path, **environment: str) -> str:
+    """What `code` prints in a new interpreter that starts in `cwd`."""
+    command = [sys.executable, "-c", code]
+    run = subprocess.run(command, cwd=cwd, env=os.environ | environment, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+    return run.stdout.strip()
+
+
+def pip(*arguments: str | Path) -> None:
+    command = [sys.executable, "-m", "pip", "--disable-pip-version-check", *arguments]
+    run = subprocess.run(command, capture_output=True, text=True, check=False)
+    assert run.returncode == 0, run.stderr
+
+
+@pytest.fixture(scope="module")
+def wheel(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A wheel built without network from a copy of the sources, for setuptools leaves its build folders among them."""
+    folder = tmp_path_factory.mktemp("wheel")
+    source = folder / "source"
+    source.mkdir()
+    for name in ("fastlora", "kernels"):
+        shutil.copytree(ROOT / name, source / name, ignore=shutil.ignore_patterns("__pycache__"))
+    for name in ("pyproject.toml", "LICENSE", "README.md"):
+        shutil.copy(ROOT / name, source)
+    pip("wheel", "--no-deps", "--no-index", "--no-build-isolation", "--wheel-dir", folder, source)
+    (built,) = folder.glob("*.whl")
+    return built
+
+
+def test_wheel_holds_every_module_and_nothing_else_at_the_top(wheel: Path) -> None:
+    names = set(zipfile.ZipFile(wheel).namelist())
+    sources = {path.relative_to(ROOT).as_posix() for path in (ROOT / "fastlora").rglob("*.py")}
+    sources |= {"fastlora/" + path.relative_to(ROOT).as_posix() for path in (ROOT / "kernels").rglob("*.py")}
+    assert any(name.startswith("fastlora/kernels/") for name in sources)
+    assert {name for name in names if ".dist-info/" not in name} == sources | {"fastlora/py.typed"}
+    assert any(name.endswith("/licenses/LICENSE") for name in names)
+
+
+def test_wheel_metadata(wheel: Path) -> None:
+    archive = zipfile.ZipFile(wheel)
+    (name,) = (name for name in archive.namelist() if name.endswith(".dist-info/METADATA"))
+    described = message_from_string(archive.read(name).decode())
+    required = described.get_all("Requires-Dist", [])
+    assert described["Version"] == fastlora.__version__
+    assert {line for line in required if "extra ==" not in line} == {"torch>=2.11", "triton>=3.6"}
+    assert set(described.get_all("Provides-Extra", [])) == {"cli", "hf", "bench", "quant", "dev"}
+    assert described["Requires-Python"] == "<3.14,>=3.11"
+    assert described["License-Expression"] == "Apache-2.0"
+
+
+def test_wheel_imports_from_a_folder(wheel: Path, tmp_path: Path) -> None:
+    target = tmp_path / "site"
+    pip("install", "--no-deps", "--no-index", "--target", target, wheel)
+    code = "import fastlora, fastlora.kernels; print(fastlora.__file__, fastlora.kernels.__file__, fastlora.__version__)"
+    package = target / "fastlora"
+    expected = f"{package / '__init__.py'} {package / 'kernels' / '__init__.py'} {fastlora.__version__}"
+    assert python(code, tmp_path, PYTHONPATH=str(target)) == expected
+
+
+def test_this_install_has_no_module_named_kernels(tmp_path: Path) -> None:
+    """Under that name it would shadow the Hugging Face package, which may be installed beside fastlora."""
+    code = "from importlib.util import find_spec; s = find_spec('kernels'); print(s and s.origin)"
+    origin = python(code, tmp_path)
+    assert origin == "None" or not Path(origin).is_relative_to(ROOT / "kernels")
+    assert python("import fastlora.kernels as k; print(k.__name__)", tmp_path) == "fastlora.kernels"
+
+
+def test_one_version_everywhere() -> None:
+    assert metadata.version("fastlora") == fastlora.__version__
