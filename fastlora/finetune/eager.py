@@ -3,7 +3,8 @@
 from torch import Tensor
 
 from fastlora import reference
-from fastlora.dropout import draw_seed, dropout_mask, threshold
+from fastlora.dropout import draw_seed, threshold
+from fastlora.functional import dropout_mask
 from fastlora.modules import FusedLoraLinear
 
 
