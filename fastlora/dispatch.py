@@ -34,7 +34,7 @@ import triton
 from fastlora import atomic, torch_backend
 from fastlora._version import __version__
 from fastlora.kernels import steps
-from fastlora.kernels.config import cdiv, gemm_config, valid_tiles
+from fastlora.kernels.config import cdiv, valid_tiles
 from fastlora.kernels.target import Target
 from fastlora.kernels.tensor_spec import TensorSpec
 
@@ -87,12 +87,10 @@ def default_choice(problem: Problem, target: Target) -> str:
 
 
 def candidates(problem: Problem, target: Target) -> list[str]:
-    """Every choice for a problem whose tensors are contiguous.  The default comes first; its tile has no name of its own."""
-    facts = problem.dtype, problem.precision, target
+    """Every choice for a problem whose tensors are contiguous, the default first.  Default tiles have a name too."""
     widths = problem.in_features, problem.out_features
     descriptors = target.has_descriptors and all(width * problem.dtype.itemsize % 16 == 0 for width in widths)
-    default_tile = gemm_config(problem.rows, problem.width, *facts, descriptors)
-    tiles = [f"fused/{tile}" for tile in valid_tiles(*facts, descriptors) if tile != default_tile]
+    tiles = [f"fused/{tile}" for tile in valid_tiles(problem.dtype, problem.precision, target, descriptors)]
     torch_alone = [] if problem.dropout else ["torch"]
     return list(dict.fromkeys([default_choice(problem, target), *steps.FORMS, *torch_alone, *tiles]))
 
