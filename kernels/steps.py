@@ -157,7 +157,9 @@ def plan_backward(
     sum_dS, sum_dA_dB = plan_sum(dS_result), plan_sum(_first(to_dA, in_one_part), dB_result)
 
     def run(dy, x, weight, lora_A, lora_B, S, seed, scaling, dropout_p, adapter_dtype, out):
-        dS = dA = dB = dx = bits = None
+        dS: Any = None
+        dx: Any = None
+        dA = dB = bits = None
         if to_dS_dB:
             dS, dB = grad_s_and_b(to_dS_dB, dy, lora_B, S, scaling=scaling)
         if to_dS:
