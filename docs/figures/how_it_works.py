@@ -4,7 +4,8 @@ python docs/figures/how_it_works.py              # writes the SVG beside this sc
 python docs/figures/how_it_works.py --png x.png  # also writes a PNG, to look at
 
 A bar is a tensor, its length the tensor's bytes at M = 8192, in = out = 4096, r = 16 in bfloat16.  Each kernel reads and writes
-each of its tensors once; tiles that a GEMM reads again are not counted.  A, B, S and dS are too thin to draw.
+each of its tensors once; tiles that a GEMM reads again are not counted.  Not drawn: A, B, S and dS, which are thin, the draw of
+the seed, and the sums of partial results.  The picture shows the form `fused`.
 """
 
 import argparse
@@ -67,10 +68,10 @@ SAVED = {"eager LoRA": "D, mask and S", "fastlora": "x, S, 8-byte seed"}
 
 CONDITIONS = (
     "Length of a bar: bytes, in bfloat16 at M = 8192, in = out = 4096, r = 16, each tensor once for each kernel. "
-    "A, B, S and dS are too thin to draw."
+    "Not drawn: A, B, S, dS,\nwhich are thin, the draw of the seed, and the sums of partial results."
 )
 
-WIDTH, HEIGHT = 980, 682
+WIDTH, HEIGHT = 980, 696
 ROW, BAR = 31, 19
 SCALE = 58 / 64  # length of a MiB
 INK, SOFT, CARD, LINE = "#1f2328", "#59636e", "#ffffff", "#d0d7de"
@@ -134,11 +135,11 @@ def draw() -> Figure:
     axes.add_patch(FancyBboxPatch((2, 2), WIDTH - 4, HEIGHT - 4, boxstyle=corners, facecolor=CARD, edgecolor=LINE))
     column(axes, 26, "eager LoRA", EAGER, ROW)
     column(axes, 516, "fastlora", FUSED, 1.5 * ROW)
-    y = HEIGHT - 46
+    y = HEIGHT - 62
     for left, colour, text in ((26, FROZEN, "what the frozen linear moves too"), (290, ADDED, "what LoRA adds")):
         axes.add_patch(Rectangle((left, y - 7), 14, 14, color=colour, linewidth=0))
         axes.text(left + 21, y, text, color=INK, size=12, va="center")
-    axes.text(26, y + 23, CONDITIONS, color=SOFT, size=11, va="center")
+    axes.text(26, y + 17, CONDITIONS, color=SOFT, size=11, va="top", linespacing=1.4)
     return figure
 
 
