@@ -144,12 +144,13 @@ def draw() -> Figure:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Write the SVG."""
+    """Write the SVG, and a PNG where one is asked for."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
+    parser.add_argument("--svg", type=Path, default=SVG, help="default: beside this script")
     parser.add_argument("--png", type=Path, help="also write a PNG here")
     args = parser.parse_args(argv)
     figure = draw()
-    figure.savefig(SVG, metadata={"Date": None})
+    figure.savefig(args.svg, metadata={"Date": None})
     if args.png:
         figure.savefig(args.png, dpi=100)
 
