@@ -101,6 +101,10 @@ def grad_a_kernel(
                     dx_tile = tl.where(keep, dx_tile, 0.0)
                 tl.store(dx + offs_m[:, None].to(tl.int64) * K + offs_k[None, :], round_to(dx_tile, DTYPE), mask=x_mask)
         acc = dot_mixed(tl.trans(x_tile), u_tile, acc, PRECISION, HI_LO)
+        if PRECISION == "tf32":
+            # This select makes Triton wait for the wgmma.  Without it the copy of a later U lands in the buffer that the wgmma
+            # still reads (sm_90, Triton 3.6 and 3.7); only in tf32 is U itself an operand of wgmma.
+            acc = tl.where(cols[:, None] < K, acc, 0.0)
     out += pid_m.to(tl.int64) * R * K
     out_mask = (cols[:, None] < K) & (ranks[None, :] < R)
     tl.store(

@@ -58,6 +58,10 @@ def shrink_kernel(
             w0, w1, w2, w3 = keep_words(seed, rows, start, BLOCK_K)
             x_tile = tl.where(keep_tile(w0, w1, w2, w3, limit, BLOCK_M, BLOCK_K), x_tile, 0.0)
         acc = dot_mixed(x_tile, a_tile, acc, PRECISION, True)
+        if HAS_DROPOUT:
+            # This select makes Triton wait for the wgmma.  Without it the next iteration overwrites the masked x in registers
+            # that the wgmma may still read (sm_90, Triton issue 9433).
+            acc = tl.where(rows[:, None] < M, acc, 0.0)
     out_rows = (pid_k.to(tl.int64) * M + rows) * R
     out_mask = (rows[:, None] < M) & (ranks[None, :] < R)
     tl.store(out + out_rows[:, None] + ranks[None, :], acc * scale, mask=out_mask)
