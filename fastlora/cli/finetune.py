@@ -31,12 +31,11 @@ DTYPES = ("float32", "bfloat16")
 
 def register(subparsers: Any) -> None:
     """Add the subcommand to `fastlora`."""
-    parser = subparsers.add_parser(
-        "finetune",
-        help="fine-tune a language model with fused and with eager LoRA, and compare",
-        description=__doc__,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    raw, summary = (
+        argparse.RawDescriptionHelpFormatter,
+        "fine-tune a language model with eager and with fused LoRA, and compare",
     )
+    parser = subparsers.add_parser("finetune", help=summary, description=__doc__, formatter_class=raw)
     parser.set_defaults(func=run)
 
     def number(flags: str, kind: type, default: float, text: str, expected: str, holds: Callable[[Any], bool]) -> None:

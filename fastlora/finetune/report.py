@@ -77,7 +77,7 @@ def show(report: dict[str, Any]) -> None:
         f"{settings['steps']} steps of {settings['batch_size']} × {settings['seq_len']} tokens, {settings['dtype']}, "
         f"{machine['backend']} backend, {settings['device']}, CPU threads: {machine['threads']}, "
         f"{report['seconds']:.0f} s in all.\n"
-        "Both runs take the same masks, from fastlora's generator. `fastlora bench` compares the speed with torch's own dropout.\n"
+        "Both runs take their masks from fastlora's generator; `fastlora bench` compares the speed with torch's own dropout.\n"
     )
     for verdict in report["verdicts"]:
         console.print(f"{MARK[verdict['passed']]}  {verdict['question']}\n    {escape(verdict['figures'])}")

@@ -3,7 +3,6 @@
 import os
 import time
 from argparse import Namespace
-from collections.abc import Callable
 from typing import Any
 
 import torch
@@ -11,6 +10,7 @@ from torch import Tensor, nn
 
 from fastlora.adapters import save_adapter
 from fastlora.benchmark import saved_bytes
+from fastlora.cli.progress import AfterStep
 from fastlora.environment import environment
 from fastlora.finetune import check, report
 from fastlora.finetune.data import batches, load_corpus, tokenize_corpus
@@ -20,8 +20,6 @@ from fastlora.functional import available_backends
 from fastlora.injection.matching import match_targets
 from fastlora.modules import FusedLoraLinear
 
-#: (phase, step, steps, losses by name, tokens per step), after every step.
-AfterStep = Callable[[str, int, int, dict[str, float], int], None]
 Curves = tuple[dict[str, list[float]], dict[str, list[float]]]
 
 
@@ -72,18 +70,19 @@ def run(args: Namespace, tokens: dict[str, Tensor], base: Any, after_step: After
             "losses": curve,
             "curve_bound": check.curve_bound(curve, losses["eager"], DTYPES[args.dtype]),
         }
-    trainable, parameters = (sum(map(torch.numel, group)) for group in (trainable_of(fused), fused.parameters()))
+    sizes = {parameter: parameter.numel() for parameter in fused.parameters()}
+    trainable = sum(size for parameter, size in sizes.items() if parameter.requires_grad)
     backend = args.backend or available_backends(args.device)[0]
-    machine = {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "backend": backend}
     return {
         **report.verdicts(outcomes, control),
         "settings": {name: value for name, value in vars(args).items() if name not in ("func", "json")},
-        "environment": environment(args.device) | machine,
+        "environment": environment(args.device)
+        | {"cores": os.cpu_count(), "threads": torch.get_num_threads(), "backend": backend},
         "outcomes": outcomes,
         "control": control,
         "trainable": trainable,
-        "parameters": parameters,
-        "trainable_share": trainable / parameters,
+        "parameters": sum(sizes.values()),
+        "trainable_share": trainable / sum(sizes.values()),
         "tokens": {name: part.numel() for name, part in tokens.items()},
         "seconds": time.perf_counter() - start,
     }
@@ -100,7 +99,7 @@ def train(phase: str, models: dict[str, nn.Module], stream: Tensor, args: Namesp
     pretraining = phase == "pretrain"
     steps, lr = (args.pretrain_steps, args.pretrain_lr) if pretraining else (args.steps, args.lr)
     warm_up, decay = max(1, steps // 10), 0.01 if pretraining else 0.0
-    optimizers = {name: torch.optim.AdamW(trainable_of(model.train()), weight_decay=decay) for name, model in models.items()}
+    optimizers = {name: torch.optim.AdamW(model.train().parameters(), weight_decay=decay) for name, model in models.items()}
     losses: dict[str, list[float]] = {name: [] for name in models}
     seconds: dict[str, list[float]] = {name: [] for name in models}
     turns = list(models)
@@ -121,11 +120,6 @@ def train(phase: str, models: dict[str, nn.Module], stream: Tensor, args: Namesp
         turns = turns[1:] + turns[:1]
         after_step(phase, step + 1, steps, {name: losses[name][-1] for name in models}, ids.numel() * len(models))
     return losses, seconds
-
-
-def trainable_of(model: nn.Module) -> list[Tensor]:
-    """The parameters that require a gradient."""
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]
 
 
 @torch.no_grad()
