@@ -13,7 +13,7 @@ PIP_INSTALL = $(@D)/bin/python -m pip install --quiet --disable-pip-version-chec
 PYTEST_OPTIONS := --numprocesses $(JOBS) --dist worksteal --durations 10
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-interpreter test-compile check bench bench-suite bench-report compile-report traffic-report host-time clean
+.PHONY: help demo test test-interpreter test-compile check size bench bench-suite bench-report compile-report traffic-report host-time clean
 
 help:  ## show the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 24
@@ -31,10 +31,14 @@ test-compile: $(VENV)/.installed $(OLDEST_VENV)/.installed  ## compile the kerne
 	$(VENV)/bin/pytest $(PYTEST_OPTIONS) tests/compile
 	$(OLDEST_VENV)/bin/pytest $(PYTEST_OPTIONS) tests/compile
 
-check: $(VENV)/.installed  ## lint, formatting, types
+check: $(VENV)/.installed  ## lint, formatting, types, size
 	$(VENV)/bin/ruff check
 	$(VENV)/bin/ruff format --check
 	$(VENV)/bin/mypy
+	$(VENV)/bin/python -m tools.size
+
+size: $(VENV)/.installed  ## code lines of the package, the kernels and the tests against their bounds; import circles
+	$(VENV)/bin/python -m tools.size
 
 bench: $(VENV)/.installed  ## time forward and backward against eager LoRA, PEFT and chained addmm_ on this machine
 	$(VENV)/bin/fastlora bench $(ARGS)
@@ -42,7 +46,7 @@ bench: $(VENV)/.installed  ## time forward and backward against eager LoRA, PEFT
 bench-suite: $(VENV)/.installed  ## the same for the linears of five models, a decoder layer, a training step (ARGS=--quick)
 	$(VENV)/bin/pytest benches --benchmark-only --benchmark-columns=median,iqr,rounds $(ARGS)
 
-bench-report: $(VENV)/.installed  ## write the README's tables and the plots from benches/results
+bench-report: $(VENV)/.installed  ## write the tables in benches/results and the plots from benches/results
 	$(VENV)/bin/python -m benches.report $(ARGS)
 
 compile-report: $(REPORT_VENV)/.installed  ## registers, spills and shared memory of every kernel (TRITON=3.6.0 for another Triton)

@@ -1,7 +1,7 @@
-"""A transformers Trainer on an accelerated PEFT model: activation checkpointing, evaluation and saving are the Trainer's own.
+"""Train an accelerated PEFT model with transformers' Trainer: activation checkpointing, evaluation and saving work as usual.
 
-python examples/hf_trainer.py                        # a small Llama with random weights, nothing is downloaded
-python examples/hf_trainer.py --model ./my-llama     # a checkpoint of yours
+python examples/hf_trainer.py                        # a small Llama with random weights; no download
+python examples/hf_trainer.py --model ./my-llama     # your own checkpoint
 """
 
 import argparse
@@ -25,9 +25,9 @@ import fastlora
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a hub id or a folder (default: a small Llama with random weights)")
+    parser.add_argument("--model", help="hub id or folder (default: a small Llama with random weights)")
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--output", help="folder for the adapter (default: one that is gone afterwards)")
+    parser.add_argument("--output", help="folder for the adapter (default: a temporary one)")
     args = parser.parse_args(argv)
 
     set_seed(0)
@@ -36,7 +36,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = AutoModelForCausalLM.from_pretrained(checkpoint_name)
     model = get_peft_model(model, LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05, target_modules="all-linear"))
 
-    report = fastlora.accelerate(model)  # <- the one line, before or after the Trainer is made
+    report = fastlora.accelerate(model)  # <- the one line, before or after you create the Trainer
     print(report)
 
     data = Dataset.from_dict({"text": SENTENCES})
@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
                 max_steps=args.steps,
                 per_device_train_batch_size=12,
                 learning_rate=5e-3,
-                gradient_checkpointing=True,  # the dropout masks are drawn again, the same ones
+                gradient_checkpointing=True,  # redraws the same dropout masks
                 logging_steps=1,
                 save_strategy="no",
                 report_to="none",

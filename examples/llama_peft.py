@@ -1,7 +1,7 @@
-"""A Llama with PEFT's adapters on the query and value projections, and one line to run them fused.
+"""Train a Llama with PEFT adapters on the query and value projections; one line makes them fused.
 
-python examples/llama_peft.py                        # a small Llama with random weights, nothing is downloaded
-python examples/llama_peft.py --model ./my-llama     # a checkpoint of yours
+python examples/llama_peft.py                        # a small Llama with random weights; no download
+python examples/llama_peft.py --model ./my-llama     # your own checkpoint
 """
 
 import argparse
@@ -17,7 +17,7 @@ import fastlora
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a hub id or a folder (default: a small Llama with random weights)")
+    parser.add_argument("--model", help="hub id or folder (default: a small Llama with random weights)")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--output", help="folder for the adapter")
     args = parser.parse_args(argv)
@@ -32,7 +32,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = get_peft_model(model, config)
     model.print_trainable_parameters()
 
-    report = fastlora.accelerate(model)  # <- the one line; the rest of this file is any PEFT script
+    report = fastlora.accelerate(model)  # <- the one line; the rest is a normal PEFT script
     print(report)
 
     model.train()
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     assert report.taken, report
     assert not fastlora.peft.fallbacks(model)  # every call of every adapter was fused
     if args.output:
-        model.save_pretrained(args.output)  # PEFT's own file, to be loaded by PEFT with or without fastlora
+        model.save_pretrained(args.output)  # PEFT's file: it loads with or without fastlora
 
 
 if __name__ == "__main__":

@@ -1,6 +1,6 @@
-"""loralib's layer: a linear with a LoRA bypass that merges into its weight on eval() and comes apart again on train().
+"""loralib's layer: a LoRA linear that merges into its weight on eval() and unmerges on train().
 
-What was `lora.Linear(in_features, out_features, r=16)` becomes `FusedLoraLinear(in_features, out_features, r=16, ...)`.
+Replace `loralib.Linear(in_features, out_features, r=16)` by `FusedLoraLinear(in_features, out_features, r=16, ...)`.
 
 python examples/loralib_merge.py
 """
@@ -18,7 +18,7 @@ from fastlora import FusedLoraLinear
 class Classifier(nn.Module):
     def __init__(self, width: int) -> None:
         super().__init__()
-        # The one changed line. loralib merges by default; here, as in PEFT, it has to be asked for.
+        # The one changed line. loralib merges by default; here, as in PEFT, you ask for it.
         self.hidden = FusedLoraLinear(width, 4 * width, r=8, lora_alpha=16, lora_dropout=0.1, merge_weights=True)
         self.head = nn.Linear(4 * width, 2)
 
@@ -37,7 +37,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     labels = (x[:, :8].sum(1) > 0).long()
     pretrained = model.hidden.weight.clone()
 
-    # Frozen are the weight and bias of the LoRA linear; loralib's mark_only_lora_as_trainable would freeze the head too.
+    # The LoRA linear freezes its weight and bias. loralib's mark_only_lora_as_trainable would freeze the head too.
     optimizer = torch.optim.AdamW((p for p in model.parameters() if p.requires_grad), lr=5e-3)
     losses = []
     for _ in range(args.steps):
@@ -48,12 +48,12 @@ def main(argv: Sequence[str] | None = None) -> None:
         losses.append(loss.item())
     check_that_it_falls(losses)
 
-    model.hidden.lora_dropout = 0.0  # to compare the two modes, which differ in dropout otherwise
+    model.hidden.lora_dropout = 0.0  # dropout off: both modes compute the same
     apart = model(x)
-    model.eval()  # W + scaling · B A: one matrix product a call, no adapter left to compute
+    model.eval()  # the weight is now W + scaling · B A: one matrix product for each call
     assert model.hidden.merged
     torch.testing.assert_close(model(x), apart)
-    model.train()  # W again, bit for bit, however often the mode changes
+    model.train()  # the weight is W again, bit for bit
     assert not model.hidden.merged
     assert torch.equal(model.hidden.weight, pretrained)
     print("merged on eval(), restored bit for bit on train()")

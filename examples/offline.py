@@ -1,4 +1,4 @@
-"""What the examples use where nothing may be downloaded: sentences, a tokenizer of their words, a model with random weights."""
+"""What the examples use instead of downloads: sentences, a tokenizer for their words, a model with random weights."""
 
 import atexit
 import shutil
@@ -17,7 +17,7 @@ SIZES = {"hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "n
 
 
 def tokenizer() -> PreTrainedTokenizerFast:
-    """A token for each word of SENTENCES."""
+    """A tokenizer with one token for each word of SENTENCES."""
     words = Tokenizer(models.WordLevel(unk_token="<unk>"))
     words.pre_tokenizer = pre_tokenizers.Whitespace()
     words.train_from_iterator(SENTENCES, trainers.WordLevelTrainer(special_tokens=["<pad>", "<unk>", "<eos>"]))
@@ -25,7 +25,7 @@ def tokenizer() -> PreTrainedTokenizerFast:
 
 
 def checkpoint(kind: str, **options: object) -> str:
-    """A folder with a small causal language model of this kind ("llama", ...) and its tokenizer, gone at exit."""
+    """A folder with a small causal language model of this kind ("llama", ...) and its tokenizer; deleted at exit."""
     folder = tempfile.mkdtemp(prefix=f"fastlora-{kind}-")
     atexit.register(shutil.rmtree, folder, ignore_errors=True)
     words = tokenizer()
@@ -38,10 +38,10 @@ def checkpoint(kind: str, **options: object) -> str:
 
 
 def check_that_it_falls(losses: Sequence[float]) -> None:
-    """The mean loss of the last quarter of the steps must be below that of the first quarter."""
+    """Exit with an error unless the mean loss of the last quarter of the steps is below that of the first quarter."""
     quarter = len(losses) // 4
     if quarter:
         first, last = fmean(losses[:quarter]), fmean(losses[-quarter:])
         print(f"loss {first:.3f} -> {last:.3f} in {len(losses)} steps")
         if not last < first:
-            raise SystemExit("the loss did not fall: take more --steps")
+            raise SystemExit("the loss did not fall: try more --steps")

@@ -1,7 +1,7 @@
-"""QLoRA: a base in 4 bits (NF4, double quantisation), adapters, biases and the output head trained by an 8-bit AdamW.
+"""QLoRA: a 4-bit base (NF4, double quantisation); an 8-bit AdamW trains adapters, biases and the output head.
 
-python examples/qlora.py                      # a small Llama with random weights, nothing is downloaded, runs on a CPU too
-python examples/qlora.py --model ./my-llama   # a checkpoint of yours
+python examples/qlora.py                      # a small Llama with random weights; no download, no GPU
+python examples/qlora.py --model ./my-llama   # your own checkpoint
 """
 
 import argparse
@@ -18,7 +18,7 @@ import fastlora
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a hub id or a folder (default: a small Llama with random weights)")
+    parser.add_argument("--model", help="hub id or folder (default: a small Llama with random weights)")
     parser.add_argument("--steps", type=int, default=40)
     parser.add_argument("--output", help="folder for the adapter")
     args = parser.parse_args(argv)
@@ -42,7 +42,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     model = get_peft_model(model, config)
     model.print_trainable_parameters()
 
-    report = fastlora.accelerate(model)  # <- the one line; the packed weight is made dense for one product at a time
+    report = fastlora.accelerate(model)  # <- the one line; each product makes its packed weight dense
     print(report)
 
     model.train()
@@ -51,7 +51,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     optimizer = AdamW8bit((p for p in model.parameters() if p.requires_grad), lr=5e-3)
     losses = []
     for _ in range(args.steps):
-        # prepare_model_for_kbit_training leaves float32 between the layers: autocast brings base and adapters together in bf16.
+        # prepare_model_for_kbit_training leaves float32 between the layers; autocast casts base and adapters to bf16.
         with torch.autocast(device, torch.bfloat16):
             loss = model(**batch, labels=labels).loss
         loss.backward()
@@ -63,7 +63,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     assert report.taken, report
     assert not fastlora.peft.fallbacks(model)  # every call of every adapter was fused
     if args.output:
-        model.save_pretrained(args.output)  # adapters, biases and head; the base stays where it is
+        model.save_pretrained(args.output)  # adapters, biases and head, without the base
 
 
 if __name__ == "__main__":

@@ -1,11 +1,11 @@
-"""RoBERTa for classification without PEFT: adapters on query and value, biases and LayerNorms trained, as published for GLUE.
+"""Train a RoBERTa classifier without PEFT: adapters on query and value, biases and LayerNorms, as published for GLUE.
 
-The encoder trains 416,256 parameters, 0.33 % of the 124,647,170 that the classifier has; its adapter is a file of 1.7 MB.  The
-new head is trained whole and belongs to the task, so it is saved beside the adapter.
+The encoder trains 416,256 of the classifier's 124,647,170 parameters, 0.33 %.  Its adapter file has 1.7 MB.  The new head
+trains whole and is saved beside the adapter.
 
-python examples/roberta_inject.py                        # a small RoBERTa with random weights, nothing is downloaded
+python examples/roberta_inject.py                        # a small RoBERTa with random weights; no download
 python examples/roberta_inject.py --size base            # the published size, with random weights
-python examples/roberta_inject.py --model ./my-roberta   # a checkpoint of yours
+python examples/roberta_inject.py --model ./my-roberta   # your own checkpoint
 """
 
 import argparse
@@ -20,15 +20,15 @@ from transformers import AutoModelForSequenceClassification, RobertaConfig, Robe
 import fastlora
 
 SIZES = {
-    "base": {"max_position_embeddings": 514, "type_vocab_size": 1},  # the rest are RobertaConfig's defaults
+    "base": {"max_position_embeddings": 514, "type_vocab_size": 1},  # all else: RobertaConfig's defaults
     "small": {"vocab_size": 200, "hidden_size": 64, "intermediate_size": 128, "num_hidden_layers": 2, "num_attention_heads": 4},
 }
 
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a hub id or a folder with a RoBERTa (default: random weights)")
-    parser.add_argument("--size", choices=SIZES, default="small", help="of the model with random weights")
+    parser.add_argument("--model", help="hub id or folder of a RoBERTa (default: random weights)")
+    parser.add_argument("--size", choices=SIZES, default="small", help="size of the model with random weights")
     parser.add_argument("--steps", type=int, default=60)
     parser.add_argument("--output", type=Path, help="folder for the adapter and the head")
     args = parser.parse_args(argv)
@@ -41,14 +41,14 @@ def main(argv: Sequence[str] | None = None) -> None:
     model.to("cuda" if torch.cuda.is_available() else "cpu")
     _, total = fastlora.get_nb_trainable_parameters(model)
 
-    # The one call: freezes the encoder but for the adapters, its biases and its LayerNorms. The head is outside of it.
+    # The one call. It freezes the encoder except adapters, biases and LayerNorms; the head is not part of the encoder.
     fastlora.inject(
         model.roberta, target_modules=["query", "value"], r=8, lora_alpha=8, bias="all", modules_to_save=["LayerNorm"]
     )
     trained, _ = fastlora.get_nb_trainable_parameters(model.roberta)
     print(f"encoder: {trained:,} trainable parameters of {total:,} in all, {100 * trained / total:.2f} %")
 
-    # A task for random weights: does the sentence hold more tokens from the lower half of the vocabulary?
+    # A task for random weights: are most tokens of the sentence from the lower half of the vocabulary?
     vocabulary = model.config.vocab_size
     ids = torch.randint(5, vocabulary, (32, 12), device=model.device)
     labels = ((ids < vocabulary // 2).sum(1) > 6).long()

@@ -1,7 +1,7 @@
-"""Supervised fine-tuning with TRL: SFTTrainer makes the PEFT model itself, so it is accelerated after that.
+"""Supervised fine-tuning with TRL: SFTTrainer creates the PEFT model, so accelerate it after that.
 
-python examples/trl_sft.py                        # a small Llama with random weights, nothing is downloaded
-python examples/trl_sft.py --model ./my-llama     # a checkpoint of yours
+python examples/trl_sft.py                        # a small Llama with random weights; no download
+python examples/trl_sft.py --model ./my-llama     # your own checkpoint
 """
 
 import argparse
@@ -20,9 +20,9 @@ import fastlora
 
 def main(argv: Sequence[str] | None = None) -> None:
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--model", help="a hub id or a folder (default: a small Llama with random weights)")
+    parser.add_argument("--model", help="hub id or folder (default: a small Llama with random weights)")
     parser.add_argument("--steps", type=int, default=60)
-    parser.add_argument("--output", help="folder for the adapter (default: one that is gone afterwards)")
+    parser.add_argument("--output", help="folder for the adapter (default: a temporary one)")
     args = parser.parse_args(argv)
 
     checkpoint_name = args.model or checkpoint("llama")
@@ -46,7 +46,7 @@ def main(argv: Sequence[str] | None = None) -> None:
             peft_config=LoraConfig(r=8, lora_alpha=16, lora_dropout=0.05, target_modules="all-linear", task_type="CAUSAL_LM"),
         )
 
-        report = fastlora.accelerate(trainer.model)  # <- the one line, between the making of the trainer and train()
+        report = fastlora.accelerate(trainer.model)  # <- the one line, after you create the trainer and before train()
         print(report)
 
         trainer.train()

@@ -4,8 +4,7 @@ from fastlora import reference
 from fastlora._version import __version__
 from fastlora.adapters import from_pretrained, load_adapter, save_adapter
 from fastlora.autograd import LoraLinearFunction
-from fastlora.dropout import dropout_mask
-from fastlora.functional import lora_linear
+from fastlora.functional import dropout_mask, lora_linear
 from fastlora.injection import get_nb_trainable_parameters, inject, merge_and_unload, print_trainable_parameters, unload
 from fastlora.modules import FusedLoraLinear
 from fastlora.peft import accelerate, decelerate

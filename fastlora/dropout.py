@@ -94,33 +94,8 @@ def row_chunks(rows: int, cols: int, elements: int) -> list[range]:
     return [range(start, min(start + step, rows)) for start in range(0, rows, step)]
 
 
-def dropout_mask(seed: int | Tensor, rows: int, cols: int, p: float, *, device: torch.device | str | None = None) -> Tensor:
-    """The keep mask of a (rows, cols) activation, True = kept, bit for bit the one the kernels use.
-
-    Args:
-        seed: an int in [-2**63, 2**63), or an int64 tensor of one element.
-        rows, cols: the shape of x viewed as (M, in).
-        p: drop probability in [0, 1]; the realised rate is round(p * 65536) / 65536.
-        device: where the mask is made; default: the seed's device for a tensor, torch's default device for an int.
-
-    Returns:
-        bool (rows, cols).
-
-    Raises:
-        TypeError: seed is neither an int nor an int64 tensor.
-        ValueError: p outside [0, 1], a negative size, or a seed that does not fit.
-    """
-    from fastlora import validation
-
-    validation.check_dropout_p(p, "p")
-    validation.check_size(rows, "rows")
-    validation.check_size(cols, "cols")
-    if device is None:
-        device = seed.device if isinstance(seed, Tensor) else torch.get_default_device()
-    if not isinstance(seed, Tensor):
-        seed = validation.seed_tensor(seed, torch.device(device))
-    validation.check_seed(seed)
-    seed = seed.to(device).reshape(1, 1)
+def keep_mask(seed: Tensor, rows: int, cols: int, p: float) -> Tensor:
+    """The whole mask, bool (rows, cols), on the device of `seed`, int64 (1, 1).  It is made in chunks of bounded memory."""
     elements = LANES * (_CPU_CALLS if seed.device.type == "cpu" else _DEVICE_CALLS)
     chunks = [keep_rows(seed, chunk, cols, p) for chunk in row_chunks(rows, cols, elements)]
-    return torch.cat(chunks) if chunks else torch.empty((0, cols), dtype=torch.bool, device=device)
+    return torch.cat(chunks) if chunks else torch.empty((0, cols), dtype=torch.bool, device=seed.device)

@@ -70,10 +70,10 @@ def _tuned(device: torch.device) -> str | None:
     """Which measured choices the kernels go by."""
     if "triton" not in available_backends(device):
         return None
-    from fastlora import choices
+    from fastlora import dispatch
     from fastlora.kernels.target import target_of
 
-    return choices.fingerprint(target_of(device))
+    return dispatch.fingerprint(target_of(device))
 
 
 def _processor() -> str:

@@ -1,6 +1,10 @@
-"""`lora_linear`: checks its inputs, follows autocast, chooses the backend, draws the seed, and applies the Function."""
+"""`lora_linear` checks its inputs, follows autocast, chooses the backend, draws the seed and applies the Function.
+
+`dropout_mask` is the mask that it takes for a seed.
+"""
 
 import os
+import warnings
 
 import torch
 import torch.nn.functional as F
@@ -8,13 +12,14 @@ from torch import Tensor
 
 from fastlora import ops, validation
 from fastlora.autograd import LoraLinearFunction
-from fastlora.dropout import draw_seed, threshold
+from fastlora.dropout import draw_seed, keep_mask, threshold
 from fastlora.quantized import QuantizedWeight, Scheme
 
-#: Whether Triton's interpreter, which runs kernels on CPU tensors, is on.  Read here as Triton reads it, because asking Triton
-#: would import it, and neither `import fastlora` nor a graph that torch.compile traces needs that.
+#: Whether Triton's interpreter, which runs kernels on CPU tensors, is on.  The variable is read as Triton reads it: asking
+#: Triton would import it, and neither `import fastlora` nor a graph that torch.compile traces needs that.
 INTERPRETING = os.environ.get("TRITON_INTERPRET", "").lower() in {"1", "true", "yes", "on", "y"}
 
+#: "fused" and "addmm" are the two forms of "triton"; "fused/<tile>" also names the tile of its GEMMs.
 BACKENDS = ("triton", "fused", "addmm", "torch")
 
 
@@ -31,26 +36,29 @@ def lora_linear(
     seed: int | Tensor | None = None,
     backend: str | None = None,
 ) -> Tensor:
-    """y = x Wᵀ + bias + scaling · drop(x) Aᵀ Bᵀ, with gradients for x, A, B and bias; W is frozen.
+    """y = x Wᵀ + bias + scaling · drop(x) Aᵀ Bᵀ, with gradients for x, A, B and bias.  W is frozen.
 
-    drop(x) zeroes each element of x with probability dropout_p and scales the rest by the inverse of the realised keep rate;
-    `fastlora.dropout_mask(seed, M, in, dropout_p)` is the mask.  Products are summed in float32 and rounded once
-    (by the torch backend, in 16 bits, once more where the LoRA term joins the frozen one, as eager does).
+    drop(x) zeroes each element of x with probability dropout_p and scales the others by the inverse of the realised keep rate.
+    `fastlora.dropout_mask(seed, M, in, dropout_p)` is the mask.  Products are summed in float32.  A 16-bit result is rounded
+    once by "fused"; "addmm" and "torch" round the first term once more when they add the second, as eager torch does.
 
     Args:
-        x: (..., in), any strides.  weight: (out, in), must not require grad; or a `fastlora.quantized.QuantizedWeight`, made
-            dense in x's dtype where a product needs it and saved packed.  lora_A: (r, in).  lora_B: (out, r).
-        bias: (out,) or None; may require grad.  With a quantised weight of any floating dtype: it is cast to x's, as
+        x: (..., in), any strides.
+        weight: (out, in), must not require grad; or a `fastlora.quantized.QuantizedWeight`, which is made dense in x's dtype
+            for each product and saved packed.
+        lora_A: (r, in).  lora_B: (out, r).
+        bias: (out,) or None; may require grad.  With a quantised weight it may have any floating dtype and is cast to x's, as
             bitsandbytes does.
         scaling: alpha / r, or alpha / √r with rsLoRA.
-        dropout_p: drop probability in [0, 1]; realised in steps of 1/65536.
-        training: without it there is no dropout, whatever dropout_p and seed say.
-        seed: the mask's seed: None draws one from torch's default generator of x.device; an int; or an int64 tensor of one
-            element on x.device.
-        backend: None chooses: "triton" on a CUDA GPU of capability 8.0 or newer unless x is float64, otherwise "torch".
-            "triton" takes the form that suits the shape, see `fastlora.kernels.forms`; "fused" and "addmm" insist on one.
+        dropout_p: drop probability in [0, 1], realised in steps of 1/65536.
+        training: False turns dropout off, whatever dropout_p and seed are.
+        seed: the mask's seed: an int, or an int64 tensor of one element on x.device.  None draws one from torch's default
+            generator of x.device.
+        backend: None takes "triton" on a CUDA GPU of capability 8.0 or newer unless x is float64, otherwise "torch".
+            "triton" runs the form that suits the shape (`fastlora.dispatch`).  "fused" and "addmm" insist on one;
+            "fused/128,256,64,32,8,3,8" also names the GEMM's tile, which operands that cannot take it ignore.
 
-    Dtypes: x, weight and bias share one of float32, float16, bfloat16, float64; lora_A and lora_B share that dtype too, or are
+    Dtypes: x, weight and bias share one of float32, float16, bfloat16, float64.  lora_A and lora_B share that dtype too, or are
     float32 while x is 16-bit.  Under autocast all are cast first, as F.linear would.  float32 products use TF32 on the tensor
     cores where torch's own switch (`torch.backends.cuda.matmul`) allows it.
 
@@ -92,8 +100,35 @@ def lora_linear(
     return ops.LORA_LINEAR(*arguments)[0]  # a fifth of the host's time less, which is what decoding waits for
 
 
+def dropout_mask(seed: int | Tensor, rows: int, cols: int, p: float, *, device: torch.device | str | None = None) -> Tensor:
+    """The keep mask of a (rows, cols) activation, True = kept, bit for bit the one that the kernels use.
+
+    Args:
+        seed: an int in [-2**63, 2**63), or an int64 tensor of one element.
+        rows, cols: the shape of x viewed as (M, in).
+        p: drop probability in [0, 1]; the realised rate is round(p * 65536) / 65536.
+        device: where the mask is made; default: the seed's device for a tensor, torch's default device for an int.
+
+    Returns:
+        bool (rows, cols).
+
+    Raises:
+        TypeError: seed is neither an int nor an int64 tensor.
+        ValueError: p outside [0, 1], a negative size, or a seed that does not fit.
+    """
+    validation.check_dropout_p(p, "p")
+    validation.check_size(rows, "rows")
+    validation.check_size(cols, "cols")
+    if device is None:
+        device = seed.device if isinstance(seed, Tensor) else torch.get_default_device()
+    if not isinstance(seed, Tensor):
+        seed = validation.seed_tensor(seed, torch.device(device))
+    validation.check_seed(seed)
+    return keep_mask(seed.to(device).reshape(1, 1), rows, cols, p)
+
+
 def available_backends(device: torch.device | str) -> tuple[str, ...]:
-    """The backends that can run tensors on `device`, the default one first; "fused" and "addmm" are forms of "triton"."""
+    """The backends that can run tensors on `device`.  The default one comes first."""
     device = torch.device(device)
     if device.type == "cuda" and torch.version.cuda and torch.cuda.get_device_capability(device) >= (8, 0):
         return BACKENDS
@@ -103,13 +138,16 @@ def available_backends(device: torch.device | str) -> tuple[str, ...]:
 
 
 def _choose_backend(backend: str | None, device: torch.device, dtype: torch.dtype) -> str:
-    if backend not in (None, *BACKENDS):
-        raise ValueError(f"backend must be None or one of {BACKENDS}, got {backend!r}")
     if backend == "torch":
         return backend
     available = available_backends(device)
     if backend is None:
         return "torch" if dtype == torch.float64 else available[0]
+    if backend == "prefill":
+        warnings.warn('backend="prefill" is now called "addmm"; the old name will go', FutureWarning, stacklevel=3)
+        backend = "addmm"
+    if not isinstance(backend, str) or (backend not in BACKENDS and not backend.startswith("fused/")):
+        raise ValueError(f"backend must be None or one of {BACKENDS}, got {backend!r}")
     if dtype == torch.float64:
         raise TypeError(f'backend="{backend}" computes in float32, float16 or bfloat16, got x in float64: use backend="torch"')
     if "triton" not in available:

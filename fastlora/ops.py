@@ -1,11 +1,12 @@
-"""The two operators of `torch.library`: schemas, fakes, and the choice of the backend that runs them.
+"""The two operators of `torch.library`: schemas, fakes, and the backend that runs them.
 
-They are functional: no output aliases an input, nothing is written in place, and the seed is an explicit tensor, so that
-fake tensors, functionalisation, CUDA graphs and activation checkpointing see all there is to see.  A gradient that is not
-asked for comes back as an empty tensor, because a schema cannot return None.
+They are functional: no output aliases an input, nothing is written in place, and the seed is an explicit tensor.  So fake
+tensors, functionalisation, CUDA graphs and activation checkpointing see everything.  A schema cannot return None, so a gradient
+that nobody asked for comes back as an empty tensor.
 """
 
 import functools
+import math
 from collections.abc import Callable
 from typing import Any
 
@@ -31,21 +32,19 @@ def accumulator(dtype: torch.dtype) -> torch.dtype:
 
 
 @functools.cache
-def _steps(direction: str, backend: str) -> Callable[..., Any]:
-    """The implementation of "forward" or "backward": on torch, or on Triton in the form that the backend names, if any."""
+def _implementation(direction: str, backend: str) -> Callable[..., Any]:
+    """What runs "forward" or "backward" on 2-D tensors."""
     if backend == "torch":
         return getattr(torch_backend, direction)
-    from fastlora.kernels import steps as kernels  # Triton is imported where a kernel is to run, not with the package
+    from fastlora import dispatch  # not at the top: it imports Triton, which `import fastlora` and plain torch do without
+    from fastlora.kernels import steps
 
-    steps = getattr(kernels, direction)
-    return steps if backend == "triton" else functools.partial(steps, choice=kernels.Choice(backend))
+    return functools.partial(getattr(steps, direction), choice=backend, plan=getattr(dispatch, f"plan_{direction}"))
 
 
 def as_rows(tensor: Tensor) -> Tensor:
     """(..., K) as (M, K), also where K is 0."""
-    if tensor.dim() == 2:
-        return tensor
-    return tensor.reshape(-1, tensor.shape[-1]) if tensor.shape[-1] else tensor.new_empty((tensor.shape[:-1].numel(), 0))
+    return tensor if tensor.dim() == 2 else tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
 def forward(
@@ -59,9 +58,10 @@ def forward(
     dropout_p: float,
     backend: str,
 ) -> tuple[Tensor, Tensor]:
-    """(y (..., out), S (M, r)): the operator lora_linear."""
-    y, S = _steps("forward", backend)(as_rows(x), weight, lora_A, lora_B, bias, seed, scaling, dropout_p)
-    return y if x.dim() == 2 else y.view(*x.shape[:-1], weight.shape[0]), S
+    """(y (..., out), S (M, r)): the operator lora_linear.  y has its final shape: FSDP2 warns of modules that return a view."""
+    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
+    run = _implementation("forward", backend)
+    return y, run(as_rows(x), weight, lora_A, lora_B, bias, seed, scaling, dropout_p, as_rows(y))[1]
 
 
 def backward(
@@ -78,24 +78,24 @@ def backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(dx (..., in), dA (r, in), dB (out, r)): the operator lora_linear_backward."""
-    dx, dA, dB = _steps("backward", backend)(
-        as_rows(dy), None if x is None else as_rows(x), weight, lora_A, lora_B, S, seed, scaling, dropout_p, adapter_dtype
-    )
-    if dx is not None and weight is not None and dy.dim() != 2:
-        dx = dx.view(*dy.shape[:-1], weight.shape[1])
-    dx, dA, dB = (dy.new_empty(0) if grad is None else grad for grad in (dx, dA, dB))
-    return dx, dA, dB
+    dx = dy.new_empty(0 if weight is None else (*dy.shape[:-1], weight.shape[1]))
+    rows = None if x is None else as_rows(x)
+    out = None if weight is None else as_rows(dx)
+    run = _implementation("backward", backend)
+    _, dA, dB = run(as_rows(dy), rows, weight, lora_A, lora_B, S, seed, scaling, dropout_p, adapter_dtype, out)
+    return dx, dy.new_empty(0) if dA is None else dA, dy.new_empty(0) if dB is None else dB
 
 
 @torch.library.register_fake("fastlora::lora_linear", lib=_LIBRARY)
 def _forward_fake(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, backend):  # type: ignore[no-untyped-def]  # the schema types it
     y = x.new_empty((*x.shape[:-1], weight.shape[0]))
-    return y, x.new_empty((x.shape[:-1].numel(), lora_A.shape[0]), dtype=accumulator(x.dtype))
+    # math.prod, because Size.numel() specialises a symbolic size and recompiles for every length.
+    return y, x.new_empty((math.prod(x.shape[:-1]), lora_A.shape[0]), dtype=accumulator(x.dtype))
 
 
 @torch.library.register_fake("fastlora::lora_linear_backward", lib=_LIBRARY)
 def _backward_fake(dy, x, weight, lora_A, lora_B, S, seed, scaling, dropout_p, adapter_dtype, backend):  # type: ignore[no-untyped-def]  # the schema types it
-    dx = dy.new_empty(0) if weight is None else dy.new_empty((*dy.shape[:-1], weight.shape[1]))
+    dx = dy.new_empty(0 if weight is None else (*dy.shape[:-1], weight.shape[1]))
     dA = dy.new_empty(0) if x is None else dy.new_empty((lora_B.shape[1], x.shape[-1]), dtype=adapter_dtype)
     dB = dy.new_empty(0) if S is None else dy.new_empty((dy.shape[-1], S.shape[1]), dtype=adapter_dtype)
     return dx, dA, dB

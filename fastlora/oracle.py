@@ -28,7 +28,8 @@ import torch
 from torch import Tensor
 
 from fastlora import reference
-from fastlora.dropout import dropout_mask, keep_scale
+from fastlora.dropout import keep_scale
+from fastlora.functional import dropout_mask
 
 POOLED_ELEMENTS = 256
 EAGER_FACTOR = 2.0

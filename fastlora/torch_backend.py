@@ -53,10 +53,11 @@ def forward(
     seed: Tensor | None,
     scaling: float,
     dropout_p: float,
+    out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(y, S) of 2-D x (M, in); S is (M, r) in the accumulation dtype, with the dropout scale but not `scaling` in it."""
-    S = _project(x, lora_A, seed, dropout_p)
-    y = x @ weight.t() if bias is None else torch.addmm(bias, x, weight.t())
+    """(y, S) of 2-D x (M, in), y in `out` where given.  S (M, r) holds the dropout scale but not `scaling`."""
+    S = _shrink(x, lora_A, seed, dropout_p)
+    y = torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
     if lora_B.dtype == y.dtype:
         y.addmm_(S.to(y.dtype), lora_B.t(), alpha=scaling)
     else:
@@ -78,17 +79,18 @@ def backward(
     scaling: float,
     dropout_p: float,
     adapter_dtype: torch.dtype,
+    out: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dx, dA, dB), each computed where its operands are given: dx from weight and lora_A, dA from x, dB from S."""
+    """(dx, dA, dB).  dx, in `out` where given, needs weight, lora_A and lora_B; dA needs x and lora_B; dB needs S."""
     dS, dB = _grad_s_and_b(dy, lora_B, S, scaling)
     if dS is None:
         return None, None, dB if dB is None else dB.to(adapter_dtype)
-    dx = None if weight is None else dy @ weight
+    dx = None if weight is None else torch.mm(dy, weight, out=out)
     dA = _grad_a_and_add_to_dx(dS.mul_(keep_scale(dropout_p)), x, lora_A, dx, seed, dropout_p)
     return dx, dA if dA is None else dA.to(adapter_dtype), dB if dB is None else dB.to(adapter_dtype)
 
 
-def _project(x: Tensor, lora_A: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor:
+def _shrink(x: Tensor, lora_A: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor:
     """S = c · mask(x) Aᵀ, (M, r)."""
     dtype = _accumulator(x)
     if seed is None and x.dtype == lora_A.dtype == dtype:

@@ -1,9 +1,9 @@
-"""Tile shapes: what may run on a target, and which of it is chosen for a shape.  No GPU is asked; the target is an argument."""
+"""Tile shapes: which are valid on a target, and which one a shape gets.  The target is an argument; no GPU is asked."""
 
 import functools
 import math
 from collections.abc import Iterator
-from dataclasses import dataclass, replace
+from dataclasses import astuple, dataclass, replace
 
 import torch
 
@@ -17,7 +17,7 @@ def cdiv(a: int, b: int) -> int:
 
 @functools.cache
 def rank_block(r: int, limit: int = 128) -> int:
-    """The padded rank of one dot: at least 16 (tl.dot's minimum), a power of two, at most `limit`; larger ranks loop."""
+    """The padded rank of one dot: a power of two, at least 16 (tl.dot's minimum), at most `limit`.  Larger ranks loop."""
     return min(limit, max(16, 1 << (r - 1).bit_length()))
 
 
@@ -32,34 +32,37 @@ class GemmConfig:
     num_warps: int
     num_stages: int
     group_m: int = 8
-    store_parts: int = 1  # blocks of columns in which a descriptor stores the tile: smaller ones leave room for a stage
+
+    def __str__(self) -> str:
+        """The fields in order, "128,256,64,32,8,3,8": the tile's name in choices and in the tuner's file."""
+        return ",".join(map(str, astuple(self)))
 
     def shared_memory(self, itemsize: int, descriptors: bool) -> int:
-        """Bytes of the operand pipeline, of V's tile and, with descriptors, of the tile that is staged for the store."""
+        """Bytes of the operand pipeline, of V's tile and, with descriptors, of the C tile staged for the store."""
         pipeline = self.num_stages * (self.block_m + self.block_n) * self.block_k
-        staged = self.block_m * self.block_n // self.store_parts if descriptors else 0
+        staged = self.block_m * self.block_n if descriptors else 0
         return (pipeline + self.block_r * self.block_n + staged) * itemsize + 1024
 
     def is_valid(self, target: Target, dtype: torch.dtype, precision: str, descriptors: bool) -> bool:
-        """The one statement of what may run: for the choice below and for a tuner."""
-        accumulators = self.block_m * self.block_n // (32 * self.num_warps)
+        """The one statement of what may run, for the default choice and for the tuner."""
+        accumulators = self.block_m * self.block_n // (32 * self.num_warps)  # a thread's
         if dtype == torch.float32 and precision == "ieee":
-            # Without tensor cores a thread holds its rows and columns of both operands: at 32 accumulators and steps of 16
-            # that is 228 registers on sm_90, at steps of 32 it spills.
+            # Without tensor cores a thread holds its rows and columns of both operands.  With 32 accumulators and steps of 16
+            # that is 228 registers on sm_90; steps of 32 spill.
             fits = accumulators <= 32 and max(self.block_k, self.block_r) <= 16
         else:
-            # 128 leave room for wgmma's operands, which are in shared memory, but not for mma's, which are in registers, nor
-            # for float16 on sm_100, whose accumulators leave tensor memory to be scaled (136 bytes of stack at rank 64).
-            # Without descriptors the addresses take them (632 bytes of stack where rows are not aligned).
+            # 128 accumulators leave room for wgmma's operands, which are in shared memory.  They leave no room for mma's,
+            # which are in registers, nor for float16 on sm_100, where accumulators leave tensor memory to be scaled (136
+            # bytes of stack at rank 64), nor for the addresses of pointer loads (632 bytes of stack with ragged rows).
             scaled = dtype == torch.float16 and target.has_tensor_memory
             roomy = target.has_wgmma and descriptors and not scaled
-            # One wide instruction covers 64 rows.
+            # One wgmma covers 64 rows.
             fits = accumulators <= (128 if roomy else 64) and (self.block_m >= 64 or not target.has_wgmma)
         return fits and self.shared_memory(dtype.itemsize, descriptors) <= target.shared_memory
 
 
 def gemm_candidates(dtype: torch.dtype, precision: str) -> Iterator[GemmConfig]:
-    """Tiles worth trying, the largest, which re-reads its operands least, first."""
+    """Tiles worth trying.  The largest, which re-reads its operands least, comes first."""
     if dtype == torch.float32 and precision == "ieee":
         for block_m, block_n, warps in ((128, 64, 8), (64, 64, 8), (32, 64, 4)):
             yield GemmConfig(block_m, block_n, 16, 16, warps, 2)
@@ -69,23 +72,25 @@ def gemm_candidates(dtype: torch.dtype, precision: str) -> Iterator[GemmConfig]:
         for block_k in (depth, depth // 2):
             for stages in (4, 3):
                 yield GemmConfig(block_m, block_n, block_k, 32, warps, stages)
-    # A fourth stage of the largest tile, at the price of a store in four parts: for a tuner to weigh.
-    yield GemmConfig(128, 256, depth, 32, 8, 4, store_parts=4)
+
+
+def valid_tiles(dtype: torch.dtype, precision: str, target: Target, descriptors: bool) -> list[GemmConfig]:
+    """The candidates that may run."""
+    return [config for config in gemm_candidates(dtype, precision) if config.is_valid(target, dtype, precision, descriptors)]
 
 
 @functools.lru_cache(maxsize=4096)
 def gemm_config(rows: int, cols: int, dtype: torch.dtype, precision: str, target: Target, descriptors: bool) -> GemmConfig:
-    """The largest valid tile that still gives every multiprocessor one; else the smallest, which spreads the work furthest."""
-    valid = [config for config in gemm_candidates(dtype, precision) if config.is_valid(target, dtype, precision, descriptors)]
+    """The largest valid tile that gives every multiprocessor one; else the smallest, which spreads the work furthest."""
+    valid = valid_tiles(dtype, precision, target, descriptors)
     for config in valid:
         if cdiv(rows, config.block_m) * cdiv(cols, config.block_n) >= target.sms:
             return config
-    smallest = min(config.block_m * config.block_n for config in valid)
-    return next(config for config in valid if config.block_m * config.block_n == smallest)
+    return min(valid, key=lambda config: config.block_m * config.block_n)
 
 
-def addmm_config(dtype: torch.dtype, precision: str) -> GemmConfig:
-    """The tile that is written without a product: small, since what it waits for is the store of C."""
+def lora_tile_config(dtype: torch.dtype, precision: str) -> GemmConfig:
+    """The tile of a GEMM launch without P and Q.  It is small: that launch waits for the store of C."""
     if dtype == torch.float32 and precision == "ieee":
         return GemmConfig(64, 64, 16, 16, 8, 1)
     return GemmConfig(64, 128 if dtype.itemsize == 2 else 64, 16, 32, 4, 1)
@@ -102,13 +107,13 @@ class StreamConfig:
     num_stages: int
 
     def shared_memory(self, itemsize: int, small_itemsize: int) -> int:
-        """At most the bytes of the pipeline of both operands and of the masked tile that goes back for the dot."""
+        """An upper bound in bytes: the pipeline of both operands, and the masked tile on its way to the dot."""
         tile = self.block_m * self.block_k * itemsize
         small = max(self.block_m, self.block_k) * self.block_r * small_itemsize
         return self.num_stages * (tile + small) + tile + 1024
 
-    def beside(self, target: Target, itemsize: int, small_itemsize: int) -> int:
-        """How many of its programs a multiprocessor surely has room for, up to two, which keep loads in flight together."""
+    def programs_per_sm(self, target: Target, itemsize: int, small_itemsize: int) -> int:
+        """How many of its programs fit on a multiprocessor, counted up to two: two keep loads in flight."""
         return max(1, min(2, target.shared_memory // self.shared_memory(itemsize, small_itemsize)))
 
 
@@ -121,31 +126,34 @@ def stream_config(
     *,
     aligned: bool = True,
     dropout: bool = False,
-    term: bool = False,
+    with_dx: bool = False,
 ) -> StreamConfig:
-    """Tiles of 16 KiB of x or dY, (rows, columns) in `dtype`, three in flight where they fit; of half the rows where that takes
-    too few programs.  The operand of rank r, in `small_dtype`, is A, B, S or dS.
+    """The tile that streams a (rows, columns) matrix in `dtype` against an operand of rank r in `small_dtype` (A, B, S, dS).
 
-    Rows that are not `aligned` to 16 bytes are loaded element by element, and their addresses spread over more warps.  With
-    `dropout` Philox is most of the work, and waits for itself: eight warps where their registers leave room for two programs,
-    which they do not where mma keeps its operands there.  With `term` a product U V is written on the way: its accumulator
-    takes half the width, and V, which stays in registers, half the height where it is large, addresses are many or dots take
-    no mma.
+    The default tile holds 16 KiB of the matrix, with three in flight where they fit.  It has half the rows where full tiles
+    make too few programs for the chip.
+
+    Args:
+        aligned: rows start at multiples of 16 bytes.  Others load element by element, and more warps share the addresses.
+        dropout: Philox is most of the work, and waits for itself.  Eight warps hide that where registers leave room for two
+            programs; they do not where mma keeps its operands in registers.
+        with_dx: the kernel also writes a product U V.  Its accumulator takes half the width.  V stays in registers and takes
+            half the height where it is large, where addresses are many, or where dots use no tensor core.
     """
     block_r = rank_block(r)
-    # A float32 operand beside a 16-bit tile is split into two more; of 64 ranks or more they need a narrower tile not to spill,
-    # and where mma keeps its operands in registers a shorter one as well.
+    # A float32 operand beside a 16-bit tile becomes two 16-bit ones.  From rank 64 on they need a narrower tile not to spill,
+    # and a shorter one where mma keeps its operands in registers.
     mixed = small_dtype.itemsize > dtype.itemsize
-    split = mixed and block_r >= 64
+    hi_lo = mixed and block_r >= 64
     many_warps = block_r >= 64 or (mixed and target.has_tensor_memory) or not aligned or (dropout and target.has_wgmma)
     block_m, warps = 64, 8 if many_warps else 4
-    if split and not target.has_wgmma:
+    if hi_lo and not target.has_wgmma:
         block_m, warps = 32, 4 if aligned else 8
-    if term and (block_r >= 64 or not aligned or dtype.itemsize == 4):
+    if with_dx and (block_r >= 64 or not aligned or dtype.itemsize == 4):
         block_m = 32
     if dropout and block_r >= 64 and dtype.itemsize == 4:
-        block_m = 32  # dots without mma keep all of their operands in registers, beside Philox's words
-    widths = (64,) if split or term or dtype.itemsize == 4 else (128, 64)
+        block_m = 32  # dots without tensor cores keep all operands in registers, beside Philox's words
+    widths = (64,) if hi_lo or with_dx or dtype.itemsize == 4 else (128, 64)
     candidates = [StreamConfig(block_m, width, block_r, warps, stages) for width in widths for stages in (3, 2)]
     fitting = (
         config for config in candidates if config.shared_memory(dtype.itemsize, small_dtype.itemsize) <= target.shared_memory
@@ -160,15 +168,18 @@ def stream_config(
 def super_tile_config(
     shape: tuple[int, int], r: int, dtype: torch.dtype, small_dtype: torch.dtype, target: Target
 ) -> StreamConfig:
-    """The tile for dS and dB in one pass over dY, (rows, columns): wide, because each block of columns writes a partial dS,
-    (M, r) float32, that is read again: at 512 columns of a 16-bit dY and rank 16, an eighth of dY's bytes.  Narrower where wide
-    ones take too few programs."""
+    """The tile for dS and dB in one pass over dY, (rows, columns).
+
+    It is wide: each block of columns writes a partial dS, (M, r) float32, that is read again.  At 512 columns of a 16-bit dY
+    and rank 16 a partial dS is an eighth of dY's bytes.  It is narrower where wide tiles make too few programs.
+    """
     block_r = rank_block(r)
     block_m, width = (64, 128) if dtype.itemsize == 4 else (32, 512)
     width = width * 16 // block_r
     on_wgmma = target.has_wgmma and not target.has_tensor_memory
-    if small_dtype.itemsize > dtype.itemsize and on_wgmma and fills_device(cdiv(shape[0], 64) * cdiv(shape[1], 256), target):
-        # B's two dots are one chain of 64 mma at 32 rows (sm_90, read from the machine code); at 64 rows they are wgmma.
+    wide_tiles_fill = fills_device(cdiv(shape[0], 64) * cdiv(shape[1], 256), target)
+    if small_dtype.itemsize > dtype.itemsize and on_wgmma and wide_tiles_fill:
+        # At 32 rows the two dots with B are one chain of 64 mma (sm_90, from the machine code); at 64 rows they are wgmma.
         block_m, width = 64, 256
     narrowest = 16 * block_r // dtype.itemsize  # there a partial dS is a quarter of dY's bytes
     while width > narrowest and not fills_device(cdiv(shape[0], block_m) * cdiv(shape[1], width), target):
@@ -176,35 +187,37 @@ def super_tile_config(
     candidates = [StreamConfig(block_m, columns, block_r, 8, stages) for columns in (width, width // 2) for stages in (3, 2)]
     for config in candidates:
         pipeline = config.num_stages * block_m * (config.block_k * dtype.itemsize + block_r * 4)
-        split_b = 2 * config.block_k * block_r * dtype.itemsize
-        if pipeline + split_b <= target.shared_memory:
+        hi_and_lo_of_b = 2 * config.block_k * block_r * dtype.itemsize
+        if pipeline + hi_and_lo_of_b <= target.shared_memory:
             return config
     return StreamConfig(block_m, width // 2, block_r, 8, 1)
 
 
-MIN_STEPS = 2  # of a part of a split reduction, so that loads overlap
-MAX_WAVES = 4  # of programs beside each other: enough for the last round, which is not full, to be short
+MIN_STEPS = 2  # of one split of a reduction, so that its loads overlap
+MAX_WAVES = 4  # of programs: with four, a last wave that is not full costs little
 
 
 def fills_device(tiles: int, target: Target) -> bool:
-    """Whether a reduction of so many tiles can be cut into a part for every multiprocessor."""
+    """Whether a reduction over so many tiles can be split into a part for every multiprocessor."""
     return tiles >= MIN_STEPS * target.sms
 
 
-def split_steps(steps: int, programs: int, target: Target, partial: float, beside: int = 2) -> tuple[int, int]:
-    """(parts, steps of each) of the reductions of `steps` steps that `programs` programs make, cut into the parts that take
-    least time: the steps of the multiprocessor with the most programs, `beside` of them at a time, and the partial sums, each
-    `partial` times a step's bytes, which are written and read again.
+def split_steps(steps: int, programs: int, target: Target, partial: float, programs_per_sm: int = 2) -> tuple[int, int]:
+    """(splits, steps_per_split): how to split-K a reduction of `steps` steps that `programs` programs make.
 
-    But into no part of fewer than MIN_STEPS, nor of fewer bytes than its partial sum; there is one part even of no steps.
+    The split minimises the steps of the busiest multiprocessor, which runs `programs_per_sm` programs at a time, plus the
+    partial sums.  Each partial sum has `partial` times the bytes of a step, and is written and read again.  A split has at
+    least MIN_STEPS steps, and at least the bytes of its partial sum.  There is one split even of no steps.
     """
-    most = min(cdiv(MAX_WAVES * beside * target.sms, max(programs, 1)), steps // max(MIN_STEPS, math.ceil(partial)))
+    most_waves = cdiv(MAX_WAVES * programs_per_sm * target.sms, max(programs, 1))
+    most = min(most_waves, steps // max(MIN_STEPS, math.ceil(partial)))
     best, least = (1, steps), math.inf
     for wanted in range(1, most + 1):
-        each = cdiv(steps, wanted)
-        parts = cdiv(steps, each)
-        fullest = max(beside, cdiv(programs * parts, target.sms))
-        sums = 2 * partial * parts * programs / target.sms if parts > 1 else 0.0
-        if fullest * each + sums < 0.95 * least:  # a part more for nothing is a partial sum more
-            best, least = (parts, each), fullest * each + sums
+        steps_per_split = cdiv(steps, wanted)
+        splits = cdiv(steps, steps_per_split)
+        busiest = max(programs_per_sm, cdiv(programs * splits, target.sms))
+        sums = 2 * partial * splits * programs / target.sms if splits > 1 else 0.0
+        # Require a 5 % gain: every extra split adds a partial sum to write and reread.
+        if busiest * steps_per_split + sums < 0.95 * least:
+            best, least = (splits, steps_per_split), busiest * steps_per_split + sums
     return best

@@ -1,4 +1,4 @@
-"""Dots whose second operand may be wider than the first, and the rank-r term of a tile."""
+"""Dots whose second operand may be wider than the first, and the LoRA tile of a GEMM."""
 
 import torch
 import triton
@@ -29,8 +29,10 @@ def round_to(t, DTYPE: tl.constexpr):
 
 @triton.jit
 def into_range(t, OPERAND: tl.constexpr):
-    """(t / s, 1 / s, s) for a tile t about to be rounded to OPERAND: s = 1, but where float32 becomes float16, whose exponents
-    do not cover a gradient's range, the power of two of max |t|."""
+    """(t / s, 1 / s, s) for a tile t that is to be rounded to OPERAND.
+
+    s = 1 but for float32 to float16, whose exponents do not cover a gradient's range: there s is the power of two of max |t|.
+    """
     if OPERAND == tl.float16 and t.dtype == tl.float32:
         exponent = tl.max(tl.max(tl.abs(t), axis=1), axis=0).to(tl.int32, bitcast=True) & 0x7F800000
         # Within 2**-40 .. 2**126 the inverse is a normal number, and an accumulator times two of them stays finite.
@@ -44,8 +46,8 @@ def into_range(t, OPERAND: tl.constexpr):
 def dot_mixed(a, b, acc, PRECISION: tl.constexpr, HI_LO: tl.constexpr):
     """acc + a b, where b may be float32 beside a 16-bit a.
 
-    With HI_LO, b = hi + lo with both parts in a's dtype, and since a is exact, two dots keep float32 quality; without, b is
-    rounded to a's dtype.
+    With HI_LO, b = hi + lo, both in a's dtype.  a is exact, so two dots keep float32 quality.  Without, b is rounded to a's
+    dtype.
     """
     if a.dtype == b.dtype:
         return dot(a, b, acc, PRECISION)
@@ -59,7 +61,7 @@ def dot_mixed(a, b, acc, PRECISION: tl.constexpr, HI_LO: tl.constexpr):
 
 @triton.jit
 def lora_dot(u, v, acc, alpha, PRECISION: tl.constexpr, OPERAND: tl.constexpr):
-    """acc + alpha · u v for float32 u and any v, each rounded to OPERAND."""
+    """acc + alpha · u v for a float32 u and any v, each rounded to OPERAND."""
     u, inverse, scale = into_range(u * alpha, OPERAND)
     v, inverse_v, scale_v = into_range(v, OPERAND)
     return dot(round_to(u, OPERAND), round_to(v, OPERAND), acc * (inverse * inverse_v), PRECISION) * (scale * scale_v)
@@ -81,7 +83,7 @@ def lora_tile(
     PRECISION: tl.constexpr,
     OPERAND: tl.constexpr,
 ):
-    """alpha · U V of one tile of C in float32: U (M, R) float32 and V (R, N), each rounded to OPERAND, the GEMM's dtype."""
+    """alpha · U V of one tile of C, float32.  U (M, R) float32 and V (R, N) are rounded to OPERAND, the GEMM's dtype."""
     acc = tl.zeros((rows.shape[0], cols.shape[0]), tl.float32)
     for start in tl.range(0, R, BLOCK_R, num_stages=1):
         ranks = start + tl.arange(0, BLOCK_R)
@@ -94,5 +96,5 @@ def lora_tile(
 
 
 def matmul_precision(dtype: torch.dtype) -> str:
-    """How a float32 dot multiplies: TF32 where torch's own switch allows it.  16-bit operands are exact either way."""
+    """How float32 dots multiply: "tf32" where torch's switch allows it, else "ieee".  16-bit operands are exact either way."""
     return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"

@@ -1,4 +1,4 @@
-"""The keep mask on the device: the function that `fastlora/dropout.py` specifies, as a tile of booleans or of packed bits."""
+"""The keep mask on the device, as fastlora/dropout.py specifies it: a tile of booleans, or packed bits."""
 
 from collections.abc import Sequence
 
@@ -14,8 +14,11 @@ from fastlora.kernels.launch import Plan, Result
 
 
 def lane_limit(dropout_p: float) -> int:
-    """t · 2¹⁶ − 1 as an int32's bits: lane >= t is tested as (lane · 2¹⁶ + anything below) > limit, unsigned, so that an
-    upper lane is compared where it lies in its word.  t >= 1, since t = 0 takes no mask."""
+    """t · 2¹⁶ − 1 as the bits of an int32.
+
+    lane >= t is tested as (lane · 2¹⁶ + lower bits) > limit, unsigned, so that an upper lane is compared where it lies in its
+    word.  t >= 1: t = 0 takes no mask.
+    """
     limit = (threshold(dropout_p) << 16) - 1
     return limit - (1 << 32) if limit >= 1 << 31 else limit
 
@@ -29,7 +32,7 @@ def keep_words(seed, rows, first_col, BLOCK_K: tl.constexpr):
 
 @triton.jit
 def keep_tile(w0, w1, w2, w3, limit, BLOCK_M: tl.constexpr, BLOCK_K: tl.constexpr):
-    """Booleans (BLOCK_M, BLOCK_K), True = kept: 8 neighbouring columns come from one thread's words, as x's loads do."""
+    """Booleans (BLOCK_M, BLOCK_K), True = kept.  A thread's words give 8 neighbouring columns, those that it loads of x."""
     words = tl.join(tl.join(w0, w2), tl.join(w1, w3))  # [..., i, j] = word 2i + j
     lanes = tl.join(words << 16, words)  # [..., i, j, h] = lane 4i + 2j + h in the upper half
     return tl.reshape(lanes, (BLOCK_M, BLOCK_K)) > limit.to(tl.uint32, bitcast=True)
@@ -43,7 +46,7 @@ def _keep_pair(word, limit):
 
 @triton.jit
 def keep_bytes(w0, w1, w2, w3, limit):
-    """The same booleans packed: bit j of byte (row, c) is column 8c + j.  Straight from the words, without a shuffle."""
+    """The same booleans packed: bit j of byte (row, c) is column 8c + j.  The words give the bytes without a shuffle."""
     low = _keep_pair(w0, limit) | (_keep_pair(w1, limit) << 2)
     high = _keep_pair(w2, limit) | (_keep_pair(w3, limit) << 2)
     return (low | (high << 4)).to(tl.uint8)
@@ -72,14 +75,14 @@ def packed_mask(shape: Sequence[int]) -> Result:
 
 
 def plan_pack_bits(shape: Sequence[int], block_m: int = 32, block_k: int = 256) -> Plan:
-    """For an activation of `shape`."""
+    """The launch for an activation of `shape`."""
     bits = packed_mask(shape)
     options = {"BLOCK_M": block_m, "BLOCK_K": block_k, "num_warps": 4, "num_stages": 1}
     return Plan(pack_bits_kernel, (cdiv(shape[0], block_m), cdiv(shape[1], block_k)), bits.shape, options, (bits,))
 
 
 def pack_bits(plan: Plan, seed: Tensor, dropout_p: float) -> Tensor:
-    """The packed keep mask, for a backward that needs the mask but does not stream x."""
+    """The packed keep mask, for a backward that does not stream x."""
     bits = plan.results[0].empty(seed.device)
     launch.launch(plan, bits, seed, *plan.sizes, lane_limit(dropout_p))
     return bits

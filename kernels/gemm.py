@@ -1,10 +1,10 @@
-"""The two GEMMs, each with its rank-r term in one accumulator: y = x Wᵀ + bias + scaling · S Bᵀ and dx = dy W + mask(dS A).
+"""The two GEMMs, each with its LoRA term in the same accumulator: y = x Wᵀ + bias + scaling · S Bᵀ, dx = dy W + mask(dS A).
 
-Both are C (M, N) = P (M, K) Q (K, N) + bias + mask(alpha · U (M, R) V (R, N)); forward P = x, Q = Wᵀ, U = S, V = Bᵀ; backward
-P = dy, Q = W, U = dS, V = A.  The rank-r product comes first, so that the main loop accumulates onto it and no second
-accumulator is ever live; the mask is read from packed bits.  Persistent programs walk the tiles of C in groups of GROUP_M rows.
+Both are C (M, N) = P (M, K) Q (K, N) + bias + mask(alpha · U (M, R) V (R, N)).  Forward: P = x, Q = Wᵀ, U = S, V = Bᵀ.
+Backward: P = dy, Q = W, U = dS, V = A.  The rank-r product comes first and the main loop accumulates onto it, so a program
+holds one accumulator.  The mask is read from packed bits.  Persistent programs walk the tiles of C in groups of GROUP_M rows.
 
-Without P and Q the same kernel writes bias + mask(alpha · U V) alone: the prefill, onto which another GEMM accumulates P Q.
+Without P and Q the same kernel writes bias + mask(alpha · U V) alone.  cuBLAS then accumulates P Q onto it.
 """
 
 from typing import Any
@@ -16,7 +16,7 @@ from torch import Tensor
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastlora.kernels import launch
-from fastlora.kernels.config import GemmConfig, addmm_config, cdiv, gemm_config, rank_block
+from fastlora.kernels.config import GemmConfig, cdiv, gemm_config, lora_tile_config, rank_block
 from fastlora.kernels.dot import TRITON_DTYPES, dot, lora_tile, round_to
 from fastlora.kernels.dropout import packed_mask
 from fastlora.kernels.launch import Plan, Result
@@ -42,33 +42,6 @@ def keep_from_bits(bits, rows, first_n, M, row_bytes, BLOCK_M: tl.constexpr, BLO
     byte = tl.load(pointers, mask=(rows[:, None] < M) & (columns[None, :] < row_bytes), other=0).to(tl.int32)
     keep = (byte[:, :, None] >> tl.arange(0, 8)[None, None, :]) & 1
     return tl.reshape(keep != 0, (BLOCK_M, BLOCK_N))
-
-
-@triton.jit
-def halves(acc):
-    """The left and the right half of a tile's columns; a thread's own registers, nothing moves."""
-    pair = tl.reshape(acc, (acc.shape[0], 2, acc.shape[1] // 2))
-    return tl.split(tl.permute(pair, (0, 2, 1)))
-
-
-@triton.jit
-def store_tile(C, acc, first_m, first_n, DTYPE: tl.constexpr, PARTS: tl.constexpr):
-    """acc in DTYPE to descriptor C, in PARTS (1, 2 or 4) blocks of columns through one buffer of shared memory."""
-    if PARTS == 1:
-        C.store([first_m, first_n], round_to(acc, DTYPE))
-    else:
-        left, right = halves(acc)
-        width: tl.constexpr = acc.shape[1] // PARTS
-        if PARTS == 2:
-            C.store([first_m, first_n], round_to(left, DTYPE))
-            C.store([first_m, first_n + width], round_to(right, DTYPE))
-        else:
-            a, b = halves(left)
-            c, d = halves(right)
-            C.store([first_m, first_n], round_to(a, DTYPE))
-            C.store([first_m, first_n + width], round_to(b, DTYPE))
-            C.store([first_m, first_n + 2 * width], round_to(c, DTYPE))
-            C.store([first_m, first_n + 3 * width], round_to(d, DTYPE))
 
 
 @triton.jit(do_not_specialize=["M"])
@@ -98,7 +71,6 @@ def gemm_kernel(
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
-    STORE_PARTS: tl.constexpr,
     DTYPE: tl.constexpr,
     HAS_BIAS: tl.constexpr,
     HAS_MASK: tl.constexpr,
@@ -109,7 +81,7 @@ def gemm_kernel(
     USE_INT64: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """C = P Q + bias + mask(alpha · U V); P, Q, C are descriptors (Q's of Qᵀ with Q_TRANSPOSED) or pointers."""
+    """C = P Q + bias + mask(alpha · U V).  P, Q, C are descriptors (with Q_TRANSPOSED that of Qᵀ) or pointers."""
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         first_m, first_n = grouped_tile(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
@@ -122,7 +94,7 @@ def gemm_kernel(
         if HAS_BIAS:
             acc += tl.load(bias + offs_n * stride_bias, mask=cols < N, other=0.0).to(tl.float32)[None, :]
         if HAS_PRODUCT:
-            # Rows and columns beyond C read row or column 0 and are not stored: cheaper than a mask in the main loop.
+            # Rows and columns beyond C load row or column 0 and are not stored: cheaper than a mask in the main loop.
             safe_m, safe_n = tl.where(rows < M, offs_m, 0), tl.where(cols < N, offs_n, 0)
             for k in range(0, K, BLOCK_K):
                 if DESCRIPTORS:
@@ -141,7 +113,7 @@ def gemm_kernel(
                     q = tl.load(Q + offs_k[:, None] * stride_qk + safe_n[None, :] * stride_qn, mask=q_mask, other=other)
                 acc = dot(p, q, acc, PRECISION)
         if DESCRIPTORS:
-            store_tile(C, acc, first_m, first_n, DTYPE, STORE_PARTS)
+            C.store([first_m, first_n], round_to(acc, DTYPE))
         else:
             c_mask = (rows[:, None] < M) & (cols[None, :] < N)
             tl.store(C + offs_m[:, None] * N + offs_n[None, :], round_to(acc, DTYPE), mask=c_mask)
@@ -160,10 +132,10 @@ def plan_gemm(
     masked: bool = False,
     config: GemmConfig | None = None,
 ) -> Plan:
-    """For P (M, K), Q (K, N), V (r, N) and bias (N,) of any strides and a contiguous U (M, r).
+    """The launch for P (M, K), Q (K, N), V (r, N) and bias (N,) of any strides and a contiguous U (M, r).
 
-    P, Q and C go through tensor descriptors where all three can, otherwise through pointers.  `config` is chosen from the shape
-    when it is not given, or not valid for these operands: a tile that was measured with descriptors, say.
+    P, Q and C go through tensor descriptors where all three can, otherwise through pointers.  The shape chooses the tile when
+    `config` is None or not valid for these operands: one that was measured with descriptors, say.
     """
     M, N = U.shape[0], V.shape[1]
     C = TensorSpec.new(M, N, dtype=dtype)
@@ -171,7 +143,7 @@ def plan_gemm(
     transposed = False
     strides: tuple[int, ...]
     if P is None or Q is None:
-        config, programs = addmm_config(dtype, precision), None
+        config, programs = lora_tile_config(dtype, precision), None
         K, strides = 0, (0, 0, 0, 0)
     else:
         K, strides, programs = P.shape[1], (*P.stride, *Q.stride), target.sms
@@ -188,7 +160,6 @@ def plan_gemm(
         "BLOCK_K": config.block_k,
         "BLOCK_R": rank_block(U.shape[1], config.block_r),
         "GROUP_M": config.group_m,
-        "STORE_PARTS": config.store_parts if described else 1,
         "DTYPE": TRITON_DTYPES[dtype],
         "HAS_BIAS": bias is not None,
         "HAS_MASK": masked,
@@ -203,7 +174,7 @@ def plan_gemm(
     }
     small = (*V.stride, 0 if bias is None else bias.stride[0], packed_mask((M, N)).shape[1] if masked else 0)
     block_q = (config.block_n, config.block_k) if transposed else (config.block_k, config.block_n)
-    blocks = (config.block_m, config.block_k), block_q, (config.block_m, config.block_n // config.store_parts)
+    blocks = (config.block_m, config.block_k), block_q, (config.block_m, config.block_n)
     return Plan(
         gemm_kernel,
         (min(tiles, programs or tiles),),
@@ -215,10 +186,10 @@ def plan_gemm(
 
 
 class _Described(TensorDescriptor):
-    """A descriptor of which the plan has proved what `TensorDescriptor` would ask at every launch, a third of its cost."""
+    """A descriptor without the checks that `TensorDescriptor` repeats at every launch, a third of its cost."""
 
     def __post_init__(self) -> None:
-        """See `fits_descriptor`."""
+        """The plan has checked the operands: `fits_descriptor`."""
 
 
 def gemm(
@@ -231,12 +202,13 @@ def gemm(
     alpha: float,
     bias: Tensor | None = None,
     bits: Tensor | None = None,
+    out: Tensor | None = None,
 ) -> Tensor:
-    """P Q + bias + mask(alpha · U V), U in float32; without P and Q the rest alone.
+    """P Q + bias + mask(alpha · U V), U in float32, in `out` (M, N), contiguous, where given; without P and Q the rest alone.
 
-    Of Q and V only the data is read: the plan has their layouts, so that Wᵀ and Bᵀ may be given as W and B.
+    The plan has the layouts of Q and V, so that Wᵀ and Bᵀ may be given as W and B.
     """
-    C = plan.results[0].empty(U.device)
+    C = plan.results[0].empty(U.device) if out is None else out
     operands: tuple[Any, ...] = (P, Q, C)
     if plan.descriptors:
         operands = tuple(_Described(matrix, *facts) for matrix, facts in zip(operands, plan.descriptors, strict=True))

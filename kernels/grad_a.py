@@ -1,7 +1,7 @@
-"""dA = dSᵀ drop(x) and dB = scaling · dyᵀ S: one pass over a tall matrix, reduced along rows.
+"""dA = dSᵀ drop(x) and dB = scaling · dyᵀ S: one pass over a tall matrix, reduced along its rows.
 
-While the mask of dA is at hand, the same pass packs it to bits for the GEMM of dx or, where another GEMM is to accumulate
-dy W, writes the masked term dx = c · mask(dS A) itself.
+The pass has the mask of dA at hand.  For the fused GEMM of dx it packs the mask to bits.  For cuBLAS it writes the LoRA term
+c · mask(dS A) into dx, and cuBLAS accumulates dy W onto it.
 """
 
 import torch
@@ -18,7 +18,7 @@ from fastlora.kernels.launch import Plan, Result
 from fastlora.kernels.target import Target
 from fastlora.kernels.tensor_spec import TensorSpec, fits_descriptor, needs_int64
 
-TERM_RANKS = 32  # a step of the prefilled term: its tile of V stays in registers
+DX_RANKS = 32  # ranks a step of dx's LoRA term: that tile of V stays in registers
 
 
 @triton.jit(do_not_specialize=["M", "steps", "row_bytes", "limit"], do_not_specialize_on_alignment=["seed"])
@@ -28,7 +28,7 @@ def grad_a_kernel(
     out,
     bits,
     V,
-    C,
+    dx,
     seed,
     M,
     K,
@@ -47,34 +47,34 @@ def grad_a_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    TERM_R: tl.constexpr,
+    DX_BLOCK_R: tl.constexpr,
     DTYPE: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     PACK: tl.constexpr,
-    ADDMM: tl.constexpr,
+    WITH_DX: tl.constexpr,
     HI_LO: tl.constexpr,
     USE_INT64: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """out[split] (R, K) = scale · Uᵀ mask(x) over row blocks split · steps .. (split + 1) · steps; with PACK bits = the packed
-    mask, with ADDMM C (M, K) = mask(keep_scale · U V), once each: by the programs of the first rank block.
+    """out[pid_m] (R, K) = scale · Uᵀ mask(x) over row blocks pid_m · steps .. (pid_m + 1) · steps.
 
-    row_bytes stays unspecialised: known to be a multiple of 16, it would make Triton give the bytes' store a layout of its own
-    and compute Philox a second time for it (20.8 instructions per element on sm_90 instead of 14.3).
+    The programs of the first rank block also write bits = the packed mask (PACK) or dx (M, K) = mask(keep_scale · U V)
+    (WITH_DX).  row_bytes is not specialised: as a multiple of 16 it makes Triton give the store of bits its own layout and
+    compute Philox a second time (20.8 instructions an element on sm_90 instead of 14.3).
     """
     cols = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
-    split = tl.program_id(1)
+    pid_m = tl.program_id(1)
     ranks = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
     offs_k = cols.to(tl.int64) if USE_INT64 else cols
     if HAS_DROPOUT:
         seed = tl.load(seed)
-    # Known where there is one: a branch or a loop in the loop over rows would keep Triton from pipelining its loads.
+    # A constant with one rank block: a branch or a loop in the loop over rows keeps Triton from pipelining its loads.
     rank_block = tl.program_id(2) if R > BLOCK_R else 0
-    if ADDMM and R <= BLOCK_R:
+    if WITH_DX and R <= BLOCK_R:
         v_mask = (ranks[:, None] < R) & (cols[None, :] < K)
         v_tile = tl.load(V + ranks[:, None].to(offs_k.dtype) * stride_vr + offs_k[None, :] * stride_vk, mask=v_mask, other=0.0)
     acc = tl.zeros((BLOCK_K, BLOCK_R), tl.float32)
-    for start in range(split * steps * BLOCK_M, tl.minimum(M, (split + 1) * steps * BLOCK_M), BLOCK_M):
+    for start in range(pid_m * steps * BLOCK_M, tl.minimum(M, (pid_m + 1) * steps * BLOCK_M), BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
         offs_m = rows.to(tl.int64) if USE_INT64 else rows
         x_mask = (rows[:, None] < M) & (cols[None, :] < K)
@@ -89,17 +89,19 @@ def grad_a_kernel(
             if PACK:
                 if rank_block == 0:
                     store_bytes(bits, w0, w1, w2, w3, limit, rows, first_col, M, row_bytes, BLOCK_K)
-        if ADDMM:
+        if WITH_DX:
             if rank_block == 0:
                 if R <= BLOCK_R:
-                    term = lora_dot(u_tile, v_tile, tl.zeros((BLOCK_M, BLOCK_K), tl.float32), keep_scale, PRECISION, DTYPE)
+                    dx_tile = lora_dot(u_tile, v_tile, tl.zeros((BLOCK_M, BLOCK_K), tl.float32), keep_scale, PRECISION, DTYPE)
                 else:
-                    term = lora_tile(U, V, offs_m, offs_k, M, K, stride_vr, stride_vk, keep_scale, R, TERM_R, PRECISION, DTYPE)
+                    dx_tile = lora_tile(
+                        U, V, offs_m, offs_k, M, K, stride_vr, stride_vk, keep_scale, R, DX_BLOCK_R, PRECISION, DTYPE
+                    )
                 if HAS_DROPOUT:
-                    term = tl.where(keep, term, 0.0)
-                tl.store(C + offs_m[:, None].to(tl.int64) * K + offs_k[None, :], round_to(term, DTYPE), mask=x_mask)
+                    dx_tile = tl.where(keep, dx_tile, 0.0)
+                tl.store(dx + offs_m[:, None].to(tl.int64) * K + offs_k[None, :], round_to(dx_tile, DTYPE), mask=x_mask)
         acc = dot_mixed(tl.trans(x_tile), u_tile, acc, PRECISION, HI_LO)
-    out += split.to(tl.int64) * R * K
+    out += pid_m.to(tl.int64) * R * K
     out_mask = (cols[:, None] < K) & (ranks[None, :] < R)
     tl.store(
         out + offs_k[:, None] * stride_ok + ranks.to(offs_k.dtype)[None, :] * stride_or,
@@ -120,15 +122,15 @@ def plan_grad_a(
     pack: bool = False,
     V: TensorSpec | None = None,
 ) -> Plan:
-    """For x (M, K) and a contiguous U (M, r): the result, (r, K) or with `transposed` (K, r) in `dtype`, may come in parts.
+    """The launch for x (M, K) and a contiguous U (M, r).
 
-    Another result is the packed mask, with `pack`, which goes with `dropout`; or drop(U V), with V (r, K), for a GEMM to
-    accumulate onto.
+    Its first result is (r, K), or (K, r) with `transposed`, in `dtype`, and may come in parts.  With `pack`, which needs
+    `dropout`, the packed mask is a second one.  With V (r, K) the launch also writes drop(U V) (M, K).
     """
-    (M, K), r = x.shape, U.shape[1]
-    config = stream_config((M, K), r, x.dtype, U.dtype, target, aligned=fits_descriptor(x), dropout=dropout, term=V is not None)
+    (M, K), r, with_dx = x.shape, U.shape[1], V is not None
+    config = stream_config((M, K), r, x.dtype, U.dtype, target, aligned=fits_descriptor(x), dropout=dropout, with_dx=with_dx)
     col_blocks, rank_blocks = cdiv(K, config.block_k), cdiv(r, config.block_r)
-    parts, steps = split_steps(
+    splits, steps = split_steps(
         cdiv(M, config.block_m), col_blocks * rank_blocks, target, config.block_r * 4 / (config.block_m * x.dtype.itemsize)
     )
     out_strides = (1, r) if transposed else (K, 1)
@@ -138,11 +140,11 @@ def plan_grad_a(
         "BLOCK_M": config.block_m,
         "BLOCK_K": config.block_k,
         "BLOCK_R": config.block_r,
-        "TERM_R": rank_block(r, TERM_RANKS),
+        "DX_BLOCK_R": rank_block(r, DX_RANKS),
         "DTYPE": TRITON_DTYPES[x.dtype],
         "HAS_DROPOUT": dropout,
         "PACK": pack,
-        "ADDMM": V is not None,
+        "WITH_DX": with_dx,
         "HI_LO": dtype == torch.float32,
         "USE_INT64": needs_int64(x, U, V, TensorSpec.new(r, K, dtype=dtype)),
         "PRECISION": precision,
@@ -150,9 +152,8 @@ def plan_grad_a(
         "num_stages": config.num_stages,
     }
     sizes = (M, K, steps, bits.shape[1] if pack else 0, *x.stride, *out_strides, *((0, 0) if V is None else V.stride))
-    out = Result((K, r) if transposed else (r, K), dtype, parts)
-    besides = (bits,) if pack else () if V is None else (Result((M, K), x.dtype),)
-    return Plan(grad_a_kernel, (col_blocks, parts, rank_blocks), sizes, options, (out, *besides))
+    out = Result((K, r) if transposed else (r, K), dtype, splits)
+    return Plan(grad_a_kernel, (col_blocks, splits, rank_blocks), sizes, options, (out, bits) if pack else (out,))
 
 
 def grad_a(
@@ -164,16 +165,15 @@ def grad_a(
     scaling: float = 1.0,
     seed: Tensor | None = None,
     dropout_p: float = 0.0,
-) -> tuple[Tensor, Tensor | None, Tensor | None]:
-    """(scaling · Uᵀ drop(x), the packed mask, drop(U V)), the last two where the plan has them, from U in float32.
+    dx: Tensor | None = None,
+) -> tuple[Tensor, Tensor | None]:
+    """(scaling · Uᵀ drop(x), the packed mask where the plan packs it), from a float32 U.
 
-    A float32 result keeps float32 quality: U is split in two; for a 16-bit one U is rounded to x's dtype.  Of V, which a plan
-    without that term ignores, only the data is read: its layout is the plan's.
+    With a `dx` (M, K), contiguous, drop(U V) is written to it; the plan has V's layout.  A float32 result keeps float32
+    quality: U is split in two.  For a 16-bit result U is rounded to x's dtype.
     """
-    out, *besides = (result.empty(x.device) for result in plan.results)
-    bits = besides[0] if plan.options["PACK"] else None
-    C = besides[0] if plan.options["ADDMM"] else None
+    out = plan.results[0].empty(x.device)
+    bits = plan.results[1].empty(x.device) if plan.options["PACK"] else None
     scale, limit = (1.0, 0) if seed is None else (keep_scale(dropout_p), lane_limit(dropout_p))
-    V = None if C is None else V
-    launch.launch(plan, x, U, out, bits, V, C, seed, *plan.sizes, scaling * scale, scale, limit)
-    return out, bits, C
+    launch.launch(plan, x, U, out, bits, V, dx, seed, *plan.sizes, scaling * scale, scale, limit)
+    return out, bits

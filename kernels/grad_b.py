@@ -12,7 +12,7 @@ from fastlora.kernels.launch import Plan, Result
 from fastlora.kernels.target import Target
 from fastlora.kernels.tensor_spec import TensorSpec, needs_int64
 
-MAX_RANK = 32  # above it the partial dS, one for each block of dy's columns, costs what a second pass over dy does
+MAX_RANK = 32  # above it the partial dS, one for each block of dy's columns, cost as much as a second pass over dy
 
 
 @triton.jit(do_not_specialize=["M", "steps"])
@@ -38,11 +38,11 @@ def grad_b_kernel(
     USE_INT64: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """Of the super-tile (row blocks split · steps .. (split + 1) · steps, one block of columns): its share of dS and of dB.
+    """One super-tile's share of dS and dB: row blocks pid_m · steps .. (pid_m + 1) · steps of one block of columns.
 
-    dS[column block] (M, R) and dB[split] (N, R) are float32 partial sums.
+    dS[pid_n] (M, R) and dB[pid_m] (N, R) are float32 partial sums.
     """
-    pid_n, split = tl.program_id(0), tl.program_id(1)
+    pid_n, pid_m = tl.program_id(0), tl.program_id(1)
     cols = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     ranks = tl.arange(0, BLOCK_R)
     offs_n = cols.to(tl.int64) if USE_INT64 else cols
@@ -51,7 +51,7 @@ def grad_b_kernel(
     b_tile = tl.load(B + offs_n[:, None] * stride_bn + offs_r[None, :] * stride_br, mask=nr_mask, other=0.0)
     dS += pid_n.to(tl.int64) * M * R
     acc = tl.zeros((BLOCK_N, BLOCK_R), tl.float32)
-    for start in range(split * steps * BLOCK_M, tl.minimum(M, (split + 1) * steps * BLOCK_M), BLOCK_M):
+    for start in range(pid_m * steps * BLOCK_M, tl.minimum(M, (pid_m + 1) * steps * BLOCK_M), BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
         offs_m = rows.to(tl.int64) if USE_INT64 else rows
         y_mask = (rows[:, None] < M) & (cols[None, :] < N)
@@ -62,19 +62,19 @@ def grad_b_kernel(
         tl.store(dS + s_offs, ds_tile * scale, mask=s_mask)
         s_tile = tl.load(S + s_offs, mask=s_mask, other=0.0)
         acc = dot_mixed(tl.trans(y_tile), s_tile, acc, PRECISION, HI_LO)
-    dB += split.to(tl.int64) * N * R
+    dB += pid_m.to(tl.int64) * N * R
     tl.store(dB + offs_n[:, None] * R + ranks[None, :], round_to(acc * scale, dB.dtype.element_ty), mask=nr_mask)
 
 
 def plan_grad_s_and_b(dy: TensorSpec, B: TensorSpec, S: TensorSpec, dtype: torch.dtype, precision: str, target: Target) -> Plan:
-    """For dy (M, N), B (N, r) and a contiguous S (M, r), r at most MAX_RANK; both results may come in parts."""
+    """The launch for dy (M, N), B (N, r) and a contiguous S (M, r), r at most MAX_RANK.  Both results may come in parts."""
     (M, N), r = dy.shape, B.shape[1]
     config = super_tile_config((M, N), r, dy.dtype, B.dtype, target)
-    col_blocks = max(1, cdiv(N, config.block_k))  # of no columns, one program still writes dS = 0
+    col_blocks = max(1, cdiv(N, config.block_k))  # with N = 0, one program still writes dS = 0
     partial = config.block_r * 4 / (config.block_m * dy.dtype.itemsize)
-    # Without wgmma, dy's loads wait in registers for the two layouts that the dots want, and nothing else hides them.
-    beside = 1 if target.has_wgmma else 2
-    parts, steps = split_steps(cdiv(M, config.block_m), col_blocks, target, partial, beside)
+    # Without wgmma, dy's loads wait in registers for the two layouts of the dots.  Only a second program hides them.
+    programs_per_sm = 1 if target.has_wgmma else 2
+    splits, steps = split_steps(cdiv(M, config.block_m), col_blocks, target, partial, programs_per_sm)
     options = {
         "R": r,
         "BLOCK_M": config.block_m,
@@ -86,8 +86,8 @@ def plan_grad_s_and_b(dy: TensorSpec, B: TensorSpec, S: TensorSpec, dtype: torch
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
-    results = Result((M, r), torch.float32, col_blocks), Result((N, r), dtype, parts)
-    return Plan(grad_b_kernel, (col_blocks, parts), (M, N, steps, *dy.stride, *B.stride), options, results)
+    results = Result((M, r), torch.float32, col_blocks), Result((N, r), dtype, splits)
+    return Plan(grad_b_kernel, (col_blocks, splits), (M, N, steps, *dy.stride, *B.stride), options, results)
 
 
 def grad_s_and_b(plan: Plan, dy: Tensor, B: Tensor, S: Tensor, *, scaling: float) -> tuple[Tensor, Tensor]:

@@ -1,4 +1,4 @@
-"""The one place where a kernel is launched, so that a test or a report can watch every launch, and what is planned of one."""
+"""The one place that launches kernels, so that a test or a report can watch every launch."""
 
 from collections.abc import Callable
 from dataclasses import dataclass, field
@@ -11,14 +11,14 @@ from triton.runtime.jit import KernelInterface
 
 
 class Result(NamedTuple):
-    """A tensor that a launch computes; with parts > 1 as so many partial sums of it in float32, which sums.py adds up."""
+    """A tensor that a launch computes.  With parts > 1 the launch writes that many float32 partial sums; sums.py adds them."""
 
     shape: tuple[int, ...]
     dtype: torch.dtype
     parts: int = 1
 
     def empty(self, device: torch.device) -> Tensor:
-        """Memory for the kernel to write: the tensor's, or (parts, *shape)."""
+        """Memory for the kernel to write: `shape`, or (parts, *shape)."""
         if self.parts == 1:
             return torch.empty(self.shape, dtype=self.dtype, device=device)
         return torch.empty((self.parts, *self.shape), dtype=torch.float32, device=device)
@@ -26,11 +26,14 @@ class Result(NamedTuple):
 
 @dataclass(frozen=True, eq=False)
 class Plan:
-    """What of a launch depends on its operands' layouts alone: worked out once for a layout, and kept.
+    """The part of a launch that follows from its operands' specs alone.  It is computed once per spec and kept.
 
-    sizes: the kernel's integer arguments in its order.  options: its constexprs, num_warps and num_stages.  results: what it
-    computes.  descriptors: (shape, strides, block) of those that the first arguments are handed in, where they are.  ready: by
-    device, the kernel compiled for it and its constexprs in order.
+    Attributes:
+        sizes: the kernel's integer arguments, in its order.
+        options: its constexprs, num_warps and num_stages.
+        results: what it computes.
+        descriptors: (shape, strides, block) of the leading arguments that the kernel takes as tensor descriptors.
+        compiled: device index -> (launcher of the compiled kernel, constexprs in the kernel's order).
     """
 
     kernel: KernelInterface
@@ -39,24 +42,24 @@ class Plan:
     options: dict[str, Any]
     results: tuple[Result, ...] = ()
     descriptors: tuple[tuple[list[int], list[int], list[int]], ...] = ()
-    ready: dict[int, tuple[Callable[..., None], tuple[Any, ...]]] = field(default_factory=dict)
+    compiled: dict[int, tuple[Callable[..., None], tuple[Any, ...]]] = field(default_factory=dict)
 
 
 def launch(plan: Plan, *args: Any) -> None:
-    """Run the plan's kernel with run-time `args` in its own order; an empty grid launches nothing.
+    """Run the plan's kernel on run-time `args`, in the kernel's order.  An empty grid launches nothing.
 
-    The plan fixes the integers and alignments that a kernel is compiled for, so Triton finds the compiled one once; afterwards
-    it is launched as it is, for an eighth of the host's time (benches/NOTES.md).  A profiler's hooks still see it; knobs that
-    change how a kernel is compiled count at its first launch.
+    Triton finds the compiled kernel at the first launch.  The plan fixes every integer and alignment that Triton specialises
+    on, so later launches call that kernel directly, in an eighth of the host time (benches/NOTES.md).  Profiler hooks still
+    see each launch.  Triton's compile-time knobs count at the first launch only.
     """
     if 0 in plan.grid:
         return
-    if plan.ready and (known := plan.ready.get(torch.cuda.current_device())):
-        run, values = known
-        run(*args, *values)
+    if plan.compiled and (known := plan.compiled.get(torch.cuda.current_device())):
+        run, constexprs = known
+        run(*args, *constexprs)
         return
-    # Fused multiply-adds are the default up to Triton 3.9, which announces that 3.10 flips it.
+    # Triton 3.9 announces that 3.10 turns FP fusion off by default.
     result = plan.kernel[plan.grid](*args, enable_fp_fusion=True, **plan.options)
     if isinstance(result, CompiledKernel):
-        values = tuple(plan.options[name] for name in plan.kernel.arg_names[len(args) :])
-        plan.ready[torch.cuda.current_device()] = result[(*plan.grid, 1, 1)[:3]], values
+        constexprs = tuple(plan.options[name] for name in plan.kernel.arg_names[len(args) :])
+        plan.compiled[torch.cuda.current_device()] = result[(*plan.grid, 1, 1)[:3]], constexprs

@@ -38,16 +38,16 @@ def shrink_kernel(
     USE_INT64: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """out[split] (M, R) = scale · mask(x) Aᵀ over column blocks split · steps .. (split + 1) · steps."""
+    """out[pid_k] (M, R) = scale · mask(x) Aᵀ over column blocks pid_k · steps .. (pid_k + 1) · steps."""
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
-    split = tl.program_id(1)
+    pid_k = tl.program_id(1)
     ranks = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
     offs_m = rows.to(tl.int64) if USE_INT64 else rows
     offs_r = ranks.to(tl.int64) if USE_INT64 else ranks
     if HAS_DROPOUT:
         seed = tl.load(seed)
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
-    for start in range(split * steps * BLOCK_K, tl.minimum(K, (split + 1) * steps * BLOCK_K), BLOCK_K):
+    for start in range(pid_k * steps * BLOCK_K, tl.minimum(K, (pid_k + 1) * steps * BLOCK_K), BLOCK_K):
         cols = start + tl.arange(0, BLOCK_K)
         offs_k = cols.to(tl.int64) if USE_INT64 else cols
         x_mask = (rows[:, None] < M) & (cols[None, :] < K)
@@ -58,22 +58,22 @@ def shrink_kernel(
             w0, w1, w2, w3 = keep_words(seed, rows, start, BLOCK_K)
             x_tile = tl.where(keep_tile(w0, w1, w2, w3, limit, BLOCK_M, BLOCK_K), x_tile, 0.0)
         acc = dot_mixed(x_tile, a_tile, acc, PRECISION, True)
-    out_rows = (split.to(tl.int64) * M + rows) * R
+    out_rows = (pid_k.to(tl.int64) * M + rows) * R
     out_mask = (rows[:, None] < M) & (ranks[None, :] < R)
     tl.store(out + out_rows[:, None] + ranks[None, :], acc * scale, mask=out_mask)
 
 
 def plan_shrink(x: TensorSpec, A: TensorSpec, dropout: bool, precision: str, target: Target) -> Plan:
-    """For x (M, K) and A (r, K) of any strides; its result may come in parts."""
+    """The launch for x (M, K) and A (r, K) of any strides.  Split-K makes its result come in parts."""
     (M, K), r = x.shape, A.shape[0]
     config = stream_config((M, K), r, x.dtype, A.dtype, target, aligned=fits_descriptor(x), dropout=dropout)
     row_blocks, rank_blocks = cdiv(M, config.block_m), cdiv(r, config.block_r)
-    parts, steps = split_steps(
+    splits, steps = split_steps(
         cdiv(K, config.block_k),
         row_blocks * rank_blocks,
         target,
         config.block_r * 4 / (config.block_k * x.dtype.itemsize),
-        config.beside(target, x.dtype.itemsize, A.dtype.itemsize),
+        config.programs_per_sm(target, x.dtype.itemsize, A.dtype.itemsize),
     )
     options = {
         "R": r,
@@ -86,14 +86,14 @@ def plan_shrink(x: TensorSpec, A: TensorSpec, dropout: bool, precision: str, tar
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
-    grid, sizes = (row_blocks, parts, rank_blocks), (M, K, steps, *x.stride, *A.stride)
-    return Plan(shrink_kernel, grid, sizes, options, (Result((M, r), torch.float32, parts),))
+    grid, sizes = (row_blocks, splits, rank_blocks), (M, K, steps, *x.stride, *A.stride)
+    return Plan(shrink_kernel, grid, sizes, options, (Result((M, r), torch.float32, splits),))
 
 
 def shrink(
     plan: Plan, x: Tensor, A: Tensor, *, scaling: float = 1.0, seed: Tensor | None = None, dropout_p: float = 0.0
 ) -> Tensor:
-    """scaling · drop(x) Aᵀ, float32; without a seed there is no dropout.  Of A only the data is read, as the plan says."""
+    """scaling · drop(x) Aᵀ, float32, without dropout where seed is None.  The plan has A's layout: Bᵀ may be given as B."""
     out = plan.results[0].empty(x.device)
     scale, limit = (scaling, 0) if seed is None else (scaling * keep_scale(dropout_p), lane_limit(dropout_p))
     launch.launch(plan, x, A, out, seed, *plan.sizes, scale, limit)

@@ -1,44 +1,44 @@
-"""The LoRA linear on Triton kernels: the order of the steps.  Each kernel's file holds its mathematics and its launcher.
+"""Forward and backward of the LoRA linear on Triton kernels: start here.  Each kernel's file holds its mathematics.
 
-    project.py   S = drop(x) Aᵀ                                forward 1
-    gemm.py      y = x Wᵀ + bias + scaling · S Bᵀ              forward 2
-    grad_b.py    dS = scaling · dy B, dB = scaling · dyᵀ S     backward 1
-    outer.py     dA = dSᵀ drop(x), and the packed mask         backward 2
-    gemm.py      dx = dy W + mask(dS A)                        backward 3
+    shrink.py   S = drop(x) Aᵀ                                forward 1
+    gemm.py     y = x Wᵀ + bias + scaling · S Bᵀ              forward 2
+    grad_b.py   dS = scaling · dy B, dB = scaling · dyᵀ S     backward 1
+    grad_a.py   dA = dSᵀ drop(x), and the packed mask         backward 2
+    gemm.py     dx = dy W + mask(dS A)                        backward 3
 
-In the form "addmm" forward 2 and backward 3 are left to the vendor's GEMM, which accumulates onto the rank-r term that
-gemm.py or, in its pass over x, outer.py has written.  forms.py says which form is taken where; dropout.py (mask), dot.py
-(mixed-precision dots), sums.py (results in parts) and config.py (tiles) serve all of them; target.py tells GPUs apart.
+This is the form "fused".  In the form "addmm" cuBLAS makes the two GEMMs, accumulating in place onto the LoRA term: gemm.py
+writes that term in forward, grad_a.py in backward during its pass over x.  A choice names the form, and for "fused" perhaps
+the tile of its GEMMs: "fused/128,256,64,32,8,3,8", the fields of `GemmConfig`.
 
-What a step launches follows from the layouts of its operands: plans.py works it out once for them, launch.py runs it.
+What a step launches follows from the specs of its operands.  `plan_forward` and `plan_backward` decide it once and return the
+function that runs the step.
 """
 
+import functools
+from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastlora import choices, torch_backend
 from fastlora.dropout import keep_scale
+from fastlora.kernels.config import GemmConfig, valid_tiles
 from fastlora.kernels.dot import matmul_precision
-from fastlora.kernels.dropout import pack_bits
-from fastlora.kernels.forms import Choice
-from fastlora.kernels.gemm import gemm
-from fastlora.kernels.grad_a import grad_a
-from fastlora.kernels.grad_b import grad_s_and_b
-from fastlora.kernels.plans import plan_backward, plan_forward
-from fastlora.kernels.shrink import shrink
-from fastlora.kernels.sums import sum_partials
+from fastlora.kernels.dropout import pack_bits, plan_pack_bits
+from fastlora.kernels.gemm import gemm, plan_gemm
+from fastlora.kernels.grad_a import grad_a, plan_grad_a
+from fastlora.kernels.grad_b import MAX_RANK, grad_s_and_b, plan_grad_s_and_b
+from fastlora.kernels.launch import Plan, Result
+from fastlora.kernels.shrink import plan_shrink, shrink
+from fastlora.kernels.sums import plan_sum, sum_partials
 from fastlora.kernels.target import Target, target_of
 from fastlora.kernels.tensor_spec import TensorSpec
 
-_HERE = nullcontext()
+FORMS = ("fused", "addmm")
+_CURRENT_DEVICE = nullcontext()
 
-
-def _on(device: torch.device) -> AbstractContextManager[object]:
-    """Triton launches on the current device: make it the tensors' own."""
-    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
-    return torch.cuda.device(device) if elsewhere else _HERE
+Run = Callable[..., Any]  # runs a planned step on its tensors
 
 
 def forward(
@@ -50,27 +50,25 @@ def forward(
     seed: Tensor | None,
     scaling: float,
     dropout_p: float,
+    out: Tensor | None = None,
     *,
-    choice: Choice | None = None,
+    choice: str,
     target: Target | None = None,
+    plan: Callable[..., Run] | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(y (M, out) in x's dtype, S (M, r) float32) of 2-D x (M, in); the form is chosen from the shape when not given."""
+    """(y (M, out) in x's dtype, S (M, r) float32) of a 2-D x (M, in).
+
+    Args:
+        out: contiguous memory for y.
+        choice: "fused", "fused/<tile>" or "addmm".
+        target: the GPU to plan for; default: x's.
+        plan: what resolves the choice; default `plan_forward`.
+    """
     with _on(x.device):
-        form, plans = plan_forward(
-            *TensorSpec.of_each(x, weight, lora_A, lora_B, bias),
-            seed is not None,
-            matmul_precision(x.dtype),
-            choice,
-            choices.revision(),
-            target or target_of(x.device),
-        )
-        if form == "torch":
-            return torch_backend.forward(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p)
-        S = shrink(plans["S"], x, lora_A, seed=seed, dropout_p=dropout_p)
-        (S,) = sum_partials(plans["sum S"], S)
-        if form == "fused":
-            return gemm(plans["y"], x, weight, S, lora_B, alpha=scaling, bias=bias), S
-        return gemm(plans["y"], None, None, S, lora_B, alpha=scaling, bias=bias).addmm_(x, weight.t()), S
+        specs = TensorSpec.of_each(x, weight, lora_A, lora_B, bias)
+        plan = plan or plan_forward
+        run = plan(choice, target or target_of(x.device), matmul_precision(x.dtype), seed is not None, *specs)
+        return run(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, out)
 
 
 def backward(
@@ -84,41 +82,132 @@ def backward(
     scaling: float,
     dropout_p: float,
     adapter_dtype: torch.dtype,
+    out: Tensor | None = None,
     *,
-    choice: Choice | None = None,
+    choice: str,
     target: Target | None = None,
+    plan: Callable[..., Run] | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
-    """(dx, dA, dB), each computed where its operands are given: dx from weight and lora_A, dA from x, dB from S."""
+    """(dx, dA, dB).  dx needs weight, lora_A and lora_B; dA needs x and lora_B; dB needs S.  None where an operand is missing.
+
+    Args: `out` is contiguous memory for dx; the others are as in `forward`.
+    """
     with _on(dy.device):
         S = None if S is None else S.contiguous()
-        form, plans = plan_backward(
-            *TensorSpec.of_each(dy, x, weight, lora_A, lora_B, S),
-            seed is not None,
-            adapter_dtype,
-            matmul_precision(dy.dtype),
-            choice,
-            choices.revision(),
-            target or target_of(dy.device),
-        )
-        if form == "torch":
-            return torch_backend.backward(dy, x, weight, lora_A, lora_B, S, seed, scaling, dropout_p, adapter_dtype)
-        dS = dB = dA = bits = term = None
-        if lora_B is not None and S is not None and "dS dB" in plans:
-            dS, dB = grad_s_and_b(plans["dS dB"], dy, lora_B, S, scaling=scaling)
-        else:
-            dS = None if lora_B is None else shrink(plans["dS"], dy, lora_B, scaling=scaling)
-            dB = None if S is None else grad_a(plans["dB"], dy, S, scaling=scaling)[0]
-        (dS,) = sum_partials(plans["sum dS"], dS)
-        if x is not None and dS is not None:
-            dA, bits, term = grad_a(plans["dA"], x, dS, lora_A, seed=seed, dropout_p=dropout_p)
-        dA, dB = sum_partials(plans["sum dA dB"], dA, dB)
-        if weight is None or lora_A is None or dS is None:
-            return None, dA, dB
-        if seed is not None and "bits" in plans:
-            bits = pack_bits(plans["bits"], seed, dropout_p)
-        alpha = 1.0 if seed is None else keep_scale(dropout_p)
-        if form == "fused":
-            return gemm(plans["dx"], dy, weight, dS, lora_A, alpha=alpha, bits=bits), dA, dB
-        if term is None:
-            term = gemm(plans["dx"], None, None, dS, lora_A, alpha=alpha, bits=bits)
-        return term.addmm_(dy, weight), dA, dB
+        specs = TensorSpec.of_each(dy, x, weight, lora_A, lora_B, S)
+        plan = plan or plan_backward
+        run = plan(choice, target or target_of(dy.device), matmul_precision(dy.dtype), seed is not None, adapter_dtype, *specs)
+        return run(dy, x, weight, lora_A, lora_B, S, seed, scaling, dropout_p, adapter_dtype, out)
+
+
+@functools.lru_cache(maxsize=4096)
+def plan_forward(choice: str, target: Target, precision: str, dropout: bool, *specs: Any) -> Run:
+    """The function that runs forward.  specs: those of x, weight, lora_A, lora_B and bias."""
+    x, weight, lora_A, lora_B, bias = specs
+    fused, config = parse_choice(choice, x.dtype, precision, target)
+    to_S = plan_shrink(x, lora_A, dropout, precision, target)
+    sum_S = plan_sum(*to_S.results)
+    U = TensorSpec.new(x.shape[0], lora_A.shape[0], dtype=torch.float32)
+    P, Q = (x, weight.t()) if fused else (None, None)
+    to_y = plan_gemm(P, Q, U, lora_B.t(), x.dtype, precision, target, bias=bias, config=config)
+
+    def run(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, out):
+        (S,) = sum_partials(sum_S, shrink(to_S, x, lora_A, seed=seed, dropout_p=dropout_p))
+        if fused:
+            return gemm(to_y, x, weight, S, lora_B, alpha=scaling, bias=bias, out=out), S
+        return gemm(to_y, None, None, S, lora_B, alpha=scaling, bias=bias, out=out).addmm_(x, weight.t()), S
+
+    return run
+
+
+@functools.lru_cache(maxsize=4096)
+def plan_backward(
+    choice: str, target: Target, precision: str, dropout: bool, adapter_dtype: torch.dtype, *specs: TensorSpec | None
+) -> Run:
+    """The function that runs backward.  specs: those of dy, x, weight, lora_A, lora_B and S, None for what is missing.
+
+    Up to rank MAX_RANK one pass over dy gives dS and dB; above it each takes its own.  In the form "addmm" the pass of dA also
+    writes dx's LoRA term; without dA, gemm.py does.
+    """
+    dy, x, weight, lora_A, lora_B, S = specs
+    assert dy is not None
+    fused, config = parse_choice(choice, dy.dtype, precision, target)
+    to_dS_dB = to_dS = to_dB = to_dA = to_bits = to_dx = None
+    if lora_B is not None and S is not None and S.shape[1] <= MAX_RANK:
+        to_dS_dB = plan_grad_s_and_b(dy, lora_B, S, adapter_dtype, precision, target)
+    else:
+        if lora_B is not None:
+            to_dS = plan_shrink(dy, lora_B.t(), False, precision, target)
+        if S is not None:
+            to_dB = plan_grad_a(dy, S, adapter_dtype, precision, target, transposed=True)
+    needs_dx = lora_B is not None and weight is not None and lora_A is not None
+    if lora_B is not None:
+        U = TensorSpec.new(dy.shape[0], lora_B.shape[1], dtype=torch.float32)
+        if x is not None:
+            V = lora_A if needs_dx and not fused else None
+            pack = needs_dx and fused and dropout
+            to_dA = plan_grad_a(x, U, adapter_dtype, precision, target, dropout=dropout, pack=pack, V=V)
+        if weight is not None and lora_A is not None and (fused or x is None):
+            if x is None and dropout:
+                to_bits = plan_pack_bits((dy.shape[0], weight.shape[1]))
+            P, Q = (dy, weight) if fused else (None, None)
+            to_dx = plan_gemm(P, Q, U, lora_A, dy.dtype, precision, target, masked=dropout, config=config)
+    in_one_part = Result((), adapter_dtype)
+    dS_result, dB_result = to_dS_dB.results if to_dS_dB else (_first(to_dS, in_one_part), _first(to_dB, in_one_part))
+    sum_dS, sum_dA_dB = plan_sum(dS_result), plan_sum(_first(to_dA, in_one_part), dB_result)
+
+    def run(dy, x, weight, lora_A, lora_B, S, seed, scaling, dropout_p, adapter_dtype, out):
+        dS: Any = None
+        dx: Any = None
+        dA = dB = bits = None
+        if to_dS_dB:
+            dS, dB = grad_s_and_b(to_dS_dB, dy, lora_B, S, scaling=scaling)
+        if to_dS:
+            dS = shrink(to_dS, dy, lora_B, scaling=scaling)
+        if to_dB:
+            dB, _ = grad_a(to_dB, dy, S, scaling=scaling)
+        (dS,) = sum_partials(sum_dS, dS)
+        if needs_dx:
+            dx = dy.new_empty((dy.shape[0], weight.shape[1])) if out is None else out
+        if to_dA:
+            V, lora_term = (None, None) if to_dx or not needs_dx else (lora_A, dx)
+            dA, bits = grad_a(to_dA, x, dS, V, seed=seed, dropout_p=dropout_p, dx=lora_term)
+        dA, dB = sum_partials(sum_dA_dB, dA, dB)
+        if to_bits:
+            bits = pack_bits(to_bits, seed, dropout_p)
+        if to_dx:
+            P, Q = (dy, weight) if fused else (None, None)
+            alpha = 1.0 if seed is None else keep_scale(dropout_p)
+            gemm(to_dx, P, Q, dS, lora_A, alpha=alpha, bits=bits, out=dx)
+        if needs_dx and not fused:
+            dx.addmm_(dy, weight)
+        return dx, dA, dB
+
+    return run
+
+
+def _first(plan: Plan | None, default: Result) -> Result:
+    return plan.results[0] if plan else default
+
+
+def parse_choice(choice: str, dtype: torch.dtype, precision: str, target: Target) -> tuple[bool, GemmConfig | None]:
+    """(whether `choice` is the form "fused", the tile that it names or None).
+
+    Raises:
+        ValueError: `choice` names no form, or no tile that is valid for `dtype` on the target.
+    """
+    form, _, tile = choice.partition("/")
+    if form not in FORMS or (tile and form != "fused"):
+        raise ValueError(f'choice must be one of {FORMS} or "fused/<tile>", got {choice!r}')
+    if not tile:
+        return form == "fused", None
+    tiles = {str(config): config for config in valid_tiles(dtype, precision, target, target.has_descriptors)}
+    if tile not in tiles:
+        raise ValueError(f"{tile!r} is no tile for {dtype} on this GPU, expected one of {', '.join(tiles)}")
+    return True, tiles[tile]
+
+
+def _on(device: torch.device) -> AbstractContextManager[object]:
+    """Triton launches on the current device: make it the tensors' own."""
+    elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
+    return torch.cuda.device(device) if elsewhere else _CURRENT_DEVICE

@@ -1,4 +1,4 @@
-"""The sum of partial results, in a fixed order: what several programs computed shares of comes out the same in every run."""
+"""The sum of partial results in a fixed order, so that split reductions are bit-equal in every run."""
 
 import math
 from typing import TypeVar
@@ -13,8 +13,8 @@ from fastlora.kernels.config import cdiv
 from fastlora.kernels.dot import round_to
 from fastlora.kernels.launch import Plan, Result
 
-BLOCK = 512  # elements of a program: 16 bytes of each partial sum for each of its threads, which adds them up alone
-AT_ONCE = tl.constexpr(8)  # loads in flight; one by one, each addition would wait for memory
+BLOCK = 512  # elements of a program: each thread adds up 16 bytes of every partial sum
+AT_ONCE = tl.constexpr(8)  # loads in flight: one at a time, each addition waits for memory
 
 Computed = TypeVar("Computed", Tensor, Tensor | None)
 
@@ -44,7 +44,7 @@ def sum_partials_kernel(
     BLOCK: tl.constexpr,
     COUNT: tl.constexpr,
 ):
-    """out[i] = Σ_s partials[s, i], AT_ONCE at a time, by the first `blocks` programs; with COUNT = 2 other_out by the rest."""
+    """out[i] = Σ_s partials[s, i], AT_ONCE at a time.  With COUNT = 2 the programs from `blocks` on compute other_out."""
     block = tl.program_id(0)
     if COUNT == 2:
         if block < blocks:
@@ -56,7 +56,7 @@ def sum_partials_kernel(
 
 
 def plan_sum(*results: Result) -> Plan:
-    """One launch for those of `results`, at most two, that come in parts."""
+    """One launch that sums those of `results`, at most two, that come in parts."""
     sizes, blocks = [], []
     for result in results:
         if result.parts > 1:
@@ -67,7 +67,7 @@ def plan_sum(*results: Result) -> Plan:
 
 
 def sum_partials(plan: Plan, *computed: Computed) -> tuple[Computed, ...]:
-    """The results that the plan is for, in its order, from what was computed of them: (parts, ...) float32, or the whole."""
+    """The plan's results from what the kernels computed: (parts, ...) float32 is summed, a whole result returned as it is."""
     if plan.options["COUNT"] == 0:
         return computed
     sums, operands = list(computed), []

@@ -1,4 +1,4 @@
-"""What the kernels need to know of a GPU: its capability and limits, as named predicates; its name decides nothing."""
+"""What the kernels need to know of a GPU: its capability and limits, as named predicates.  Its name decides nothing."""
 
 import functools
 from dataclasses import dataclass
@@ -10,9 +10,9 @@ from triton.runtime import driver
 
 @dataclass(frozen=True)
 class Target:
-    """capability: 10 · major + minor.  sms: multiprocessors.  shared_memory: bytes one program may use.
+    """capability: 10 · major + minor.  sms: multiprocessors.  shared_memory: bytes that one program may use.
 
-    name: as the driver gives it, under which measured choices are kept; "" where there are none.  Nothing else may ask for it.
+    name: from the driver.  Measured choices are stored under it and nothing else reads it; "" stores none.
     """
 
     capability: int
@@ -22,17 +22,17 @@ class Target:
 
     @property
     def has_descriptors(self) -> bool:
-        """Tensor descriptors are hardware (TMA); below 9.0 they would be emulated."""
+        """Tensor descriptors run on hardware (TMA).  Below 9.0 Triton emulates them."""
         return self.capability >= 90
 
     @property
     def has_wgmma(self) -> bool:
-        """One matrix instruction serves four warps (wgmma, tcgen05), which a 128 x 256 tile needs to stay in registers."""
+        """Four warps share one matrix instruction (wgmma, tcgen05).  A 128 x 256 tile stays in registers only with it."""
         return 90 <= self.capability < 120
 
     @property
     def has_tensor_memory(self) -> bool:
-        """Accumulators live in a memory of their own (10.x) and pass through registers whenever they are scaled or masked."""
+        """Accumulators live in tensor memory (10.x).  They pass through registers whenever they are scaled or masked."""
         return 100 <= self.capability < 120
 
 
@@ -47,8 +47,8 @@ def _cuda_target(index: int) -> Target:
 
 
 def target_of(device: torch.device) -> Target:
-    """The target behind `device`; a CPU, which only the interpreter can serve, is taken for a small Hopper GPU."""
+    """The target behind `device`.  A CPU, where only the interpreter runs kernels, counts as a small Hopper GPU."""
     if device.type == "cuda":
         return _cuda_target(torch.cuda.current_device() if device.index is None else device.index)
-    assert knobs.runtime.interpret, "the public boundary lets only interpreted kernels through to a CPU"
+    assert knobs.runtime.interpret, "lora_linear sends kernels to a CPU only when they are interpreted"
     return INTERPRETER

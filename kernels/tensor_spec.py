@@ -6,7 +6,7 @@ import torch
 
 
 class TensorSpec(NamedTuple):
-    """shape and stride in elements; aligned: whether the data starts at a multiple of 16 bytes."""
+    """shape and stride in elements, dtype, and whether the data starts at a multiple of 16 bytes."""
 
     shape: tuple[int, ...]
     stride: tuple[int, ...]
@@ -15,31 +15,31 @@ class TensorSpec(NamedTuple):
 
     @classmethod
     def of(cls, tensor: torch.Tensor) -> "TensorSpec":
-        """The layout of `tensor`."""
+        """The spec of `tensor`."""
         return cls(tensor.shape, tensor.stride(), tensor.dtype, tensor.data_ptr() % 16 == 0)
 
     @classmethod
     def of_each(cls, *tensors: torch.Tensor | None) -> "list[TensorSpec | None]":
-        """Their layouts, for those that there are; every call asks, so without the half µs a layout of calling `of`."""
+        """The spec of each tensor, None for None.  Every call needs them: without `of`, half a µs less for each (timeit)."""
         new = tuple.__new__
         return [None if t is None else new(cls, (t.shape, t.stride(), t.dtype, t.data_ptr() % 16 == 0)) for t in tensors]
 
     @classmethod
     def new(cls, *shape: int, dtype: torch.dtype) -> "TensorSpec":
-        """The layout of a matrix that the launcher allocates."""
+        """The spec of a matrix that the launcher allocates."""
         return cls(shape, (shape[1], 1), dtype, True)
 
     def t(self) -> "TensorSpec":
-        """The layout of the transposed matrix."""
+        """The spec of the transposed matrix."""
         return self._replace(shape=self.shape[::-1], stride=self.stride[::-1])
 
 
-def needs_int64(*layouts: TensorSpec | None) -> bool:
-    """Whether an element's offset in one of the tensors exceeds 2**31 - 1, so that 32-bit offsets would wrap."""
+def needs_int64(*specs: TensorSpec | None) -> bool:
+    """Whether the offset of an element exceeds 2**31 - 1 in any of the tensors, so that 32-bit offsets would wrap."""
     return any(
-        sum((size - 1) * stride for size, stride in zip(layout.shape, layout.stride, strict=True)) >= 2**31
-        for layout in layouts
-        if layout is not None and 0 not in layout.shape
+        sum((size - 1) * stride for size, stride in zip(spec.shape, spec.stride, strict=True)) >= 2**31
+        for spec in specs
+        if spec is not None and 0 not in spec.shape
     )
 
 

@@ -25,6 +25,7 @@ GPU_TESTS = Path(__file__).parent / "gpu" / "test_gpu.py"
 INTERPRETED = pytest.StashKey[bool]()
 ON_GPU = pytest.StashKey[bool]()
 ALLOCATIONS = ("empty", "empty_like", "empty_permuted", "empty_strided")
+METHODS = ("new_empty", "new_empty_strided")
 
 settings.register_profile("fixed", derandomize=True, deadline=None, print_blob=True)
 settings.register_profile("explore", deadline=None, print_blob=True)  # pytest --hypothesis-profile=explore
@@ -82,16 +83,13 @@ def cache_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pat
 @pytest.fixture
 def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A cache folder that is not there yet, and a process that has not looked at it."""
-    from fastlora import choices
+    from fastlora import dispatch
 
     monkeypatch.setenv("FASTLORA_CACHE_DIR", str(tmp_path / "cache"))
-    for table in ("_known", "_tried", "_warned"):
-        monkeypatch.setattr(choices, table, type(getattr(choices, table))())
-    choices._stores += 1  # a revision of its own, and none of what was planned under it for the tests that follow
-    choices._revise()
+    dispatch.forget()
     yield tmp_path / "cache"
-    choices._stores += 1
-    choices._revise()
+    monkeypatch.undo()
+    dispatch.forget()
 
 
 @pytest.fixture
@@ -115,7 +113,7 @@ def poisoned_memory() -> Iterator[None]:
     with pytest.MonkeyPatch.context() as patch:
         for name in ALLOCATIONS:
             patch.setattr(torch, name, _poisoning(getattr(torch, name)))
-        for name in ("new_empty", "new_empty_strided"):
+        for name in METHODS:
             patch.setattr(torch.Tensor, name, _poisoning(getattr(torch.Tensor, name)))
         yield
 
@@ -127,6 +125,8 @@ def unpoisoned(monkeypatch: pytest.MonkeyPatch) -> None:
 
     for name in ALLOCATIONS:
         monkeypatch.setattr(torch, name, getattr(torch._C._VariableFunctions, name))
+    for name in METHODS:
+        monkeypatch.setattr(torch.Tensor, name, getattr(torch._C.TensorBase, name))
 
 
 def _poisoning(allocate: Callable[..., Any]) -> Callable[..., Any]:

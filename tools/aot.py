@@ -76,7 +76,7 @@ def offline(capability: int) -> Iterator[list[Launch]]:
     def compile_launch(plan: launching.Plan, *args: Any) -> None:
         if not isinstance(plan.kernel, JITFunction):
             raise RuntimeError(f"{plan.kernel} cannot be compiled: import the kernels in a process without TRITON_INTERPRET")
-        launch(replace(plan, kernel=_Compiling(plan.kernel, launches), ready={}), *args)
+        launch(replace(plan, kernel=_Compiling(plan.kernel, launches), compiled={}), *args)
 
     # Reading `driver.active` would look for a GPU, so what was active is kept by its private name.
     active = driver._active

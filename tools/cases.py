@@ -15,7 +15,7 @@ from fastlora.kernels.launch import Result
 from fastlora.kernels.sums import plan_sum, sum_partials
 from fastlora.kernels.target import Target
 
-# The two directions in both forms of `fastlora.kernels.forms`, the mask alone, and the sum of partial results.
+# The two directions in both forms of `fastlora.kernels.steps`, the mask alone, and the sum of partial results.
 STEPS = ("forward", "backward", "addmm-forward", "addmm-backward", "mask", "sum")
 # The dtypes of x, W and of the adapters; "ieee" and "tf32" are the two positions of torch's switch for float32 products.
 DTYPES = {
@@ -71,7 +71,7 @@ class Case:
         S = _meta(M, self.rank, dtype=torch.float32)
         seed = _meta(1, dtype=torch.int64) if dropout_p > 0 else None
         with _float32_products("tf32" if self.dtype.endswith("tf32") else "ieee"):
-            choice = steps.Choice("addmm" if self.step.startswith("addmm") else "fused")
+            choice = "addmm" if self.step.startswith("addmm") else "fused"
             options: dict[str, Any] = {"choice": choice, "target": self.target}
             if self.step.endswith("forward"):
                 steps.forward(x, weight, lora_A, lora_B, bias, seed, 2.0, dropout_p, **options)

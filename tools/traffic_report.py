@@ -18,7 +18,7 @@ from rich.progress import track
 from rich.table import Table
 
 from fastlora.kernels import steps
-from fastlora.kernels.forms import Choice
+from fastlora.kernels.steps import FORMS
 from fastlora.kernels.target import INTERPRETER, Target
 from tools.traffic import Launch, counted
 
@@ -29,7 +29,6 @@ DTYPES = {
     "float16+float32": (torch.float16, torch.float32),
     "float32": (torch.float32, torch.float32),
 }
-FORMS = ("fused", "addmm")
 # The step of each launch, by the kernels of a pass in order; a sum of partial results, and so that of dB, belongs to the step
 # before it.
 STEPS = {
@@ -73,7 +72,7 @@ class Case:
         lora_A, lora_B = random(self.r, self.K, dtype=adapter), random(self.N, self.r, dtype=adapter)
         bias = random(self.N) if self.bias else None
         seed = torch.tensor([1234]) if self.dropout_p > 0 else None
-        p, choice, target = self.dropout_p, Choice(self.form), self.target
+        p, choice, target = self.dropout_p, self.form, self.target
         with counted() as forward:
             _, S = steps.forward(x, weight, lora_A, lora_B, bias, seed, 2.0, p, choice=choice, target=target)
         with counted() as backward:

@@ -12,7 +12,7 @@ from torch import Tensor, nn
 
 from fastlora import dropout, oracle
 from fastlora.benchmark import baselines
-from fastlora.functional import available_backends, lora_linear
+from fastlora.functional import available_backends, dropout_mask, lora_linear
 
 #: Every provider, in the order of the tables.
 NAMES = (
@@ -46,7 +46,7 @@ Mask = Callable[[int, int, float, torch.device], Tensor]
 
 def fastlora_mask(rows: int, cols: int, p: float, device: torch.device) -> Tensor:
     """The mask that lora_linear takes when it draws its own seed."""
-    return dropout.dropout_mask(dropout.draw_seed(device), rows, cols, p)
+    return dropout_mask(dropout.draw_seed(device), rows, cols, p)
 
 
 @cache
@@ -123,7 +123,7 @@ def compiled(provider: Provider, name: str, compiler: str) -> Provider:
     def mask(rows: int, cols: int, p: float, device: torch.device) -> Tensor:
         if provider.mask is not fastlora_mask:
             return torch.compile(provider.mask, **options)(rows, cols, p, device)
-        return dropout.dropout_mask(torch.compile(dropout.draw_seed, **options)(device), rows, cols, p)
+        return dropout_mask(torch.compile(dropout.draw_seed, **options)(device), rows, cols, p)
 
     return replace(provider, name=name, bind=bind, mask=mask, compiled=True)
 

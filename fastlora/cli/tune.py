@@ -1,4 +1,4 @@
-"""`fastlora tune`: measure on this GPU which form of the kernels suits a model's linears, once, and keep it for later runs."""
+"""`fastlora tune`: measure once on this GPU which form of the kernels suits a model's linears, and keep it for later runs."""
 
 import argparse
 import json
@@ -16,22 +16,20 @@ from fastlora.cli import common
 from fastlora.dropout import threshold
 
 if TYPE_CHECKING:
-    from fastlora.kernels.target import Target
-    from fastlora.tune import Result
+    from fastlora.tune import Tuned
 
 DESCRIPTION = """\
-Measure, for every linear of a model, forward and backward, which form of the
-kernels is fastest on this GPU: one fused GEMM, and with which tile, or the
-vendor's GEMM on a prefilled output, or torch alone. Each candidate is checked
-against float64 before it is timed. What wins replaces the default wherever
+For every linear of a model, measure which form of the kernels is fastest on
+this GPU, forward and backward: one fused GEMM and with which tile, or cuBLAS
+accumulating onto the LoRA term, or torch alone. Each candidate is checked
+against float64 before it is timed. The winner replaces the default wherever
 fastlora runs in the same environment: GPU, torch, Triton and fastlora.
 
-A candidate replaces the default only where its 80th percentile is below the
-default's 20th. Results are stored one by one, and what is stored is not
-measured again: an interrupted run, started anew, goes on where it was. Two
-runs at once keep both. They lie in $FASTLORA_CACHE_DIR, else
-$XDG_CACHE_HOME/fastlora, else ~/.cache/fastlora; delete the file to forget it,
-or replace what it holds with --again."""
+A candidate wins only if its 80th percentile is below the default's 20th.
+Results are stored one by one and not measured again: an interrupted run, when
+started anew, continues. Two runs at once keep both. The file lies in
+$FASTLORA_CACHE_DIR, else $XDG_CACHE_HOME/fastlora, else ~/.cache/fastlora.
+Delete it to return to the defaults, or measure again with --again."""
 
 EPILOG = """\
 examples:
@@ -39,8 +37,8 @@ examples:
   fastlora tune --model Qwen/Qwen3-8B -M 2048 8192 -r 16 64
   fastlora tune --model 4096x4096,4096x14336,14336x4096 -M 8192 -p 0.05
 
-exit code: 0 everything is measured, 1 a result was wrong or a problem could
-not be measured, 2 wrong arguments or no GPU to tune on, 130 interrupted."""
+exit code: 0 everything is measured, 1 a result is wrong or a problem cannot be
+measured, 2 wrong arguments or no GPU to tune on, 130 interrupted."""
 
 ROWS = tuple(2**power for power in range(9, 15))
 SHAPES = re.compile(r"[1-9]\d*x[1-9]\d*(,[1-9]\d*x[1-9]\d*)*")
@@ -86,7 +84,9 @@ def register(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure, store, and print the table; the exit code."""
     common.require("rich")
-    from fastlora import choices, tune  # they import Triton, which no other command needs to start
+    from rich.progress import Progress
+
+    from fastlora import dispatch, tune  # they import Triton, which no other command needs to start
 
     dtype = common.DTYPES[args.dtype]
     adapters = common.DTYPES[args.adapter_dtype] if args.adapter_dtype else dtype
@@ -94,17 +94,42 @@ def run(args: argparse.Namespace) -> int:
         oracle.Case((1, 1, 1), dtype=dtype, adapter_dtype=adapters)  # refuses what cannot be judged
         rate = _rate(args.dropout)
         shapes = shapes_of(args.model)
-        target = tune.check_device(args.device)  # last: what is wrong anywhere is said without a GPU too
-        file = choices.store(target, {})
+        target = tune.check_device(args.device)  # last: wrong arguments are reported without a GPU too
+        file = dispatch.store(target, {})
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         return common.refuse("tune", str(error))
     problems = tune.problems_for(shapes, args.rows, args.rank, {threshold(p) > 0: None for p in args.dropout}, dtype)
-    results: list[Result] = []
+    outcomes: list[Tuned] = []
+    _, stderr = common.consoles()
+    progress = Progress(console=stderr, transient=True, disable=not stderr.is_terminal)
+    task = progress.add_task("tuning", total=len(problems))
+
+    def finished(tuned: "Tuned") -> None:
+        outcomes.append(tuned)
+        progress.advance(task)
+
     try:
-        _measure(problems, args, adapters, rate, results)
-    finally:  # what is stored is shown, whatever ended the run: an interruption, a lost device
-        _report(results, len(problems), target, file, args)
-    return 1 if any(result.wrong or result.choice is None for result in results) else 0
+        with progress:
+            tune.tune(
+                problems,
+                args.device,
+                adapter_dtype=adapters,
+                dropout_p=rate,
+                repeats=args.repeats,
+                again=args.again,
+                progress=lambda what: progress.update(task, description=what),
+                finished=finished,
+                remark=lambda what: stderr.print(what, style="yellow", markup=False, soft_wrap=True),
+            )
+    finally:  # an interruption or a lost device still shows what is stored
+        measured = [tuned for tuned in outcomes if tuned.choice is not None and not tuned.kept]
+        kept = sum(tuned.kept for tuned in outcomes)
+        facts = {"device": target.name, "file": str(file), "problems": len(problems), "measured": len(measured), "kept": kept}
+        if args.json:
+            print(json.dumps({**facts, "rows": [_plain(tuned) for tuned in outcomes]}, indent=2))
+        else:
+            _print(outcomes, facts, args.repeats)
+    return 1 if any(tuned.wrong or tuned.choice is None for tuned in outcomes) else 0
 
 
 def shapes_of(model: str) -> list[tuple[int, int]]:
@@ -141,101 +166,46 @@ def _rate(dropouts: Sequence[float]) -> float:
     return max(rates, default=0.1)
 
 
-def _measure(
-    problems: Sequence[Any], args: argparse.Namespace, adapters: torch.dtype, rate: float, results: "list[Result]"
-) -> None:
-    """Add each result to `results` when it has been stored."""
-    from rich.progress import Progress
-
-    from fastlora import tune
-
-    _, stderr = common.consoles()
-    with Progress(console=stderr, transient=True, disable=not stderr.is_terminal) as progress:
-        task = progress.add_task("tuning", total=len(problems))
-
-        def finished(result: "Result") -> None:
-            results.append(result)
-            progress.advance(task)
-
-        tune.tune(
-            problems,
-            args.device,
-            adapter_dtype=adapters,
-            dropout_p=rate,
-            repeats=args.repeats,
-            again=args.again,
-            progress=lambda what: progress.update(task, description=what),
-            finished=finished,
-            remark=lambda what: stderr.print(what, style="yellow", markup=False, soft_wrap=True),
-        )
-
-
-def _report(results: "Sequence[Result]", total: int, target: "Target", file: Path, args: argparse.Namespace) -> None:
-    kept = sum(result.kept for result in results)
-    found = [result for result in results if result.choice is not None and not result.kept]
-    if args.json:
-        facts = {"device": target.name, "file": str(file), "problems": total, "measured": len(found), "kept": kept}
-        print(json.dumps({**facts, "rows": [_plain(result) for result in results]}, indent=2))
-        return
+def _print(outcomes: "Sequence[Tuned]", facts: dict[str, Any], repeats: int) -> None:
+    """The table, and a summary below it."""
     stdout, _ = common.consoles()
-    if results:
-        stdout.print(_table(results, target, args.repeats))
-    if kept:
-        stdout.print(f"{kept} of {total} problems kept from earlier runs; --again measures them anew.", soft_wrap=True)
-    changed = sum(result.choice != result.default for result in found)
-    summary = f"{len(found)} of {total} problems measured, {changed} better than the default. Stored: {file}"
-    stdout.print(summary, soft_wrap=True)
+    sides = {"M": "right", "r": "right", "ms": "right", "speed-up": "right"}
+    headings = ("pass", "in x out", "M", "r", "dropout", "default", "chosen", "ms", "speed-up")
+    caption = (
+        f"{facts['device']}, torch {torch.__version__}, median of {repeats} rounds; speed-up over the default (p20 to p80)"
+    )
+    columns = {heading: sides.get(heading, "left") for heading in headings}
+    if outcomes:
+        stdout.print(common.table("the fastest form of each step", columns, map(_cells, outcomes), caption))
+    if facts["kept"]:
+        line = f"{facts['kept']} of {facts['problems']} problems kept from earlier runs; --again measures them anew."
+        stdout.print(line, soft_wrap=True)
+    better = sum(tuned.choice not in (None, tuned.default) and not tuned.kept for tuned in outcomes)
+    line = f"{facts['measured']} of {facts['problems']} problems measured, {better} better than the default."
+    stdout.print(f"{line} Stored: {facts['file']}", soft_wrap=True)
 
 
-def _table(results: "Sequence[Result]", target: "Target", repeats: int) -> Any:
-    from rich import box
-    from rich.table import Table
-
-    from fastlora import tune
-
-    caption = f"{target.name}, torch {torch.__version__}, median of {repeats} rounds; speed-up over the default (p20 to p80)"
-    table = Table(title="the fastest form of each step", caption=caption, box=box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
-    for heading in ("pass", "in x out"):
-        table.add_column(heading)
-    for heading in ("M", "r"):
-        table.add_column(heading, justify="right")
-    for heading in ("dropout", "default", "chosen", "tile"):
-        table.add_column(heading)
-    for heading in ("ms", "speed-up"):
-        table.add_column(heading, justify="right")
-    for result in results:
-        problem, choice, speedup = result.problem, result.choice, result.speedup
-        shape = f"{problem.in_features}x{problem.out_features}"
-        facts = [problem.direction, shape, str(problem.rows), str(problem.r), "on" if problem.dropout else "off"]
-        if choice is None:
-            table.add_row(*facts, result.default.form, "[yellow]skipped")
-            continue
-        gain = "" if speedup is None else f"{speedup.median:.2f} ({speedup.p20:.2f} to {speedup.p80:.2f})"
-        if choice == result.default:
-            gain = ""
-        table.add_row(
-            *facts,
-            result.default.form,
-            choice.form if choice == result.default else f"[green]{choice.form}",
-            tune.tile_of(choice),
-            "kept" if result.kept else three_digits(result.seconds[choice].median * 1e3),
-            gain,
-        )
-    return table
+def _cells(tuned: "Tuned") -> list[str]:
+    problem, choice, speedup = tuned.problem, tuned.choice, tuned.speedup
+    shape = f"{problem.in_features}x{problem.out_features}"
+    facts = [problem.direction, shape, str(problem.rows), str(problem.r), "on" if problem.dropout else "off", tuned.default]
+    if choice is None:
+        return [*facts, "skipped", "", ""]
+    time = "kept" if tuned.kept else three_digits(tuned.seconds[choice].median * 1e3)
+    gain = f"{speedup.median:.2f} ({speedup.p20:.2f} to {speedup.p80:.2f})" if speedup and choice != tuned.default else ""
+    return [*facts, choice, time, gain]
 
 
-def _plain(result: "Result") -> dict[str, Any]:
-    """A result in JSON's types."""
-    from fastlora.tune import name_of
-
-    problem = {**asdict(result.problem), "dtype": str(result.problem.dtype).removeprefix("torch.")}
+def _plain(tuned: "Tuned") -> dict[str, Any]:
+    """A problem's outcome in JSON's types."""
     return {
-        **problem,
-        "default": name_of(result.default),
-        "choice": result.choice and name_of(result.choice),
-        "speedup": result.speedup and result.speedup._asdict(),
-        "seconds": {name_of(choice): times._asdict() for choice, times in result.seconds.items()},
-        "left_out": {name_of(choice): reason for choice, reason in result.left_out.items()},
-        "skipped": result.skipped,
-        "kept": result.kept,
+        **asdict(tuned.problem),
+        "dtype": str(tuned.problem.dtype).removeprefix("torch."),
+        "default": tuned.default,
+        "choice": tuned.choice,
+        "speedup": tuned.speedup and tuned.speedup._asdict(),
+        "seconds": {choice: times._asdict() for choice, times in tuned.seconds.items()},
+        "left_out": tuned.left_out,
+        "skipped": tuned.skipped,
+        "kept": tuned.kept,
     }

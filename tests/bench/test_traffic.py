@@ -15,7 +15,6 @@ import triton
 
 from fastlora import lora_linear
 from fastlora.kernels import steps
-from fastlora.kernels.forms import Choice
 from fastlora.kernels.grad_b import MAX_RANK
 from fastlora.kernels.target import INTERPRETER, Target
 from tools.traffic import Launch, counted
@@ -41,7 +40,7 @@ WRITTEN = {
     "shrink": {"out"},
     "gemm": {"C"},
     "grad_b": {"dS", "dB"},
-    "grad_a": {"out", "bits", "C"},
+    "grad_a": {"out", "bits", "dx"},
     "pack_bits": {"bits"},
     "sum_partials": {"out", "other_out"},
     "addmm_": {"self"},
@@ -83,7 +82,7 @@ def check_sums(sums: list[Launch], *results: tuple[int, int, int]) -> None:
 
 @pytest.mark.parametrize("case", CASES)
 def test_launches(case):
-    """A kernel a step, none of torch but the vendor's GEMM, and every output written once, without atomics."""
+    """A kernel a step, none of torch but cuBLAS, and every output written once, without atomics."""
     launches = [launch for step in steps_of(case).values() for launch in step]
     forward, backward = PRODUCTS[case.form]
     first = ["grad_b"] if case.r <= MAX_RANK else ["shrink", "grad_a"]
@@ -142,27 +141,27 @@ def test_one_pass_over_dy(case):
 
 @pytest.mark.parametrize("case", CASES)
 def test_dA_reads_x_once(case):
-    """And on the way writes the mask's bits, an eighth of a byte an element, or in the prefill form the masked term of dx.
+    """And on the way writes the mask's bits, an eighth of a byte an element, or in the addmm form the masked term of dx.
 
     The sums of dB's parts wait for those of dA, to be added by the same launch.
     """
     first, *sums = steps_of(case)["dA"]
     e, a = sizes(case)
     col_blocks, parts, rank_blocks = first.grid
-    prefill = case.form == "addmm"
+    addmm = case.form == "addmm"
     row_blocks = blocks(first, case.M, "BLOCK_M")
     assert (first["x"].loads == rank_blocks).all()
     assert first["x"].bytes_loaded == case.M * case.K * e * rank_blocks
-    again = prefill and case.r > first.constexprs["BLOCK_R"]  # else the term takes U as dA has it, and V as it was read once
+    again = addmm and case.r > first.constexprs["BLOCK_R"]  # else the term takes U as dA has it, and V as it was read once
     assert first["U"].bytes_loaded == case.M * case.r * 4 * col_blocks * (1 + again)
     assert first["out"].bytes_stored == parts * case.r * case.K * (4 if parts > 1 else a)
-    bits = case.M * triton.cdiv(case.K, 8) if case.dropout_p and not prefill else 0
+    bits = case.M * triton.cdiv(case.K, 8) if case.dropout_p and not addmm else 0
     expected = {"x", "U", "out"} | ({"bits"} if bits else set()) | ({"seed"} if case.dropout_p else set())
-    assert {operand.name for operand in first.operands} == expected | ({"V", "C"} if prefill else set())
+    assert {operand.name for operand in first.operands} == expected | ({"V", "dx"} if addmm else set())
     if bits:
         assert first["bits"].bytes_stored == bits
-    if prefill:
-        assert first["C"].bytes_stored == case.M * case.K * e
+    if addmm:
+        assert first["dx"].bytes_stored == case.M * case.K * e
         assert first["V"].bytes_loaded == case.r * case.K * a * (row_blocks if again else parts)
     of_dB = next(launch for launch in steps_of(case)["dS dB"] if launch.kernel in ("grad_b", "grad_a"))
     check_sums(sums, (parts, case.r * case.K, a), (of_dB.grid[1], case.N * case.r, a))
@@ -263,7 +262,7 @@ def test_backward_without_x_packs_the_mask_from_the_seed(form):
     M, K, N, r = 67, 205, 96, 4
     dy, weight, A, B = torch.randn(M, N), torch.randn(N, K), torch.randn(r, K), torch.randn(N, r)
     with counted() as launches:
-        choice = Choice(form)
+        choice = form
         steps.backward(dy, None, weight, A, B, None, torch.tensor([7]), 2.0, 0.1, A.dtype, choice=choice)
     assert names(launches) == ["shrink", "pack_bits", "gemm"] + ["addmm_"] * (form == "addmm")
     pack_bits, gemm = launches[1:3]

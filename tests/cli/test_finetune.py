@@ -9,9 +9,9 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastlora import reference
+from fastlora import dropout_mask, reference
 from fastlora.cli import main
-from fastlora.dropout import draw_seed, dropout_mask, keep_scale
+from fastlora.dropout import draw_seed, keep_scale
 from fastlora.modules import FusedLoraLinear
 
 peft = pytest.importorskip("peft")

@@ -1,58 +1,41 @@
-"""The tuner: who competes, what decides, that what is measured is what users get, that only right results are timed and stored.
+"""The tuner: who competes, what decides, what is stored, and where it must not run.
 
-The interpreter's GPU is given a name, and the clock is the test's own, which runs every step it is given.
+The interpreter's GPU is given a name, and the timer is the test's own, which runs every step that it is given.
 """
 
 from collections.abc import Callable, Mapping
 from dataclasses import replace
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
 from triton.runtime.errors import OutOfResources
-from tuned import ADDMM, FUSED, LARGE, PROBLEM, PROBLEMS, TORCH, favouring, forget, run, stored
+from tuned import NAMED, PROBLEM, PROBLEMS, favouring, run, watch
 
-from fastlora import choices, tune
-from fastlora.benchmark.clock import Prepared, Quantiles
+from fastlora import dispatch, functional, tune
+from fastlora.benchmark.clock import Prepared, Quantiles, Step
+from fastlora.dispatch import Problem, candidates, default_choice, store, stored
 from fastlora.kernels import launch
-from fastlora.kernels.config import gemm_config
-from fastlora.kernels.forms import Choice, Problem, default_choice
+from fastlora.kernels.config import valid_tiles
 from fastlora.kernels.gemm import gemm_kernel
-from fastlora.kernels.plans import plan_backward, plan_forward
 from fastlora.kernels.target import Target
 
 pytestmark = pytest.mark.usefixtures("empty_cache")
 
 
-# Who competes
-
-
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_every_form_and_tile_competes_once(capability: int, dtype: torch.dtype) -> None:
+def test_every_form_and_tile_competes(capability: int, dtype: torch.dtype) -> None:
     gpu = Target(capability, 100, 166912 if capability == 80 else 232448, "GPU")
-    for direction, dropout, width in product(tune.DIRECTIONS, (False, True), (4096, 4095)):
+    for direction, dropout, width in product(("forward", "backward"), (False, True), (4096, 4095)):
         problem = Problem(direction, dtype, 8192, width, 2048, 16, dropout)
-        first, *others = tune.candidates(problem, gpu)
+        first, *others = candidates(problem, gpu)
         assert first == default_choice(problem, gpu)
-        everyone = [first, *others]
-        assert len(set(everyone)) == len(everyone)
-        assert {choice.form for choice in everyone} == set(problem.forms)
-        tiles = [choice.config for choice in everyone if choice.config]
         descriptors = capability >= 90 and (width % 8 == 0 or (dtype == torch.float32 and width % 4 == 0))
-        cols = 2048 if direction == "forward" else width
-        automatic = gemm_config(8192, cols, dtype, "ieee", gpu, descriptors)
-        assert {*tiles, automatic} == set(choices.tiles(problem, gpu))
-        assert automatic not in tiles
-        assert all(tile.is_valid(gpu, dtype, "ieee", descriptors) for tile in tiles)
-
-
-def test_every_candidate_has_a_name_of_its_own() -> None:
-    """Also on a GPU with room for all of them, where the tile that goes unnamed is a small one."""
-    everyone = tune.candidates(replace(LARGE, rows=512), Target(90, 132, 1 << 20, "GPU"))
-    assert len({tune.name_of(choice) for choice in everyone}) == len(everyone)
-    assert {choice.config.store_parts for choice in everyone if choice.config} == {1, 4}
+        tiles = {f"fused/{tile}" for tile in valid_tiles(dtype, "ieee", gpu, descriptors)}
+        assert {first, *others} == {"fused", "addmm", *tiles} | (set() if dropout else {"torch"})
 
 
 def test_the_problems_of_a_model() -> None:
@@ -62,143 +45,96 @@ def test_the_problems_of_a_model() -> None:
     assert {(problem.in_features, problem.out_features) for problem in found} == {(64, 32), (32, 64)}
 
 
-# What decides
-
-
 def times(median: float, spread: float = 0.1) -> Quantiles:
     return Quantiles(median - spread, median, median + spread)
-
-
-A, B = FUSED, TORCH
 
 
 @pytest.mark.parametrize(
     ("seconds", "chosen"),
     [
-        ({ADDMM: times(1.0), A: times(0.7), B: times(0.75)}, A),
-        ({ADDMM: times(1.0), A: times(0.81), B: times(1.5)}, ADDMM),
-        ({ADDMM: times(1.0), A: times(1.3)}, ADDMM),
-        ({ADDMM: times(1.0)}, ADDMM),
-        ({ADDMM: times(1.0), A: times(0.6, 0.31), B: times(0.7)}, B),
-        ({ADDMM: times(1.0, 0.0), A: times(0.999, 0.0)}, A),
-        ({ADDMM: times(1.0, 0.0), A: times(1.0, 0.0)}, ADDMM),
-        ({A: times(3.0), B: times(2.95)}, B),
+        ({"addmm": times(1.0), "fused": times(0.7), "torch": times(0.75)}, "fused"),
+        ({"addmm": times(1.0), "fused": times(0.81), "torch": times(1.5)}, "addmm"),
+        ({"addmm": times(1.0), "fused": times(1.3)}, "addmm"),
+        ({"addmm": times(1.0)}, "addmm"),
+        ({"addmm": times(1.0), "fused": times(0.6, 0.31), "torch": times(0.7)}, "torch"),
+        ({"addmm": times(1.0, 0.0), "fused": times(0.999, 0.0)}, "fused"),
+        ({"addmm": times(1.0, 0.0), "fused": times(1.0, 0.0)}, "addmm"),
+        ({"fused": times(3.0), "torch": times(2.95)}, "torch"),
     ],
     ids=["faster", "within the spread", "slower", "alone", "unsteady", "steady", "equal", "no default"],
 )
-def test_the_rule(seconds: dict[Choice, Quantiles], chosen: Choice) -> None:
-    assert tune.decide(seconds, ADDMM) == chosen
+def test_the_rule(seconds: dict[str, Quantiles], chosen: str) -> None:
+    assert tune.decide(seconds, "addmm") == chosen
 
 
 def test_the_speedup_and_its_spread() -> None:
-    result = tune.Result(PROBLEM, ADDMM, FUSED, {ADDMM: Quantiles(9, 10, 12), FUSED: Quantiles(4, 5, 6)})
-    assert result.speedup == (9 / 6, 10 / 5, 12 / 4)
-    assert tune.Result(PROBLEM, ADDMM, FUSED, {FUSED: Quantiles(4, 5, 6)}).speedup is None
-    assert tune.Result(PROBLEM, ADDMM, skipped="out of memory").speedup is None
-
-
-# What is measured is what users get
+    seconds = {"addmm": Quantiles(9, 10, 12), "fused": Quantiles(4, 5, 6)}
+    assert tune.Tuned(PROBLEM, "addmm", "fused", seconds).speedup == (9 / 6, 10 / 5, 12 / 4)
+    assert tune.Tuned(PROBLEM, "addmm", "fused", {"fused": Quantiles(4, 5, 6)}).speedup is None
+    assert tune.Tuned(PROBLEM, "addmm", skipped="out of memory").speedup is None
 
 
 def test_the_winner_of_every_problem_is_stored(target: Target) -> None:
-    for winner in (FUSED, tune.candidates(PROBLEM, target)[-1], ADDMM):
-        results = run(PROBLEMS, favouring(winner), again=True)
-        assert [result.choice for result in results] == [winner] * 3
-        assert stored() == dict.fromkeys(PROBLEMS, winner)
-        assert all(choices.choose(problem, target) == winner for problem in PROBLEMS)
-    assert winner.config is None
-    assert results[0].seconds.keys() == set(tune.candidates(PROBLEM, target))
+    for winner in ("fused", candidates(PROBLEM, target)[-1], "addmm"):
+        outcomes = run(PROBLEMS, favouring(winner), again=True)
+        assert [tuned.choice for tuned in outcomes] == [winner] * 3
+        assert stored(target) == dict.fromkeys(PROBLEMS, winner)
+        assert all(dispatch.choose(problem, target) == winner for problem in PROBLEMS)
+    assert outcomes[0].seconds.keys() == set(candidates(PROBLEM, target))
 
 
 @pytest.mark.parametrize("problem", PROBLEMS)
 def test_every_step_runs_its_own_choice(problem: Problem, target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
-    """In the timed half of the step, and at the size and with the mask of the problem; whatever was stored before."""
-    choices.store(target, {problem: FUSED})
-    seen, taken = [], []
-    launch_, choose = launch.launch, choices.choose
-    monkeypatch.setattr(launch, "launch", lambda plan, *args: seen.append(plan) or launch_(plan, *args))
-    monkeypatch.setattr(choices, "choose", lambda *args: taken.append((*args, choose(*args))) or choose(*args))
+    """The timed half runs at the problem's size, with its mask, whatever was stored before, and plans nothing anew."""
+    store(target, {problem: "fused"})
+    plans: list[launch.Plan] = []
+    watch(monkeypatch, plans.append)
 
-    def clock(steps: Mapping[Choice, Prepared]) -> dict[Choice, list[float]]:
+    def timer(steps: Mapping[str, Step]) -> dict[str, list[float]]:
         for choice, step in steps.items():
-            prepared = step.setup()
-            seen.clear()
-            taken.clear()
-            plan_forward.cache_clear()  # a plan that is kept does not ask again
-            plan_backward.cache_clear()
-            step.run(prepared)
-            assert taken == [(problem, target, choice)]
-            assert bool(seen) == (choice.form != "torch")
+            prepared = step if isinstance(step, Prepared) else Prepared(lambda: None, lambda _, step=step: step())
+            state = prepared.setup()
+            plans.clear()
+            misses = dispatch.plan_forward.cache_info().misses + dispatch.plan_backward.cache_info().misses
+            prepared.run(state)
+            assert dispatch.plan_forward.cache_info().misses + dispatch.plan_backward.cache_info().misses == misses
+            gemms = [plan.options for plan in plans if plan.kernel is gemm_kernel and plan.options["HAS_PRODUCT"]]
+            assert len(gemms) == choice.startswith("fused")
+            assert bool(plans) == (choice != "torch")
+            if "/" in choice:
+                assert choice.startswith(f"fused/{gemms[0]['BLOCK_M']},{gemms[0]['BLOCK_N']},{gemms[0]['BLOCK_K']},")
         return {choice: [1.0] for choice in steps}
 
-    (result,) = run([problem], clock, again=True)
-    assert len(result.seconds) == len(problem.forms) + 2
-    assert choose(problem, target) == result.choice == default_choice(problem, target)
-
-
-def test_a_candidate_is_planned_once(target: Target) -> None:
-    """However often it is timed: planning takes the host longer than a small step takes the device."""
-    planned: list[int] = []
-
-    def clock(steps: Mapping[Choice, Prepared]) -> dict[Choice, list[float]]:
-        for _ in range(3):
-            for step in steps.values():
-                step()
-            planned.append(plan_forward.cache_info().misses + plan_backward.cache_info().misses)
-        return {choice: [1.0] for choice in steps}
-
-    run([PROBLEM], clock)
-    assert planned[0] == planned[1] == planned[2]  # the first time was when its result was checked
+    (tuned,) = run([problem], timer, again=True)
+    assert tuned.seconds.keys() == set(candidates(problem, target))
+    assert dispatch.choose(problem, target) == tuned.choice == default_choice(problem, target)
 
 
 def test_the_real_clock(target: Target) -> None:
-    (result,) = tune.tune([PROBLEMS[2]], "cpu", repeats=2, adapter_dtype=torch.float32)
-    assert all(0 < times.p20 <= times.median <= times.p80 < 60 for times in result.seconds.values())
-    assert stored() == {PROBLEMS[2]: result.choice}
+    (tuned,) = tune.tune([PROBLEMS[2]], "cpu", repeats=2, adapter_dtype=torch.float32)
+    assert all(0 < times.p20 <= times.median <= times.p80 < 60 for times in tuned.seconds.values())
+    assert stored(target) == {PROBLEMS[2]: tuned.choice}
 
 
-def test_nothing_is_left_in_force(target: Target) -> None:
-    run(PROBLEMS[:1], favouring(ADDMM))
-    assert not choices._tried
-
-
-# What is stored is not measured again
-
-
-def test_what_is_stored_is_kept(target: Target) -> None:
-    """Also by another process; the rest is measured, and each result comes in its place."""
+def test_what_is_stored_is_kept_unless_asked_for_again(target: Target) -> None:
     first, second, third = PROBLEMS
-    choices.store(target, {second: FUSED})
-    forget()
-    timed: list[Choice] = []
-    finished: list[tune.Result] = []
-    results = run(PROBLEMS, favouring(ADDMM, timed), finished=finished.append)
-    assert results == finished
-    assert [(result.problem, result.kept) for result in results] == [(first, False), (second, True), (third, False)]
-    assert results[1] == tune.Result(second, ADDMM, FUSED, kept=True)
-    assert len(timed) == sum(len(tune.candidates(problem, target)) for problem in (first, third))
-    assert stored() == {first: ADDMM, second: FUSED, third: ADDMM}
-    assert all(result.kept for result in run(PROBLEMS, lambda steps: pytest.fail("measured")))
+    store(target, {second: "fused"})
+    store(replace(target, name="Another GPU"), {first: "fused"})
+    store(target, {replace(first, precision="tf32"): "fused"})
+    timed: list[str] = []
+    finished: list[tune.Tuned] = []
+    outcomes = run(PROBLEMS, favouring("addmm", timed), finished=finished.append)
+    assert outcomes == finished
+    assert [(tuned.problem, tuned.kept) for tuned in outcomes] == [(first, False), (second, True), (third, False)]
+    assert outcomes[1] == tune.Tuned(second, "addmm", "fused", kept=True)
+    assert len(timed) == sum(len(candidates(problem, target)) for problem in (first, third))
+    assert all(tuned.kept for tuned in run(PROBLEMS, lambda steps: pytest.fail("measured")))
+    (anew,) = run([second], favouring("addmm"), again=True)
+    assert (anew.choice, anew.kept) == ("addmm", False)
+    assert stored(target)[second] == "addmm"
 
 
-def test_again_measures_it_anew(target: Target) -> None:
-    choices.store(target, {PROBLEM: FUSED})
-    (result,) = run([PROBLEM], favouring(ADDMM), again=True)
-    assert (result.choice, result.kept) == (ADDMM, False)
-    assert result.seconds.keys() == set(tune.candidates(PROBLEM, target))
-    assert stored() == {PROBLEM: ADDMM}
-
-
-def test_what_was_measured_elsewhere_or_in_another_precision_is_not_kept(target: Target, monkeypatch: Any) -> None:
-    choices.store(replace(target, name="Another GPU"), {PROBLEM: FUSED})
-    with monkeypatch.context() as patch:
-        patch.setattr(choices, "matmul_precision", lambda dtype: "tf32")
-        choices.store(target, {PROBLEM: FUSED})
-    (result,) = run([PROBLEM], favouring(ADDMM))
-    assert (result.choice, result.kept) == (ADDMM, False)
-
-
-# What is wrong is not timed, and not stored
+# Wrong results and trouble on the way
 
 
 @pytest.fixture
@@ -218,65 +154,134 @@ def spoilt(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[dict[str, Any
     return spoil
 
 
-@pytest.mark.parametrize("direction", tune.DIRECTIONS)
+@pytest.mark.parametrize("direction", ["forward", "backward"])
 def test_a_wrong_candidate_is_left_out(direction: str, target: Target, spoilt: Any) -> None:
     problem = replace(PROBLEM, direction=direction)
     spoilt(lambda options: options["HAS_PRODUCT"])
-    timed: list[Choice] = []
-    with pytest.warns(UserWarning, match=f"{direction} f32 16 x 32 -> 48 r=4 with dropout: fused .*is left out: its result is"):
-        (result,) = tune.tune([problem], "cpu", clock=favouring(FUSED, timed))
-    assert timed == [ADDMM]
-    assert stored() == {problem: ADDMM}
-    assert result.wrong
-    assert len(result.left_out) == 3
-    assert "OVER" in result.left_out[FUSED]
+    timed: list[str] = []
+    with pytest.warns(UserWarning, match=f"{direction} f32 16 x 32 -> 48 r=4 with dropout: fused.* is left out: its result is"):
+        (tuned,) = tune.tune([problem], "cpu", timer=favouring("fused", timed))
+    assert timed == ["addmm"]
+    assert stored(target) == {problem: "addmm"}
+    assert tuned.wrong
+    assert len(tuned.left_out) == 4
+    assert "OVER" in tuned.left_out["fused"]
 
 
-def test_a_wrong_default_gives_way(target: Target, spoilt: Any) -> None:
+def test_a_wrong_default_gives_way_and_no_candidate_stores_nothing(target: Target, spoilt: Any) -> None:
     spoilt(lambda options: not options["HAS_PRODUCT"])
     remarks: list[str] = []
-    (result,) = tune.tune([PROBLEM], "cpu", clock=favouring(FUSED), remark=remarks.append)
-    assert (result.default, result.choice, result.speedup) == (ADDMM, FUSED, None)
-    assert len(remarks) == 1
-
-
-def test_where_all_are_wrong_nothing_is_stored(target: Target, spoilt: Any) -> None:
+    (tuned,) = tune.tune([PROBLEM], "cpu", timer=favouring("fused"), remark=remarks.append, again=True)
+    assert (tuned.default, tuned.choice, tuned.speedup, len(remarks)) == ("addmm", "fused", None, 1)
     spoilt(lambda options: True)
-    remarks: list[str] = []
-    results = tune.tune([PROBLEM, PROBLEMS[2]], "cpu", clock=favouring(FUSED), remark=remarks.append)
-    assert [result.choice for result in results] == [None, TORCH]
-    assert results[0].skipped == "no candidate is left"
-    assert remarks[4] == "forward f32 16 x 32 -> 48 r=4 with dropout is skipped: no candidate is left"
-    assert stored() == {PROBLEMS[2]: TORCH}
+    outcomes = tune.tune([PROBLEMS[1], PROBLEMS[2]], "cpu", timer=favouring("fused"), remark=remarks.append)
+    assert [tuned.choice for tuned in outcomes] == [None, "torch"]
+    assert outcomes[0].skipped == "no candidate is left"
+    assert "backward f32 16 x 32 -> 48 r=4 with dropout is skipped: no candidate is left" in remarks
+    assert stored(target) == {PROBLEM: "fused", PROBLEMS[2]: "torch"}
 
 
 @pytest.mark.parametrize("error", [OutOfResources(300000, 232448, "shared memory"), RuntimeError("PassManager::run failed")])
 def test_a_candidate_that_does_not_compile_is_left_out(error: Exception, target: Target, monkeypatch: Any) -> None:
-    tile = tune.candidates(PROBLEM, target)[-1]
-    assert tile.config is not None
-    right = launch.launch
+    tile = candidates(PROBLEM, target)[-1]
 
-    def fail(plan: launch.Plan, *args: Any) -> None:
-        if plan.kernel is gemm_kernel and plan.options["HAS_PRODUCT"] and plan.options["BLOCK_M"] == tile.config.block_m:
+    def fail(plan: launch.Plan) -> None:
+        if plan.kernel is gemm_kernel and plan.options["HAS_PRODUCT"] and plan.options["BLOCK_M"] == 32:
             raise error
-        right(plan, *args)
 
-    monkeypatch.setattr(launch, "launch", fail)
+    watch(monkeypatch, fail)
     remarks: list[str] = []
-    timed: list[Choice] = []
-    (result,) = tune.tune([PROBLEM], "cpu", clock=favouring(tile, timed), remark=remarks.append)
-    assert tile not in timed
-    assert len(timed) == 3
-    assert (result.choice, result.wrong) == (ADDMM, False)
-    assert len(remarks) == 1
+    (tuned,) = tune.tune([PROBLEM], "cpu", timer=favouring("addmm"), remark=remarks.append)
+    assert tile in tuned.left_out
+    assert (tuned.choice, tuned.wrong) == ("addmm", False)
     assert f"{type(error).__name__}: " in remarks[0]
 
 
 def test_a_lost_device_is_no_candidates_fault(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
-    def lost(*args: Any) -> None:
+    def lost(plan: Any) -> None:
         raise torch.AcceleratorError("an illegal memory access was encountered")
 
-    monkeypatch.setattr(launch, "launch", lost)
+    watch(monkeypatch, lost)
     with pytest.raises(torch.AcceleratorError, match="illegal memory access"):
-        run([PROBLEM], favouring(FUSED))
-    assert stored() == {}
+        run([PROBLEM], favouring("fused"))
+    assert stored(target) == {}
+
+
+def failing_at(number: int, error: BaseException | type[BaseException]) -> tune.Timer:
+    calls = []
+
+    def timer(steps: Mapping[str, Step]) -> dict[str, list[float]]:
+        calls.append(steps)
+        if len(calls) == number:
+            raise error
+        return dict(favouring("fused")(steps))
+
+    return timer
+
+
+@pytest.mark.parametrize("where", ["the timing", "the inputs", "the check"])
+def test_a_problem_that_runs_out_of_memory_is_skipped(where: str, target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore.")
+    right, judge, remarks = tune.draw, tune.Judge, list[str]()
+
+    def full(case: Any, *args: Any) -> Any:
+        if case.shape == (16, 48, 48):
+            raise error
+        return right(case, *args)
+
+    timer = failing_at(3, error) if where == "the timing" else favouring("fused")
+    if where == "the inputs":
+        monkeypatch.setattr(tune, "draw", full)
+    if where == "the check":
+        monkeypatch.setattr(tune, "Judge", lambda case, first: full(case) if case.shape == (16, 48, 48) else judge(case, first))
+    outcomes = tune.tune(PROBLEMS, "cpu", timer=timer, remark=remarks.append)
+    assert [tuned.choice for tuned in outcomes] == ["fused", "fused", None]
+    assert remarks[-1].endswith("is skipped: out of memory: CUDA out of memory. Tried to allocate 2.00 GiB.")
+    assert stored(target) == dict.fromkeys(PROBLEMS[:2], "fused")
+
+
+def test_an_interrupted_tune_keeps_what_it_has(target: Target) -> None:
+    with pytest.raises(KeyboardInterrupt):
+        run(PROBLEMS, failing_at(2, KeyboardInterrupt))
+    assert stored(target) == {PROBLEMS[0]: "fused"}
+    assert [tuned.kept for tuned in run(PROBLEMS, favouring("fused"))] == [True, False, False]
+    assert stored(target) == dict.fromkeys(PROBLEMS, "fused")
+
+
+# Where it must not run
+
+
+def untouched(steps: Any) -> Any:
+    pytest.fail("measured")
+
+
+@pytest.mark.parametrize("place", ["a CPU", "an old GPU", "a capture", "torch.compile", "no rate", "no folder"])
+def test_where_it_must_not_run(place: str, empty_cache: Path, monkeypatch: pytest.MonkeyPatch, request: Any) -> None:
+    """It measures and writes nothing."""
+    device, options, expected = "cpu", {}, (RuntimeError, r"capability 8\.0 or newer; the device is c")
+    if place == "an old GPU":
+        device = "cuda:0"
+        monkeypatch.setattr(torch.version, "cuda", "12.8")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    elif place == "a capture":
+        device, expected = "cuda", (RuntimeError, "a CUDA graph cannot capture")
+        monkeypatch.setattr(tune, "available_backends", lambda device: functional.BACKENDS)
+        monkeypatch.setattr(tune, "target_of", lambda device: NAMED)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    elif place == "torch.compile":
+        expected = AssertionError, "forbidden callable <function tune"
+    elif place == "no rate":
+        options, expected = {"dropout_p": 0.0}, (ValueError, r"dropout_p must be at least 1/65536, .* got 0")
+    elif place == "no folder":
+        request.getfixturevalue("target")
+        empty_cache.write_text("")
+        expected = OSError, "cache"
+
+    def call(x: torch.Tensor) -> torch.Tensor:
+        tune.tune([PROBLEM], device, timer=untouched, **options)
+        return x + 1
+
+    error, message = expected
+    with pytest.raises(error, match=message):
+        (torch.compile(call, backend="eager") if place == "torch.compile" else call)(torch.ones(2))
+    assert empty_cache.is_file() or not empty_cache.exists()

@@ -11,7 +11,7 @@ from triton.runtime import driver
 
 from fastlora.kernels import steps
 from fastlora.kernels.dropout import lane_limit
-from fastlora.kernels.plans import plan_backward, plan_forward
+from fastlora.kernels.steps import plan_backward, plan_forward
 from fastlora.kernels.shrink import shrink_kernel
 from tools.aot import OfflineDriver
 from tools.cases import TARGETS
@@ -63,7 +63,7 @@ def test_a_planned_launch_is_what_triton_would_launch(launched: Calls, form: str
         launched.clear()
         x, dy, weight, bias, S = meta(M, K), meta(M, N), meta(N, K), meta(N), meta(M, R, dtype=torch.float32)
         A, B, seed = meta(R, K, dtype=adapter), meta(N, R, dtype=adapter), meta(1, dtype=torch.int64)
-        options: dict[str, Any] = {"choice": steps.Choice(form), "target": TARGETS[90]}
+        options: dict[str, Any] = {"choice": form, "target": TARGETS[90]}
         steps.forward(x, weight, A, B, bias, seed, scaling, dropout_p, **options)
         steps.backward(dy, x, weight, A, B, S, seed, scaling, dropout_p, adapter, **options)
         return [tuple(map(comparable, call)) for call in launched]
@@ -80,7 +80,7 @@ def test_a_planned_launch_is_what_triton_would_launch(launched: Calls, form: str
 def test_the_second_step_does_not_ask_triton(launched: Calls, monkeypatch: pytest.MonkeyPatch) -> None:
     def forward(K: int, seed: torch.Tensor | None) -> None:
         x, weight, A, B = (torch.empty(s, dtype=torch.bfloat16, device="meta") for s in ((M, K), (N, K), (R, K), (N, R)))
-        steps.forward(x, weight, A, B, None, seed, 2.0, 0.25, choice=steps.Choice("fused"), target=TARGETS[90])
+        steps.forward(x, weight, A, B, None, seed, 2.0, 0.25, choice="fused", target=TARGETS[90])
 
     seeds = torch.empty(3, dtype=torch.int64, device="meta")
     forward(K, seeds[:1])

@@ -1,10 +1,11 @@
-"""README.md and docs/: every Python block runs and prints what it says; commands, names, links and reasons are the code's."""
+"""The pages in Markdown: Python blocks run and print what they say; commands, names, links and reasons exist in the code."""
 
 import ast
 import contextlib
 import importlib
 import io
 import re
+import runpy
 import shlex
 import tomllib
 from collections.abc import Iterator
@@ -16,10 +17,11 @@ import pytest
 from fastlora import cli
 
 ROOT = Path(__file__).parents[2]
-PAGES = [ROOT / "README.md", ROOT / "examples/README.md", *sorted(ROOT.glob("docs/*.md")), *sorted(ROOT.glob("benches/*.md"))]
-LONGEST = 120
+PATTERNS = ("*.md", "benches/**/*.md", "docs/*.md", "examples/*.md", ".github/**/*.md", ".github/workflows/*.yml")
+PAGES = sorted(page for pattern in PATTERNS for page in ROOT.glob(pattern))
+PROJECT = tomllib.loads((ROOT / "pyproject.toml").read_text())
 
-pages = pytest.mark.parametrize("page", PAGES, ids=[str(page.relative_to(ROOT)) for page in PAGES])
+pages = pytest.mark.parametrize("page", PAGES, ids=lambda page: str(page.relative_to(ROOT)))
 
 
 def blocks(page: Path, language: str) -> Iterator[tuple[int, str]]:
@@ -35,7 +37,7 @@ def inline_code(page: Path) -> list[str]:
 
 
 def promised(block: str) -> list[str]:
-    """What a block says that it prints: comments that are lines of their own, and those behind a print."""
+    """What a block says that it prints: comments on lines of their own, and comments after a print."""
     return re.findall(r"^(?:.*\bprint\w*\(.*\)\s+)?# (.*)$", block, re.MULTILINE)
 
 
@@ -59,16 +61,17 @@ def test_promises_are_found() -> None:
 
 @pages
 def test_commands_exist(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    for command in cli.COMMANDS:  # so that arguments are parsed, and nothing is run
+    for command in cli.COMMANDS:  # parse the arguments, but run nothing
         monkeypatch.setattr(importlib.import_module(f"fastlora.cli.{command}"), "run", lambda args: 0)
     lines = [line for _, block in blocks(page, "bash") for line in block.splitlines()]
     lines += [code for code in inline_code(page) if re.match(r"(\w+=\S+ )*(make|fastlora|python|pip|pytest) ", code)]
+    lines += re.findall(r"^ +(?:- )?run: (.+)$", page.read_text(), re.MULTILINE)
     for line in lines:
         check_command([word for word in shlex.split(line, comments=True) if not re.match(r"[A-Z_]+=", word)])
 
 
 def check_command(words: list[str]) -> None:
-    """Fails for a command that is not there, or does not take these arguments."""
+    """Fail for a command that does not exist, or does not take these arguments."""
     match words:
         case ["make", target]:
             assert re.search(rf"^{target}:", (ROOT / "Makefile").read_text(), re.MULTILINE), words
@@ -76,26 +79,23 @@ def check_command(words: list[str]) -> None:
             assert command in cli.COMMANDS, words
         case ["fastlora", *arguments]:
             assert cli.main(arguments) == 0, words
-        case ["python", "-m", module]:
-            assert (ROOT / module.replace(".", "/")).with_suffix(".py").is_file(), words
+        case ["python", "-m", module, *_]:
+            path = ROOT / module.replace(".", "/")
+            assert path.with_suffix(".py").is_file() or (path / "__main__.py").is_file(), words
         case ["python", script, *_]:
             assert (ROOT / script).is_file(), words
-        case ["pytest", folder, *_] if not folder.startswith("-"):
-            assert (ROOT / folder).is_dir(), words
+        case ["pytest", "-m", mark, *_]:
+            assert any(line.startswith(f"{mark}:") for line in PROJECT["tool"]["pytest"]["ini_options"]["markers"]), words
+        case ["pytest", path, *_]:
+            assert (ROOT / path).exists(), words
         case ["compute-sanitizer", "--tool", _, *program]:
             check_command(program)
-        case ["pytest", "-m", mark, *_]:
-            assert any(line.startswith(f"{mark}:") for line in project()["tool"]["pytest"]["ini_options"]["markers"]), words
         case ["pip", "install", what, *_]:
             extras = re.fullmatch(r"\.(?:\[(.*)\])?", what)
             assert extras, words
-            assert not extras[1] or set(extras[1].split(",")) <= set(project()["shrink"]["optional-dependencies"]), words
+            assert not extras[1] or set(extras[1].split(",")) <= set(PROJECT["project"]["optional-dependencies"]), words
         case _:
             pytest.fail(f"a command that this test does not know: {words}")
-
-
-def project() -> dict:
-    return tomllib.loads((ROOT / "pyproject.toml").read_text())
 
 
 @pytest.mark.parametrize(
@@ -116,36 +116,41 @@ def test_names_and_links_exist(page: Path) -> None:
         assert link.startswith("https://") or (page.parent / link).exists(), link
 
 
-@pytest.mark.parametrize("page", sorted((ROOT / "docs").glob("*.md")), ids=lambda page: page.name)
+@pytest.mark.parametrize("page", [ROOT / "README.md", *ROOT.glob("docs/*.md")], ids=lambda page: str(page.relative_to(ROOT)))
 def test_pages_are_short_and_listed(page: Path) -> None:
-    assert len(page.read_text().splitlines()) < LONGEST
+    assert len(page.read_text().splitlines()) < (150 if page.parent == ROOT else 120)
     assert page.name == "README.md" or f"({page.name})" in (ROOT / "docs/README.md").read_text()
 
 
+def test_the_picture_is_what_its_script_draws(tmp_path: Path) -> None:
+    picture = ROOT / "docs/figures/how_it_works.svg"
+    runpy.run_path(str(picture.with_suffix(".py")))["main"](["--svg", str(tmp_path / picture.name)])
+    assert (tmp_path / picture.name).read_bytes() == picture.read_bytes()
+
+
+#: Where reasons are given: in these functions, and in constants of their modules.
+SOURCES = {
+    "peft/base.py": {"weight_of"},
+    "peft/calls.py": {"operands", "unsupported_input", "decide"},
+    "peft/layers.py": {"unsupported_reason"},
+    "quantized.py": {"unsupported_reason", "unsupported_input"},
+}
 #: What other reasons are put into.
 FRAMES = {"its base layer …", " under autocast to …"}
 
 
 def reasons() -> Iterator[str]:
-    """Every reason that the package gives for PEFT's forward, what is filled in as an ellipsis."""
-    sources = {
-        "peft/base.py": {"weight_of"},
-        "peft/calls.py": {"operands", "unsupported_input", "decide", "<module>"},
-        "peft/layers.py": {"unsupported_reason"},
-        "quantized.py": {"unsupported_reason", "unsupported_input"},
-    }
-    for path, functions in sources.items():
+    """Every reason that the package gives for PEFT's forward, with an ellipsis for what is filled in."""
+    for path, functions in SOURCES.items():
         tree = ast.parse((ROOT / "fastlora" / path).read_text())
         bodies = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in functions]
-        assert len(bodies) == len(functions - {"<module>"}), path
-        said = [node.value for body in bodies for node in ast.walk(body) if isinstance(node, (ast.Return, ast.Assign))]
-        if "<module>" in functions:
-            said += [node.value for node in tree.body if isinstance(node, ast.Assign)]
-        for value in filter(None, said):
-            options = (value.body, value.orelse) if isinstance(value, ast.IfExp) else (value,)
-            for option in options:
-                parts = option.values if isinstance(option, ast.JoinedStr) else (option,)
-                text = "".join(str(part.value) if isinstance(part, ast.Constant) else "…" for part in parts)
+        assert len(bodies) == len(functions), path
+        parts = [*bodies, *(node for node in tree.body if isinstance(node, ast.Assign))]
+        nodes = [node for part in parts for node in ast.walk(part) if isinstance(node, (ast.Return, ast.Assign))]
+        for value in (node.value for node in nodes):
+            for option in (value.body, value.orelse) if isinstance(value, ast.IfExp) else (value,):
+                words = option.values if isinstance(option, ast.JoinedStr) else (option,)
+                text = "".join(str(word.value) if isinstance(word, ast.Constant) else "…" for word in words)
                 if isinstance(option, (ast.JoinedStr, ast.Constant)) and " " in text and text not in FRAMES:
                     yield text
 

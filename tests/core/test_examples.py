@@ -1,4 +1,4 @@
-"""Every script of examples/ runs at small size; each asserts by itself that its loss falls and its LoRA layers are fused."""
+"""Every script of examples/ runs at a small size; each asserts itself that its loss falls and its LoRA layers are fused."""
 
 import os
 import re
@@ -21,9 +21,8 @@ from fastlora.autograd import LoraLinearFunction
 from fastlora.peft import layers
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
-HELPERS = {"offline.py"}
 
-#: script -> how many LoRA layers its model has.
+#: script -> number of LoRA layers in its model.
 WITH_PEFT = {"llama_peft.py": 4, "qlora.py": 14, "hf_trainer.py": 14, "trl_sft.py": 14}
 WITHOUT_PEFT = {"roberta_inject.py": 4, "loralib_merge.py": 1}
 
@@ -32,7 +31,7 @@ Run = Callable[[str, Sequence[str]], str]
 
 @pytest.fixture
 def run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str], tmp_path: Path) -> Iterator[Run]:
-    """run(script, arguments) -> what it prints; in this process, as importing transformers anew would take longer than that."""
+    """run(script, arguments) -> what it prints; in this process, because importing transformers again takes longer."""
     monkeypatch.syspath_prepend(EXAMPLES)
     monkeypatch.chdir(tmp_path)
 
@@ -59,7 +58,7 @@ def fused_calls(monkeypatch: pytest.MonkeyPatch) -> list[str]:
 
 
 def test_all_scripts_are_run_here() -> None:
-    assert {path.name for path in EXAMPLES.glob("*.py")} == {*WITH_PEFT, *WITHOUT_PEFT, *HELPERS}
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {*WITH_PEFT, *WITHOUT_PEFT, "offline.py"}
 
 
 @pytest.mark.filterwarnings("ignore")
@@ -72,18 +71,17 @@ def test_runs(script: str, count: int, run: Run, fused_calls: list[str]) -> None
         assert f"fastlora: {count} of {count} LoRA layers accelerated" in printed
 
 
-@pytest.mark.filterwarnings("ignore")
-@pytest.mark.parametrize("script", WITH_PEFT)
-def test_fails_where_nothing_is_fused(script: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(fastlora, "accelerate", lambda model: fastlora.peft.Report((), (), (("a layer", "by this test"),)))
-    with pytest.raises(AssertionError, match="by this test"):
-        run(script, ["--steps", "1"])
+FAULTS = {
+    "no layer is taken": (fastlora, "accelerate", lambda model: fastlora.peft.Report((), (), ())),
+    "a call falls back": (layers, "decide", lambda *args: "by this test"),
+}
 
 
 @pytest.mark.filterwarnings("ignore")
+@pytest.mark.parametrize("fault", FAULTS)
 @pytest.mark.parametrize("script", WITH_PEFT)
-def test_fails_where_a_call_falls_back(script: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(layers, "decide", lambda *args: "by this test")
+def test_fails_where(fault: str, script: str, run: Run, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(*FAULTS[fault])
     with pytest.raises(AssertionError):
         run(script, ["--steps", "1"])
 
@@ -112,10 +110,8 @@ def test_roberta_base_has_the_published_counts(run: Run, tmp_path: Path) -> None
 def test_what_is_saved_is_peft_s(script: str, run: Run, tmp_path: Path) -> None:
     base = runpy.run_path(str(EXAMPLES / "offline.py"))["checkpoint"]("llama")
     run(script, ["--steps", "1", "--model", base, "--output", "adapter"])
-    model = transformers.AutoModelForCausalLM.from_pretrained(base)
-    loaded = peft.PeftModel.from_pretrained(model, tmp_path / "adapter")
-    trained = [tensor for name, tensor in loaded.named_parameters() if "lora_B" in name]
-    assert all(bool(torch.count_nonzero(tensor)) for tensor in trained)
+    loaded = peft.PeftModel.from_pretrained(transformers.AutoModelForCausalLM.from_pretrained(base), tmp_path / "adapter")
+    assert {bool(torch.count_nonzero(tensor)) for name, tensor in loaded.named_parameters() if "lora_B" in name} == {True}
 
 
 def test_as_a_script_from_any_folder(tmp_path: Path) -> None:

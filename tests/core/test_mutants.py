@@ -252,12 +252,12 @@ def test_mutated_backend(
     original = getattr(module, step)
     signature = inspect.signature(original)
 
-    def mutated(*args: Any, **form: Any) -> Any:
-        bound = signature.bind(*args, **form)
+    def mutated(*args: Any, **choice: Any) -> Any:
+        bound = signature.bind(*args, **choice)
         bound.arguments[argument] = change(bound.arguments[argument])
         return original(*bound.args, **bound.kwargs)
 
     monkeypatch.setattr(module, step, mutated)
-    monkeypatch.setattr(ops, "_steps", ops._steps.__wrapped__)  # which keeps what it has looked up
+    monkeypatch.setattr(ops, "_implementation", ops._implementation.__wrapped__)  # which keeps what it has looked up
     rows = oracle.check(_case(dtype, adapters), backend=backend)
     assert _spoilt(rows) == spoils, oracle.table(rows)

@@ -45,7 +45,7 @@ def run_grad_a(
     """(Uᵀ drop(x), the packed mask with `pack`)."""
     facts = TensorSpec.of(x), TensorSpec.of(U), dtype, matmul_precision(x.dtype), target
     plan = plan_grad_a(*facts, dropout=seed is not None, pack=pack)
-    partials, bits, _ = grad_a(plan, x, U, seed=seed, dropout_p=dropout_p)
+    partials, bits = grad_a(plan, x, U, seed=seed, dropout_p=dropout_p)
     (result,) = sum_partials(plan_sum(plan.results[0]), partials)
     return result, bits
 

@@ -9,7 +9,6 @@ from planned import run_gemm, run_grad_a, run_grad_s_and_b, run_shrink
 from fastlora import oracle
 from fastlora.kernels import launch, steps
 from fastlora.kernels.config import MIN_STEPS, GemmConfig, gemm_candidates, gemm_config, rank_block, split_steps
-from fastlora.kernels.forms import Choice
 from fastlora.kernels.grad_a import grad_a_kernel
 from fastlora.kernels.grad_b import MAX_RANK, grad_b_kernel
 from fastlora.kernels.shrink import shrink_kernel
@@ -165,7 +164,7 @@ def test_streaming_kernels_fill_the_chip(rows, in_features, out_features, rank, 
     for target in TARGETS.values():
         for form in ("fused", "addmm"):
             streaming.clear()
-            options = {"choice": Choice(form), "target": target}
+            options = {"choice": form, "target": target}
             steps.forward(x, weight, lora_A, lora_B, None, seed, 1.0, 0.1, **options)
             steps.backward(dy, x, weight, lora_A, lora_B, S, seed, 1.0, 0.1, adapter, **options)
             assert len(streaming) == (3 if rank <= MAX_RANK else 4)

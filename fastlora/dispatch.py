@@ -1,0 +1,239 @@
+"""Which form runs a step on this GPU: what `fastlora tune` measured, else what arithmetic says.
+
+    "fused"           one Triton GEMM that starts from the LoRA term
+    "fused/<tile>"    the same with a tile that was measured, see `fastlora.kernels.config.GemmConfig`
+    "addmm"           a kernel writes the LoRA term, then cuBLAS accumulates onto it in place
+    "torch"           matrix products of torch alone, without a mask: few launches, for decoding
+
+Such a string is a choice.  It is the operators' `backend` argument, and stands in the tuner's file and tables.
+
+Over a frozen GEMM with a reduction of length L, "fused" adds r / L for its LoRA term and whatever Triton's GEMM is slower than
+cuBLAS.  "addmm" adds BALANCE / L to write the term, which cuBLAS reads back in its epilogue.  So use "fused" when Triton is
+slower than cuBLAS by less than (BALANCE − r) / L: 4 % at L = 4096, r = 16.
+
+Each environment has a file of measured choices: GPU (name, capability, multiprocessors), torch, Triton, fastlora.  A file that
+is damaged or of another environment is ignored with a warning.  The folder is $FASTLORA_CACHE_DIR, else
+$XDG_CACHE_HOME/fastlora, else ~/.cache/fastlora.
+"""
+
+import fcntl
+import functools
+import hashlib
+import json
+import os
+import re
+import warnings
+from collections.abc import Callable, Mapping
+from dataclasses import asdict, dataclass, fields
+from pathlib import Path
+from typing import Any
+
+import torch
+import triton
+
+from fastlora import atomic, torch_backend
+from fastlora._version import __version__
+from fastlora.kernels import steps
+from fastlora.kernels.config import cdiv, valid_tiles
+from fastlora.kernels.target import Target
+from fastlora.kernels.tensor_spec import TensorSpec
+
+#: Multiply-adds of 16-bit operands in the time that memory takes for 2 bytes: 790 TFLOP/s over 4.3 TB/s, assumed of an H200.
+BALANCE = 184
+#: How much slower than cuBLAS Triton's GEMM is taken to be until `fastlora tune` has measured it: the middle of what is
+#: published for Hopper, 0.85 to 0.98 of cuBLAS, and a little for the LoRA term, whose loads nothing hides.
+ASSUMED_SLOWDOWN = 0.1
+
+_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
+
+
+@dataclass(frozen=True)
+class Problem:
+    """What a choice depends on besides the GPU."""
+
+    direction: str  # "forward" or "backward"
+    dtype: torch.dtype  # of x, W and dy
+    rows: int  # of x, as the next power of two
+    in_features: int
+    out_features: int
+    r: int
+    dropout: bool
+    precision: str = "ieee"  # how float32 dots multiply, see `matmul_precision`
+
+    @property
+    def length(self) -> int:
+        """Of the GEMM's reduction."""
+        return self.in_features if self.direction == "forward" else self.out_features
+
+    @property
+    def width(self) -> int:
+        """Of the GEMM's result."""
+        return self.out_features if self.direction == "forward" else self.in_features
+
+
+def next_power_of_2(rows: int) -> int:
+    """The power of two at or above `rows`."""
+    return 1 << max(rows - 1, 0).bit_length()
+
+
+def default_choice(problem: Problem, target: Target) -> str:
+    """The choice by arithmetic."""
+    if problem.direction == "forward" and not problem.dropout and problem.rows <= torch_backend.DECODE_ROWS:
+        return "torch"
+    # cuBLAS is furthest ahead in float32 without tensor cores, and where tiles are too few for the chip.
+    fills_chip = cdiv(problem.rows, 128) * cdiv(problem.width, 256) >= target.sms
+    within_reach = problem.length * ASSUMED_SLOWDOWN <= BALANCE - problem.r
+    return "fused" if problem.dtype.itemsize == 2 and fills_chip and within_reach else "addmm"
+
+
+def candidates(problem: Problem, target: Target) -> list[str]:
+    """Every choice for a problem whose tensors are contiguous, the default first.  Default tiles have a name too."""
+    widths = problem.in_features, problem.out_features
+    descriptors = target.has_descriptors and all(width * problem.dtype.itemsize % 16 == 0 for width in widths)
+    tiles = [f"fused/{tile}" for tile in valid_tiles(problem.dtype, problem.precision, target, descriptors)]
+    torch_alone = [] if problem.dropout else ["torch"]
+    return list(dict.fromkeys([default_choice(problem, target), *steps.FORMS, *torch_alone, *tiles]))
+
+
+@functools.lru_cache(maxsize=4096)
+def choose(problem: Problem, target: Target) -> str:
+    """The choice of one step: the measured one, else the default."""
+    return _measured(target).get(problem) or default_choice(problem, target)
+
+
+@functools.lru_cache(maxsize=4096)
+def plan_forward(choice: str, target: Target, precision: str, dropout: bool, *specs: Any) -> Callable[..., Any]:
+    """`steps.plan_forward`, which also takes the choices "triton", for the one that suits the shape, and "torch"."""
+    if choice == "triton":
+        choice = _choose("forward", target, precision, dropout, *specs[:3])
+    return torch_backend.forward if choice == "torch" else steps.plan_forward(choice, target, precision, dropout, *specs)
+
+
+@functools.lru_cache(maxsize=4096)
+def plan_backward(
+    choice: str, target: Target, precision: str, dropout: bool, adapter_dtype: torch.dtype, *specs: Any
+) -> Callable[..., Any]:
+    """`steps.plan_backward`, which also takes "triton" and "torch".  Without dx there is no GEMM to choose for."""
+    dy, _, weight, lora_A, *_ = specs
+    if choice == "triton" and weight is not None and lora_A is not None:
+        choice = _choose("backward", target, precision, dropout, dy, weight, lora_A)
+    if choice == "torch":
+        return torch_backend.backward
+    choice = "addmm" if choice == "triton" else choice
+    return steps.plan_backward(choice, target, precision, dropout, adapter_dtype, *specs)
+
+
+def _choose(
+    direction: str, target: Target, precision: str, dropout: bool, rows: TensorSpec, weight: TensorSpec, lora_A: TensorSpec
+) -> str:
+    N, K = weight.shape
+    shape = next_power_of_2(rows.shape[0]), K, N, lora_A.shape[0]
+    return choose(Problem(direction, rows.dtype, *shape, dropout, precision), target)
+
+
+def store(target: Target, results: Mapping[Problem, str]) -> Path:
+    """Add measured choices to the target's file, which is returned.  They hold from now on.
+
+    The file is replaced at once, under a lock, with what it held before, so that two processes keep both their results.
+
+    Raises:
+        ValueError: a target without a name, or a choice that its problem cannot take.
+        OSError: the folder or the file cannot be written; the file is as it was.
+    """
+    if not target.name:
+        raise ValueError("target.name is empty: measured choices are stored under the name of a GPU")
+    added = dict(_parse(_record(problem, choice), target) for problem, choice in results.items())
+    path = path_of(target)
+    path.parent.mkdir(parents=True, exist_ok=True)
+    with path.with_suffix(".lock").open("a") as lock:
+        fcntl.flock(lock, fcntl.LOCK_EX)
+        records = [_record(problem, choice) for problem, choice in (stored(target) | added).items()]
+        content = json.dumps({"environment": environment(target), "results": records}, indent=1) + "\n"
+        atomic.write(path, content.encode(), locked=True)
+    forget()
+    return path
+
+
+def forget() -> None:
+    """Read the target's file anew and plan anew: the choices may have changed."""
+    for cached in (_measured, choose, plan_forward, plan_backward):
+        cached.cache_clear()
+
+
+@functools.cache
+def _measured(target: Target) -> dict[Problem, str]:
+    return stored(target) if target.name else {}
+
+
+def stored(target: Target) -> dict[Problem, str]:
+    """What the target's file holds now, as any process left it.  Warns and returns nothing where it cannot be believed."""
+    path = None
+    try:
+        path = path_of(target)
+        data = json.loads(path.read_text("utf-8"))
+        if not isinstance(data, dict) or not isinstance(data.get("results"), list):
+            raise ValueError("it holds no list of results")
+        if (found := data.get("environment")) != (here := environment(target)):
+            raise ValueError(f"it is for {found}, and this is {here}")
+        return dict(_parse(record, target) for record in data["results"])
+    except FileNotFoundError:
+        return {}
+    except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: no home folder, or lists nested too deep
+        where = path or "the cache of measured choices"
+        warnings.warn(f"{where} is ignored: {error}; `fastlora tune` writes it anew", stacklevel=2)
+        return {}
+
+
+def fingerprint(target: Target) -> str | None:
+    """A hash of the target's file, to tell times before a tune from those after it.  None without a file."""
+    try:
+        return hashlib.sha256(path_of(target).read_bytes()).hexdigest()[:10]
+    except (OSError, RuntimeError):
+        return None
+
+
+def environment(target: Target) -> dict[str, Any]:
+    """What a measured choice holds for."""
+    gpu = {"gpu": target.name, "capability": target.capability, "multiprocessors": target.sms}
+    return {"format": 1, **gpu, "torch": torch.__version__, "triton": triton.__version__, "fastlora": __version__}
+
+
+def path_of(target: Target) -> Path:
+    """The file of the target's environment.  Raises RuntimeError where there is no home folder to put it in."""
+    facts = environment(target)
+    words = [target.name, *(f"{name} {facts[name]}" for name in ("torch", "triton", "fastlora"))]
+    readable = "-".join(re.sub(r"[^a-z0-9.]+", "-", word.lower()).strip("-") for word in words)[:150]
+    digest = hashlib.sha256(json.dumps(facts, sort_keys=True).encode()).hexdigest()[:10]
+    if own := os.environ.get("FASTLORA_CACHE_DIR"):
+        folder = Path(own)
+    else:
+        shared = os.environ.get("XDG_CACHE_HOME")
+        folder = (Path(shared) if shared else Path.home() / ".cache") / "fastlora"
+    return folder / f"{readable}-{digest}.json"
+
+
+def _record(problem: Problem, choice: str) -> dict[str, Any]:
+    return asdict(problem) | {"dtype": str(problem.dtype).removeprefix("torch."), "choice": choice}
+
+
+def _parse(record: Any, target: Target) -> tuple[Problem, str]:
+    """The inverse of `_record`.  Raises ValueError for a record that `store` would not write for this target."""
+    names = [field.name for field in fields(Problem)]
+    if not isinstance(record, dict) or record.keys() != {*names, "choice"}:
+        raise ValueError(f"{record!r} is no result: expected {', '.join(names)} and choice")
+    sizes = [record[name] for name in ("rows", "in_features", "out_features", "r")]
+    dtype = _DTYPES.get(record["dtype"]) if isinstance(record["dtype"], str) else None
+    valid = (
+        dtype is not None
+        and all(type(size) is int and size > 0 for size in sizes)
+        and record["rows"] == next_power_of_2(record["rows"])
+        and record["direction"] in ("forward", "backward")
+        and type(record["dropout"]) is bool
+        and record["precision"] in (("ieee", "tf32") if dtype == torch.float32 else ("ieee",))
+    )
+    if not valid or dtype is None:
+        raise ValueError(f"{record!r} is no problem that a step poses")
+    problem = Problem(**{name: record[name] for name in names} | {"dtype": dtype})
+    if record["choice"] not in candidates(problem, target):
+        raise ValueError(f"the choice {record['choice']!r} is none that {problem} can take")
+    return problem, record["choice"]

@@ -1,0 +1,189 @@
+"""Which form a step takes: the default, or what was measured."""
+
+import json
+from dataclasses import replace
+from itertools import product
+from pathlib import Path
+from typing import Any
+
+import pytest
+import torch
+from tuned import GPU, LARGE, NAMED, TILE, TILED, problems, watch
+
+from fastlora import dispatch, lora_linear, oracle
+from fastlora.dispatch import ASSUMED_SLOWDOWN, BALANCE, Problem, choose, default_choice, store
+from fastlora.kernels.gemm import gemm_kernel
+from fastlora.kernels.launch import Plan
+from fastlora.kernels.target import INTERPRETER, Target
+from fastlora.torch_backend import DECODE_ROWS
+
+pytestmark = pytest.mark.usefixtures("empty_cache")
+
+
+def test_the_default_reads_what_the_page_says() -> None:
+    """docs/forms.md: of the GPU its multiprocessors, of the problem everything."""
+    edge = replace(LARGE, rows=4096, in_features=1024, r=16)
+    others = [replace(edge, direction="backward"), replace(edge, rows=16, dropout=False), replace(edge, dtype=torch.float32)]
+    another = Target(100, GPU.sms, 99 * 1024, "Another GPU")
+    for problem in (edge, LARGE, *others):
+        assert default_choice(problem, GPU) == default_choice(problem, another)
+    assert default_choice(edge, GPU) == default_choice(replace(edge, dtype=torch.float16), GPU) == "fused"
+    changes: list[dict[str, Any]] = [{"direction": "backward"}, {"dtype": torch.float32}, {"rows": 1024}, {"r": 100}]
+    changes += [{"in_features": 4096}, {"out_features": 128}, {"rows": 16, "dropout": False}]
+    for change in changes:
+        assert default_choice(replace(edge, **change), GPU) != "fused", change
+    assert default_choice(edge, replace(GPU, sms=10_000)) == "addmm"
+    few = replace(edge, rows=DECODE_ROWS, dropout=False)
+    assert default_choice(few, GPU) == "torch"
+    for change in ({"rows": 2 * DECODE_ROWS}, {"dropout": True}, {"direction": "backward"}):
+        assert default_choice(replace(few, **change), GPU) == "addmm", change
+
+
+def test_the_figures_of_the_page() -> None:
+    page = (Path(__file__).parents[2] / "docs/forms.md").read_text()
+    length = int((BALANCE - 16) / ASSUMED_SLOWDOWN)
+    problem = replace(LARGE, in_features=length)
+    assert default_choice(problem, GPU) == "fused" != default_choice(replace(problem, in_features=length + 1), GPU)
+    for words in (f"({BALANCE} − r) / L", f"r = 16 up to L = {length}", f"at most {DECODE_ROWS} rows"):
+        assert words in page, words
+
+
+def test_without_a_file_or_a_name_the_default_holds(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    assert choose(LARGE, GPU) == default_choice(LARGE, GPU)
+    assert not empty_cache.exists()
+    monkeypatch.setattr(dispatch, "stored", lambda target: pytest.fail("looked up"))
+    assert choose(LARGE, INTERPRETER) == default_choice(LARGE, INTERPRETER)
+    with pytest.raises(ValueError, match=r"target\.name is empty"):
+        store(INTERPRETER, {})
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_every_choice_comes_back(dtype: torch.dtype) -> None:
+    """Each form and tile that a problem can take, as this process and another one see it."""
+    for dropout, direction in product((False, True), ("forward", "backward")):
+        problem = Problem(direction, dtype, 512, 1024, 2048, 100, dropout)
+        everything = dispatch.candidates(problem, GPU)
+        assert len(set(everything)) == len(everything) >= 5
+        assert ("torch" in everything) != dropout
+        for choice in everything:
+            store(GPU, {problem: choice})
+            assert choose(problem, GPU) == choice == dispatch.stored(GPU)[problem]
+
+
+def test_stores_add_up_and_write_no_default() -> None:
+    first, second, third = problems(3)
+    path = store(GPU, {first: TILED, second: TILED})
+    choose(third, GPU)
+    assert store(GPU, {second: "addmm"}) == path
+    assert dispatch.stored(GPU) == {first: TILED, second: "addmm"}
+    data = json.loads(path.read_text())  # another process adds one
+    data["results"].append(data["results"][0] | {"in_features": third.in_features, "choice": "fused"})
+    path.write_text(json.dumps(data))
+    assert dispatch.stored(GPU) == {first: TILED, second: "addmm", third: "fused"}
+    assert [choose(problem, GPU) for problem in (first, second, third)] == [TILED, "addmm", "fused"]
+
+
+def test_a_choice_holds_for_its_own_problem_and_gpu() -> None:
+    store(GPU, {LARGE: TILED})
+    changes: list[dict[str, Any]] = [{"direction": "backward"}, {"dtype": torch.float16}, {"rows": 4096}, {"r": 8}]
+    changes += [{"in_features": 4104}, {"out_features": 4104}, {"dropout": False}]
+    for change in changes:
+        other = replace(LARGE, **change)
+        assert choose(other, GPU) == default_choice(other, GPU) != TILED
+    for target in (replace(GPU, name="Another"), replace(GPU, sms=66), replace(GPU, capability=100)):
+        assert choose(LARGE, target) == default_choice(LARGE, target) != TILED
+    assert choose(LARGE, GPU) == TILED
+    single = replace(LARGE, dtype=torch.float32)  # in the precision that it was measured in
+    store(GPU, {single: "fused"})
+    assert choose(single, GPU) == "fused" != choose(replace(single, precision="tf32"), GPU)
+
+
+def test_one_look_at_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
+    store(GPU, {LARGE: TILED})
+    reads, where = [], dispatch.path_of
+    monkeypatch.setattr(dispatch, "path_of", lambda target: reads.append(target) or where(target))
+    for problem in (LARGE, *problems(20)) * 2:
+        choose(problem, GPU)
+    assert reads == [GPU]
+
+
+def test_the_file_is_one_for_each_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+    paths = [dispatch.path_of(GPU)]
+    assert paths[0].name.startswith(f"test-gpu-9000-torch-{torch.__version__.replace('+', '-')}-triton-")
+    paths += [dispatch.path_of(target) for target in (replace(GPU, sms=66), replace(GPU, capability=100))]
+    paths += [dispatch.path_of(replace(GPU, name=name)) for name in ("Test-GPU 9000", "x" * 500, "../../etc/passwd", "汉字")]
+    for module in (torch, dispatch.triton, dispatch):
+        with monkeypatch.context() as patch:
+            patch.setattr(module, "__version__", "0.0.1")
+            paths.append(dispatch.path_of(GPU))
+    assert len({path.name for path in paths}) == len(paths)
+    assert all(path.parent == tmp_path / "cache" and len(path.name) < 200 for path in paths)
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path / "xdg"))
+    monkeypatch.setenv("HOME", str(tmp_path / "home"))
+    monkeypatch.setenv("FASTLORA_CACHE_DIR", "")
+    assert dispatch.path_of(GPU).parent == tmp_path / "xdg/fastlora"
+    monkeypatch.delenv("XDG_CACHE_HOME")
+    assert dispatch.path_of(GPU).parent == tmp_path / "home/.cache/fastlora"
+
+
+# What was stored is taken
+
+
+def products(plans: list[Plan]) -> list[tuple[int, ...]]:
+    """The tiles of the launches that multiply x or dy by W."""
+    options = [plan.options for plan in plans if plan.kernel is gemm_kernel and plan.options["HAS_PRODUCT"]]
+    return [tuple(option[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")) for option in options]
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.25])
+def test_lora_linear_takes_what_was_stored(dropout_p: float, target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+    x, W = torch.randn(20, 32, requires_grad=True), torch.randn(48, 32)
+    A, B = torch.randn(4, 32, requires_grad=True), torch.randn(48, 4, requires_grad=True)
+    forward = Problem("forward", torch.float32, 32, 32, 48, 4, dropout_p > 0)
+    backward = replace(forward, direction="backward")
+    tiles = [choice for choice in dispatch.candidates(forward, target) if "/" in choice]
+    assert len(tiles) == 3
+    plans: list[Plan] = []
+    watch(monkeypatch, plans.append)
+
+    def step() -> list[tuple[int, ...]]:
+        plans.clear()
+        lora_linear(x, W, A, B, dropout_p=dropout_p, seed=5, backend="triton").sum().backward()
+        return products(plans)
+
+    def numbers(choice: str) -> tuple[int, ...]:
+        m, n, k, _, warps, stages, _ = map(int, choice.removeprefix("fused/").split(","))
+        return m, n, k, warps, stages
+
+    assert step() == []
+    for index in range(3):
+        there, back = tiles[index], tiles[index - 1]
+        store(target, {forward: there, backward: back})
+        assert step() == [numbers(there), numbers(back)]
+    store(target, {forward: "addmm"})
+    assert step() == [numbers(tiles[1])]
+    if not dropout_p:
+        store(target, {forward: "torch", backward: "torch"})
+        assert (step(), plans) == ([], [])
+
+
+@pytest.mark.parametrize("unaligned", ["x", "dy"])
+def test_unaligned_operands_take_another_tile_and_stay_right(
+    unaligned: str, target: Target, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """The tile was measured with descriptors, which only one of forward and backward can make here."""
+    case = oracle.Case((40, 64, 96), 4, torch.bfloat16, bias=False, dropout_p=0.1)
+    forward = Problem("forward", torch.bfloat16, 64, 64, 96, 4, True)
+    assert not TILE.is_valid(NAMED, torch.bfloat16, "ieee", descriptors=False)
+    store(target, {forward: TILED, replace(forward, direction="backward"): TILED})
+    plans: list[Plan] = []
+    watch(monkeypatch, plans.append)
+
+    def shifted(tensor: torch.Tensor) -> torch.Tensor:
+        storage = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)
+        return storage[1:].view(tensor.shape).copy_(tensor)
+
+    oracle.assert_parity(case, backend="triton", views={unaligned: shifted})
+    there, back = products(plans)
+    measured = (128, 256, 64, 8, 3)
+    assert [there == measured, back == measured] == [unaligned != "x", unaligned != "dy"]
