@@ -1,15 +1,15 @@
-"""Files that are whole at every moment."""
+"""`write`: replace a file in one step."""
 
 import os
 from pathlib import Path
 
 
 def write(path: Path, content: bytes, *, locked: bool = False) -> None:
-    """Put `content` at `path` in one step: readers and a crash see the old file or the new one, never a part.
+    """Replace `path` by `content` atomically: readers, and a crash, see the old file or the new one, never a part.
 
-    A writer that is killed leaves `.name.pid.tmp` beside it, for good: whether its process lives cannot be told from another
-    machine, or another container.  Where the caller holds a lock that all writers of `path` take (`locked`), there is but one
-    `.name.tmp`, which the next write takes over.
+    The content goes to a temporary file beside `path` first.  A killed writer leaves this file behind: `.name.pid.tmp`, or
+    `.name.tmp` with `locked`.  Set `locked` when the caller holds a lock that every writer of `path` takes: the temporary file
+    then has one name, and the next write overwrites a leftover.
     """
     owner = "" if locked else f".{os.getpid()}"
     temporary = path.with_name(f".{path.name}{owner}.tmp")

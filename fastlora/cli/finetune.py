@@ -1,28 +1,13 @@
-"""`fastlora finetune`: adapt a causal language model with fused LoRA linears, and prove the swap against eager ones."""
+"""Adapt a causal language model to text with LoRA, twice side by side: with eager
+LoRA linears and with FusedLoraLinear. Both runs start from the same weights and
+see the same batches and the same dropout masks. Compare loss, time and memory,
+and check every layer against float64.
 
-import argparse
-import re
-from dataclasses import fields
-from pathlib import Path
-from typing import Any
+Without --model, build a small byte-level Llama and pretrain it on the chapters
+of the Python language reference. Without --text, adapt to the reference's pages
+on built-in types, format strings and pdb. This takes one to two minutes on one
+CPU core and downloads nothing.
 
-from fastlora.cli import common, progress
-from fastlora.finetune.settings import DTYPES, Settings
-from fastlora.functional import BACKENDS
-from fastlora.injection.matching import ALL_LINEAR
-
-DESCRIPTION = """\
-Adapt a causal language model to text with LoRA, twice side by side: with eager
-LoRA linears and with FusedLoraLinear, from the same weights, on the same
-batches, with the same dropout masks. Compare loss, time and memory, and check
-every layer against float64.
-
-Without --model a small byte-level Llama is built and pretrained first, on the
-chapters of the Python language reference; without --text it is adapted to the
-reference's pages on built-in types, format strings and pdb. This takes one to
-two minutes on one CPU core and downloads nothing."""
-
-EPILOG = """\
 examples:
   fastlora finetune
   fastlora finetune --steps 300 --r 16 --dropout 0.05
@@ -30,93 +15,109 @@ examples:
 
 exit code: 0 all verdicts are positive, 1 one is not, 2 wrong arguments."""
 
+import argparse
+import re
+from collections.abc import Callable
+from math import inf
+from pathlib import Path
+from typing import Any
+
+from fastlora.cli import common, progress
+from fastlora.functional import BACKENDS, available_backends
+from fastlora.injection.matching import ALL_LINEAR
+
+DTYPES = ("float32", "bfloat16")
+
 
 def register(subparsers: Any) -> None:
-    """Add the subcommand to the parser of `fastlora`."""
-    parser = subparsers.add_parser(
-        "finetune",
-        help="fine-tune a language model with fused and with eager LoRA, and compare",
-        description=DESCRIPTION,
-        epilog=EPILOG,
-        formatter_class=argparse.RawDescriptionHelpFormatter,
+    """Add the subcommand to `fastlora`."""
+    raw, summary = (
+        argparse.RawDescriptionHelpFormatter,
+        "fine-tune a language model with eager and with fused LoRA, and compare",
     )
-    _add_arguments(parser)
+    parser = subparsers.add_parser("finetune", help=summary, description=__doc__, formatter_class=raw)
     parser.set_defaults(func=run)
+
+    def number(flags: str, kind: type, default: float, text: str, expected: str, holds: Callable[[Any], bool]) -> None:
+        def parse(value: str) -> Any:
+            try:
+                if holds(kind(value)):
+                    return kind(value)
+            except ValueError:
+                pass
+            raise argparse.ArgumentTypeError(f"got {value!r}, expected {expected}")
+
+        group.add_argument(*flags.split(), type=parse, default=default, metavar="N", help=f"{text} (default: {default})")
+
+    def count(flags: str, default: int, text: str, least: int = 1) -> None:
+        number(flags, int, default, text, f"an integer of at least {least}", lambda value: value >= least)
+
+    def positive(flags: str, default: float, text: str) -> None:
+        number(flags, float, default, text, "a finite number above 0", lambda value: 0 < value < inf)
+
+    group = parser.add_argument_group("model, text, results")
+    add = group.add_argument
+    add("--model", type=Path, metavar="FOLDER", help="local Hugging Face model; its tokenizer is used if it has one")
+    add("--text", type=Path, nargs="+", default=[], metavar="PATH", help="text: files, or folders of .txt .md .rst")
+    add("--output", type=Path, default="fastlora-finetune", metavar="FOLDER", help="of the results (default: %(default)s)")
+    add("--json", action="store_true", help="print the report as JSON to standard output, and nothing else")
+
+    group = parser.add_argument_group("LoRA")
+    targets = "linears to adapt: names, ends of names, a regular expression for the full name, or all-linear (the default)"
+    group.add_argument("--target-modules", nargs="+", default=[ALL_LINEAR], metavar="NAME", help=targets)
+    count("--r --rank", 8, "rank")
+    positive("--alpha", 16.0, "the update is scaled by alpha / r")
+    number("--dropout", float, 0.1, "dropout rate before A", "a rate in [0, 1)", lambda value: 0 <= value < 1)
+
+    group = parser.add_argument_group("training")
+    count("--steps", 200, "optimizer steps")
+    count("--batch-size", 8, "sequences per step")
+    count("--seq-len", 128, "tokens per sequence", least=2)
+    positive("--lr", 1e-2, "peak learning rate")
+    number("--seed", int, 0, "of weights, batches and masks", "an integer in [0, 2**63)", lambda value: 0 <= value < 2**63)
+    checks = "check every layer against float64, and bound the distance of the loss curves by a third run, the control"
+    group.add_argument("--check", action=argparse.BooleanOptionalAction, default=True, help=checks)
+
+    group = parser.add_argument_group("machine")
+    add = group.add_argument
+    add("--dtype", choices=DTYPES, default="float32", help="of the frozen model (default: %(default)s)")
+    add("--adapter-dtype", choices=DTYPES, default="float32", help="of A and B (default: %(default)s)")
+    add("--device", type=common.device, default=common.default_device(), help="cpu, cuda or cuda:N (default: %(default)s)")
+    add("--backend", choices=BACKENDS, help="of the fused linears (default: triton on a GPU, torch on a CPU)")
+    add("--threads", type=common.positive_int, metavar="N", help="CPU threads (default: 1 for the small model, else torch's)")
+
+    group = parser.add_argument_group("the small model, built without --model")
+    number("--hidden-size", int, 128, "width", "a multiple of 32, the size of a head", lambda n: n > 0 and n % 32 == 0)
+    count("--layers", 2, "depth")
+    count("--pretrain-steps", 600, "steps of pretraining", least=0)
+    positive("--pretrain-lr", 2e-3, "peak learning rate of pretraining")
 
 
 def run(args: argparse.Namespace) -> int:
-    """Run the main job; 0 when every verdict is positive, 1 when not, 2 when the arguments do not fit."""
+    """Run the job; 0 when every verdict is positive, 1 when one is not, 2 when the arguments do not fit."""
     for module, extra in (("matplotlib", "cli"), ("rich", "cli"), ("safetensors", "hf"), ("transformers", "hf")):
         common.require(module, extra)
-    from fastlora.finetune import job, report, show
+    from fastlora.finetune import report, train
 
+    args.target_modules = _targets(args.target_modules)
+    backends = available_backends(args.device)
     try:
-        settings = Settings(**{field.name: getattr(args, field.name) for field in fields(Settings)})
-        prepared = job.prepare(settings)
-    except (ValueError, TypeError, OSError) as error:
+        if args.adapter_dtype not in ("float32", args.dtype):
+            raise ValueError(f"--adapter-dtype: got {args.adapter_dtype!r}, expected float32 unless --dtype is the same")
+        if args.backend not in (None, *backends):
+            raise ValueError(f"--backend: got {args.backend!r}, expected {' or '.join(backends)} on {args.device}")
+        prepared = train.prepare(args)
+    except (ValueError, TypeError, OSError, ImportError) as error:
         return common.refuse("finetune", str(error))
-    with progress.choose(args.json) as hears:
-        result = job.run(prepared, hears)
-    (settings.output / "report.json").write_text(report.to_json(result) + "\n", encoding="utf-8")
-    show.plot(result, settings.output / "loss.png")
-    if args.json:
-        print(report.to_json(result))
-    else:
-        show.print_table(result, common.consoles()[0])
-    return 0 if result.passed else 1
+    with progress.shown(silent=args.json) as after_step:
+        result = train.run(args, *prepared, after_step)
+    (args.output / "report.json").write_text(report.to_json(result) + "\n", encoding="utf-8")
+    report.plot(result, args.output / "loss.png")
+    print(report.to_json(result)) if args.json else report.show(result)
+    return 0 if result["passed"] else 1
 
 
-def _add_arguments(parser: argparse.ArgumentParser) -> None:
-    add = parser.add_argument_group("model, text, results").add_argument
-    add("--model", type=Path, metavar="FOLDER", help="local Hugging Face model; its tokenizer is used where it has one")
-    add("--text", type=Path, nargs="+", default=(), metavar="PATH", help="text to adapt to: files, or folders of .txt .md .rst")
-    add("--output", type=Path, default=Settings.output, metavar="FOLDER", help="where the results go (default: %(default)s)")
-    add("--json", action="store_true", help="print the report as JSON to standard output, and nothing else")
-
-    add = parser.add_argument_group("LoRA").add_argument
-    add(
-        "--target-modules", nargs="+", default=Settings.target_modules, metavar="NAME", action=_Targets,
-        help="linears to adapt: names or ends of names, a regular expression for the full name, or all-linear (the default)",
-    )  # fmt: skip
-    add("--r", "--rank", dest="r", type=int, default=Settings.r, metavar="N", help="rank (default: %(default)s)")
-    add("--alpha", type=float, default=Settings.alpha, help="the scale of the update is alpha / r (default: %(default)s)")
-    add("--dropout", type=float, default=Settings.dropout, metavar="P", help="dropout rate before A (default: %(default)s)")
-
-    add = parser.add_argument_group("training").add_argument
-    add("--steps", type=int, default=Settings.steps, metavar="N", help="optimizer steps (default: %(default)s)")
-    add("--batch-size", type=int, default=Settings.batch_size, metavar="N", help="sequences per step (default: %(default)s)")
-    add("--seq-len", type=int, default=Settings.seq_len, metavar="N", help="tokens per sequence (default: %(default)s)")
-    add("--lr", type=float, default=Settings.lr, help="peak learning rate (default: %(default)s)")
-    add("--seed", type=int, default=Settings.seed, metavar="N", help="of weights, batches and masks (default: %(default)s)")
-    add(
-        "--check", action=argparse.BooleanOptionalAction, default=Settings.check,
-        help="compare every layer with float64, and bound the distance of the curves by a third, control run",
-    )  # fmt: skip
-
-    add = parser.add_argument_group("machine").add_argument
-    add("--dtype", choices=list(DTYPES), default=Settings.dtype, help="of the frozen model (default: %(default)s)")
-    add("--adapter-dtype", choices=list(DTYPES), help="of A and B (default: float32)")
-    add("--device", type=common.device, default=common.default_device(), help="cpu, cuda or cuda:N (default: %(default)s)")
-    add("--backend", choices=BACKENDS, help="of the fused linears (default: triton on a GPU, torch on a CPU)")
-    add("--threads", type=int, metavar="N", help="CPU threads (default: 1 for the small model, else torch's)")
-
-    add = parser.add_argument_group("the small model built without --model").add_argument
-    add("--hidden-size", type=int, default=Settings.hidden_size, metavar="N", help="width (default: %(default)s)")
-    add("--layers", type=int, default=Settings.layers, metavar="N", help="depth (default: %(default)s)")
-    add(
-        "--pretrain-steps", type=int, default=Settings.pretrain_steps, metavar="N",
-        help="steps of pretraining (default: %(default)s)",
-    )  # fmt: skip
-    add(
-        "--pretrain-lr", type=float, default=Settings.pretrain_lr, metavar="LR",
-        help="its peak learning rate (default: %(default)s)",
-    )  # fmt: skip
-
-
-class _Targets(argparse.Action):
-    """Names become a tuple; all-linear, or one value that is no name, stays a string: a regular expression."""
-
-    def __call__(self, parser: Any, namespace: argparse.Namespace, values: Any, option_string: str | None = None) -> None:
-        alone = values[0] if len(values) == 1 else None
-        is_string = alone is not None and (alone == ALL_LINEAR or re.fullmatch(r"[\w.]+", alone) is None)
-        setattr(namespace, self.dest, alone if is_string else tuple(values))
+def _targets(values: list[str]) -> str | tuple[str, ...]:
+    """Several values are names.  A single value is a name, or, when it has other characters, a regular expression."""
+    is_name = values[0] != ALL_LINEAR and re.fullmatch(r"[\w.]+", values[0])
+    return tuple(values) if len(values) > 1 or is_name else values[0]

@@ -1,1 +1,1 @@
-"""The main job of the command line: the same fine-tuning run with eager and with fused LoRA linears, compared and checked."""
+"""The job of `fastlora finetune`: one fine-tuning run with eager and one with fused LoRA linears, compared and checked."""

@@ -1,14 +1,15 @@
-"""Text for `fastlora finetune`: real prose in, streams of tokens and batches out.
+"""Text for `fastlora finetune`: read prose, split it, turn it into tokens and batches.
 
-By default the text is the Python language reference that ships with Python (`pydoc_data.topics`), in two parts of
-different style: chapters about the language itself to pretrain on, and the manual pages of built-in types, format
-strings and the debugger to adapt to. Every seventh block of the adaptation text is held out. A paragraph that occurs more
-than once, in one part or in both (the reference repeats whole chapters), is kept once only, so nothing held out is ever
-trained on.
+The default text is the Python language reference, which ships with Python as `pydoc_data.topics`.  It has two parts in
+different styles.  The model is pretrained on the chapters about the language.  It is then adapted to the pages about built-in
+types, format strings and the debugger.
+
+Every seventh block of the adaptation text is held out.  The reference repeats whole chapters, so each paragraph is kept once,
+over all parts: no held-out paragraph is ever trained on.
 """
 
 from collections.abc import Callable, Iterable, Iterator, Sequence
-from dataclasses import dataclass
+from itertools import accumulate
 from pathlib import Path
 
 import torch
@@ -16,112 +17,76 @@ from torch import Tensor
 
 LIBRARY_TOPICS = ("debugger", "formatstrings", "string-methods", "typesmapping", "typesseq")
 TEXT_SUFFIXES = (".md", ".rst", ".txt")
-HELD_OUT_PERIOD = 7  # every seventh block is held out
-HELD_OUT_BLOCK = 2000  # characters, fewer for a text that has no seven such blocks
+HELD_OUT_PERIOD = 7
+HELD_OUT_BLOCK = 2000  # characters; fewer when the text is shorter than seven such blocks
 
-Tokenize = Callable[[str], list[int]]
-
-
-@dataclass(frozen=True)
-class Corpus:
-    """Three texts without a paragraph in common."""
-
-    pretrain: str
-    adapt: str
-    held_out: str
+Tokenize = Callable[[str], Iterable[int]]
 
 
-@dataclass(frozen=True)
-class Tokens:
-    """A corpus as int64 token streams; `held_out` is cut into windows (n, seq_len)."""
+def load_corpus(paths: Sequence[Path] = ()) -> dict[str, str]:
+    """Three texts without a common paragraph: `pretrain`, `adapt` and `held_out`.
 
-    pretrain: Tensor
-    adapt: Tensor
-    held_out: Tensor
+    `paths` are files and folders to adapt to; without any, Python's own library pages are used.
 
-
-def load_corpus(paths: Sequence[Path] = ()) -> Corpus:
-    """Read the adaptation text from files and folders, or take Python's own library pages when `paths` is empty.
-
-    Raises ValueError when a path does not exist or is not UTF-8 text, or a folder holds no text file.
+    Raises:
+        ValueError: a path that is not UTF-8 text, or a folder without a text file.
+        ImportError: this Python lacks pydoc_data, which some distributions leave out of their minimal package.
     """
-    language, library = _python_reference()
-    documents = [text for path in paths for text in _read(path)] if paths else library
+    from pydoc_data.topics import topics
+
+    documents = [text for path in paths for text in _read(path)] or [topics[name] for name in LIBRARY_TOPICS if name in topics]
     seen: set[str] = set()
-    adapt, held_out = _split([paragraph for document in documents for paragraph in _new_paragraphs(document, seen)])
-    pretrain = [paragraph for document in language for paragraph in _new_paragraphs(document, seen)]
-    return Corpus(*("\n\n".join(part) for part in (pretrain, adapt, held_out)))
+    paragraphs = list(_new_paragraphs(documents, seen))
+    sizes = [len(paragraph) for paragraph in paragraphs]
+    block = min(HELD_OUT_BLOCK, sum(sizes) / HELD_OUT_PERIOD)
+    parts: dict[bool, list[str]] = {False: [], True: []}  # whether held out
+    for paragraph, start in zip(paragraphs, accumulate(sizes, initial=0), strict=False):
+        parts[start // block % HELD_OUT_PERIOD == HELD_OUT_PERIOD - 1].append(paragraph)
+    language = [topics[name] for name in sorted(topics) if name not in LIBRARY_TOPICS]
+    texts = {"pretrain": _new_paragraphs(language, seen), "adapt": parts[False], "held_out": parts[True]}
+    return {name: "\n\n".join(text) for name, text in texts.items()}
 
 
-def tokenize_corpus(corpus: Corpus, tokenize: Tokenize, seq_len: int) -> Tokens:
-    """Turn each part into tokens.
+def tokenize_corpus(corpus: dict[str, str], tokenize: Tokenize, seq_len: int) -> dict[str, Tensor]:
+    """Each text as an int64 stream of tokens; `held_out` is cut into windows, (n, seq_len).
 
-    Raises ValueError when a part is too short: the adaptation text needs `seq_len` tokens, the held-out text two
-    windows of `seq_len` (one gives no standard error).
+    Raises ValueError when a text is too short: the adaptation text needs `seq_len` tokens, and the held-out text two windows,
+    because one window has no standard error.
     """
-    pretrain, adapt, held_out = (
-        torch.tensor(tokenize(text), dtype=torch.int64) for text in (corpus.pretrain, corpus.adapt, corpus.held_out)
-    )
-    windows = len(held_out) // seq_len
-    if len(adapt) < seq_len or windows < 2:
+    tokens = {name: torch.tensor(list(tokenize(text)), dtype=torch.int64) for name, text in corpus.items()}
+    adapt, held_out = len(tokens["adapt"]), len(tokens["held_out"])
+    if adapt < seq_len or held_out < 2 * seq_len:
         raise ValueError(
-            f"text: {len(adapt)} tokens to train on and {len(held_out)} held out are too few for seq_len={seq_len}: "
+            f"--text: {adapt} tokens to train on and {held_out} held out are too few for seq_len={seq_len}: "
             f"expected at least {seq_len} and {2 * seq_len}; give more text or a smaller --seq-len"
         )
-    return Tokens(pretrain, adapt, held_out[: windows * seq_len].view(windows, seq_len))
+    return tokens | {"held_out": tokens["held_out"].unfold(0, seq_len, seq_len)}
 
 
 def batches(stream: Tensor, batch_size: int, seq_len: int, seed: int) -> Iterator[Tensor]:
-    """Yield (batch_size, seq_len) windows at random places of `stream`, without end, the same ones for one seed."""
+    """Yield (batch_size, seq_len) windows from random places of `stream`, without end; the same seed gives the same ones."""
     generator = torch.Generator().manual_seed(seed)
     windows = stream.unfold(0, seq_len, 1)
     while True:
         yield windows[torch.randint(len(windows), (batch_size,), generator=generator)]
 
 
-def _python_reference() -> tuple[list[str], list[str]]:
-    try:
-        from pydoc_data.topics import topics
-    except ImportError as error:  # some distributions leave it out of their minimal Python package
-        raise ValueError("text: this Python lacks the module pydoc_data.topics, which the default run reads") from error
-    library = [topics[name] for name in LIBRARY_TOPICS if name in topics]
-    language = [topics[name] for name in sorted(topics) if name not in LIBRARY_TOPICS]
-    return language, library
-
-
-def _read(path: Path) -> Iterable[str]:
-    if path.is_dir():
-        files = sorted(file for file in path.rglob("*") if file.suffix in TEXT_SUFFIXES and file.is_file())
-        if not files:
-            raise ValueError(f"text: the folder {str(path)!r} holds no {', '.join(TEXT_SUFFIXES)} file")
-    elif path.is_file():
-        files = [path]
-    else:
-        raise ValueError(f"text: {str(path)!r} is neither a file nor a folder")
+def _read(path: Path) -> Iterator[str]:
+    inside = (file for file in sorted(path.rglob("*")) if file.suffix in TEXT_SUFFIXES and file.is_file())
+    files = list(inside) if path.is_dir() else [path]
+    if not files:
+        raise ValueError(f"--text: the folder {str(path)!r} holds no {', '.join(TEXT_SUFFIXES)} file")
     for file in files:
         try:
             yield file.read_text(encoding="utf-8")
-        except UnicodeDecodeError as error:
-            raise ValueError(f"text: {str(file)!r} is not UTF-8 text ({error})") from error
+        except (OSError, UnicodeDecodeError) as error:
+            raise ValueError(f"--text: {str(file)!r} cannot be read, expected UTF-8 text: {error}") from error
 
 
-def _new_paragraphs(document: str, seen: set[str]) -> list[str]:
-    """The paragraphs of `document` that are not in `seen`, in order; adds them to `seen`."""
-    new = []
-    for paragraph in document.split("\n\n"):
+def _new_paragraphs(documents: Iterable[str], seen: set[str]) -> Iterator[str]:
+    """The paragraphs that are not in `seen`, in order; adds them to `seen`."""
+    for paragraph in "\n\n".join(documents).split("\n\n"):
         key = " ".join(paragraph.split())
         if key and key not in seen:
             seen.add(key)
-            new.append(paragraph.strip("\n"))
-    return new
-
-
-def _split(paragraphs: list[str]) -> tuple[list[str], list[str]]:
-    """Paragraphs to train on, and those to hold out: spread over the whole text, as its style changes along the way."""
-    block = min(HELD_OUT_BLOCK, sum(map(len, paragraphs)) / HELD_OUT_PERIOD)
-    parts: tuple[list[str], list[str]] = [], []
-    passed = 0
-    for paragraph in paragraphs:
-        parts[passed // block % HELD_OUT_PERIOD == HELD_OUT_PERIOD - 1].append(paragraph)
-        passed += len(paragraph)
-    return parts
+            yield paragraph.strip("\n")

@@ -1,178 +1,110 @@
-"""What a run found: figures, verdicts, JSON."""
+"""The report: figures and verdicts in one dict, as JSON, as a table in the terminal, and as a plot."""
 
 import json
-import math
-import os
-import platform
 import statistics
-from dataclasses import asdict, dataclass
-from importlib.metadata import PackageNotFoundError, version
+from pathlib import Path
 from typing import Any
 
-import torch
+from rich.markup import escape
 from torch import Tensor
 
-from fastlora.finetune.check import LayerError, distance
-from fastlora.finetune.settings import Settings
-from fastlora.functional import available_backends
+from fastlora.cli import common
+from fastlora.finetune.check import distance
+
+MARK = {True: "[green]ok[/]", False: "[bold red]FAILED[/]", None: "[yellow]not checked[/]"}
 
 
-@dataclass(frozen=True)
-class Outcome:
-    """One implementation: held-out loss before and after (mean over windows), curve, median step, bytes kept for backward.
+def outcome(before: Tensor, after: Tensor, losses: list[float], seconds: list[float], saved_bytes: int) -> dict[str, Any]:
+    """The figures of one run, from the losses of each held-out window, (n,), and the loss and the seconds of each step.
 
-    `gain_error` is the standard error of the gain, from its spread over the held-out windows.
+    `gain_error` is the standard error of the gain over the windows, `step_seconds` the median.
     """
-
-    before: float
-    after: float
-    gain: float
-    gain_error: float
-    step_seconds: float
-    saved_bytes: int
-    losses: list[float]
-
-    @classmethod
-    def of(cls, before: Tensor, after: Tensor, losses: list[float], seconds: list[float], saved_bytes: int) -> "Outcome":
-        """From the losses of each held-out window and the loss and seconds of each step."""
-        gain = (before - after).double()
-        return cls(
-            before=float(before.double().mean()),
-            after=float(after.double().mean()),
-            gain=float(gain.mean()),
-            gain_error=float(gain.std() / len(gain) ** 0.5),
-            step_seconds=statistics.median(seconds),
-            saved_bytes=saved_bytes,
-            losses=losses,
-        )
-
-    @property
-    def learned(self) -> bool:
-        """Whether the held-out loss fell by more than chance: two standard errors."""
-        return self.gain > 2 * self.gain_error
+    gain = before - after
+    means = {"before": before.mean(), "after": after.mean(), "gain": gain.mean(), "gain_error": gain.std() / len(gain) ** 0.5}
+    costs = {"step_seconds": statistics.median(seconds), "saved_bytes": saved_bytes}
+    return {**{name: float(mean) for name, mean in means.items()}, **costs, "losses": losses}
 
 
-@dataclass(frozen=True)
-class Control:
-    """What the checks measured, see fastlora.finetune.check: layer errors, the control's curve, the bound for the fused one.
-
-    `unreached` names the layers that had no part in the loss of the checked batch, and so no errors.
-    """
-
-    layers: list[LayerError]
-    unreached: list[str]
-    losses: list[float]
-    curve_bound: float
-
-    @property
-    def worst(self) -> LayerError:
-        """The layer output that comes nearest to its bound, or passes it by most."""
-        return max(self.layers, key=lambda error: error.error / error.bound)
-
-
-@dataclass(frozen=True)
-class Verdict:
-    """One question, its answer and the figures behind it; `passed` None: not asked."""
-
-    question: str
-    passed: bool | None
-    figures: str
-
-
-@dataclass(frozen=True)
-class Report:
-    """All that a run found. `control` is None when the checks were switched off."""
-
-    settings: Settings
-    environment: dict[str, Any]
-    outcomes: dict[str, Outcome]
-    control: Control | None
-    trainable: int
-    parameters: int
-    tokens: dict[str, int]
-    seconds: float
-
-    @property
-    def largest_difference(self) -> float:
-        """Between the fused and the eager loss at one step; NaN when a loss is."""
-        fused, eager = self.outcomes["fused"].losses, self.outcomes["eager"].losses
-        return max(abs(a - b) for a, b in zip(fused, eager, strict=True))
-
-    @property
-    def curve_distance(self) -> float:
-        """Between the fused and the eager loss curve, root mean square over steps."""
-        return distance(self.outcomes["fused"].losses, self.outcomes["eager"].losses)
-
-    @property
-    def verdicts(self) -> list[Verdict]:
-        """The three questions that decide over the exit code."""
-        learned = Verdict(
-            "held-out loss fell by more than two standard errors",
-            all(outcome.learned for outcome in self.outcomes.values()),
-            ", ".join(f"{name} {o.gain:+.4f} ± {o.gain_error:.4f}" for name, o in self.outcomes.items()),
-        )
-        layers, curves = "every layer as exact as eager, by float64", "curves no further apart than rounding takes them"
-        apart = f"{self.curve_distance:.1e} apart (root mean square)"
-        if self.control is None:
-            return [learned, Verdict(layers, None, "not checked"), Verdict(curves, None, f"{apart}, not checked")]
-        worst, unreached = self.control.worst, self.control.unreached
-        return [
-            learned,
-            Verdict(
-                layers,
-                all(error.passed for error in self.control.layers),
-                f"{len(self.control.layers)} results, nearest to its bound: {worst.output} of {worst.layer}, "
-                f"{worst.error:.1e} of {worst.bound:.1e}" + (f"; not reached: {', '.join(unreached)}" if unreached else ""),
-            ),
-            Verdict(curves, self.curve_distance <= self.control.curve_bound, f"{apart}, bound {self.control.curve_bound:.1e}"),
-        ]
-
-    @property
-    def passed(self) -> bool:
-        """Whether no verdict is negative."""
-        return all(verdict.passed is not False for verdict in self.verdicts)
-
-    def as_dict(self) -> dict[str, Any]:
-        """Everything, ready for JSON."""
-        return {
-            "passed": self.passed,
-            "verdicts": [asdict(verdict) for verdict in self.verdicts],
-            "largest_difference": self.largest_difference,
-            "curve_distance": self.curve_distance,
-            "trainable_share": self.trainable / self.parameters,
-            **asdict(self),
-        }
-
-
-def environment(settings: Settings) -> dict[str, Any]:
-    """Where the figures come from: versions, device, threads, backend."""
-    device = settings.device
+def verdicts(outcomes: dict[str, dict[str, Any]], control: dict[str, Any] | None) -> dict[str, Any]:
+    """The three questions that decide the exit code, with the answers and the figures behind them; None: not checked."""
+    eager, fused = outcomes["eager"]["losses"], outcomes["fused"]["losses"]
+    apart = distance(fused, eager)
+    learned = all(o["gain"] > 2 * o["gain_error"] for o in outcomes.values())
+    gains = ", ".join(f"{name} {o['gain']:+.4f} ± {o['gain_error']:.4f}" for name, o in outcomes.items())
+    exact, close, errors, bound = None, None, "not checked", "not checked"
+    if control is not None:
+        rows, unreached = control["layers"], control["unreached"]
+        worst = max(rows, key=lambda row: row["error"] / row["bound"])
+        exact, close = all(row["passed"] for row in rows), apart <= control["curve_bound"]
+        errors = "{} results, nearest to its bound: {output} of {layer}, {error:.1e} of {bound:.1e}".format(len(rows), **worst)
+        errors += f"; not reached: {', '.join(unreached)}" if unreached else ""
+        bound = f"bound {control['curve_bound']:.1e}"
+    answers = (
+        ("held-out loss fell by more than two standard errors", learned, gains),
+        ("every layer as exact as eager, by float64", exact, errors),
+        ("curves no further apart than rounding takes them", close, f"{apart:.1e} apart (root mean square), {bound}"),
+    )
     return {
-        "versions": {"python": platform.python_version()} | {
-            name: _version(name) for name in ("fastlora", "torch", "triton", "transformers", "safetensors")
-        },
-        "device": torch.cuda.get_device_name(device) if device.type == "cuda" else platform.processor() or platform.machine(),
-        "cores": os.cpu_count(),
-        "threads": torch.get_num_threads(),
-        "backend": settings.backend or available_backends(device)[0],
-    }  # fmt: skip
+        "passed": False not in (learned, exact, close),
+        "verdicts": [{"question": question, "passed": passed, "figures": figures} for question, passed, figures in answers],
+        "largest_difference": max(abs(a - b) for a, b in zip(fused, eager, strict=True)),
+        "curve_distance": apart,
+    }
 
 
-def _version(name: str) -> str | None:
-    try:
-        return version(name)
-    except PackageNotFoundError:
-        return None
+def to_json(report: dict[str, Any]) -> str:
+    """The report as indented JSON; NaN and infinity become null, because JSON has neither."""
+    finite = json.loads(json.dumps(report, default=str), parse_constant=lambda constant: None)
+    return json.dumps(finite, indent=2)
 
 
-def to_json(report: Report) -> str:
-    """The report as indented JSON; NaN and infinity, which JSON lacks, become null."""
-    return json.dumps(_finite(report.as_dict()), indent=2, default=str, allow_nan=False)
+def show(report: dict[str, Any]) -> None:
+    """Print the two runs side by side, what they share, the verdicts, and where the files are."""
+    settings, machine, outcomes = report["settings"], report["environment"], report["outcomes"]
+    share = f"{report['trainable']:,d} ({report['trainable_share']:.2%})"
+    rows = (
+        ("held-out loss before adapting", *(f"{figures['before']:.4f}" for figures in outcomes.values())),
+        ("held-out loss after", *(f"{figures['after']:.4f}" for figures in outcomes.values())),
+        ("largest difference of the loss curves", "", f"{report['largest_difference']:.1e}"),
+        ("step time, median", *(f"{figures['step_seconds'] * 1e3:.1f} ms" for figures in outcomes.values())),
+        ("saved for backward", *(f"{figures['saved_bytes'] / 2**20:.2f} MiB" for figures in outcomes.values())),
+        ("trainable parameters", share, share),
+    )
+    columns = {"": "left", **{f"{name} LoRA": "right" for name in outcomes}}
+    console = common.consoles()[0]
+    console.print(common.table("The same fine-tuning run, twice", columns, rows))
+    console.print(
+        f"{settings['steps']} steps of {settings['batch_size']} × {settings['seq_len']} tokens, {settings['dtype']}, "
+        f"{machine['backend']} backend, {settings['device']}, CPU threads: {machine['threads']}, "
+        f"{report['seconds']:.0f} s in all.\n"
+        "Both runs take their masks from fastlora's generator; `fastlora bench` compares the speed with torch's own dropout.\n"
+    )
+    for verdict in report["verdicts"]:
+        console.print(f"{MARK[verdict['passed']]}  {verdict['question']}\n    {escape(verdict['figures'])}")
+    console.print(f"\nloss.png, report.json and the adapter (PEFT's format) are in {escape(str(settings['output']))}")
 
 
-def _finite(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _finite(item) for key, item in value.items()}
-    if isinstance(value, (list, tuple)):
-        return [_finite(item) for item in value]
-    return None if isinstance(value, float) and not math.isfinite(value) else value
+def plot(report: dict[str, Any], path: Path) -> None:
+    """Write the figure: both loss curves above, their distance and the control's below."""
+    from matplotlib.figure import Figure
+    from matplotlib.ticker import MaxNLocator
+
+    eager, fused = report["outcomes"]["eager"], report["outcomes"]["fused"]
+    steps = range(1, len(eager["losses"]) + 1)
+    figure = Figure(figsize=(10, 6), layout="constrained")
+    curves, apart = figure.subplots(2, 1, sharex=True, height_ratios=(3, 2))
+    curves.plot(steps, eager["losses"], color="tab:orange", linewidth=3.5, alpha=0.6, label="eager LoRA")
+    curves.plot(steps, fused["losses"], color="tab:blue", linewidth=1.0, label="fused LoRA")
+    curves.axhline(fused["before"], color="gray", linestyle=":", label=f"held out, before: {fused['before']:.3f}")
+    curves.axhline(fused["after"], color="black", linestyle="--", label=f"held out, after: {fused['after']:.3f}")
+    curves.set(title="Fine-tuning with eager and with fused LoRA linears", ylabel="loss (nats per token)")
+    for name, other, color in (("fused", fused, "tab:blue"), ("control", report["control"], "tab:green")):
+        if other is not None:
+            pairs = zip(steps, other["losses"], eager["losses"], strict=True)
+            points = {step: abs(a - b) for step, a, b in pairs if a != b}  # a logarithmic axis has no place for 0
+            apart.plot(list(points), list(points.values()), color=color, linewidth=1.0, label=f"|{name} − eager|")
+    apart.set(yscale="log", xlabel="step", ylabel="distance of the curves")
+    apart.xaxis.set_major_locator(MaxNLocator(integer=True))
+    for axes in (curves, apart):
+        axes.legend(loc="upper left", bbox_to_anchor=(1.0, 1.0), frameon=False)
+    figure.savefig(path, dpi=120)
