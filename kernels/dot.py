@@ -61,10 +61,20 @@ def dot_mixed(a, b, acc, PRECISION: tl.constexpr, HI_LO: tl.constexpr):
 
 @triton.jit
 def lora_dot(u, v, acc, alpha, PRECISION: tl.constexpr, OPERAND: tl.constexpr):
-    """acc + alpha · u v for a float32 u and any v, each rounded to OPERAND."""
+    """acc + alpha · u v for a float32 u, with products of operands in OPERAND, the GEMM's dtype.
+
+    A v in OPERAND is exact and u is rounded to it, as eager torch rounds S and dS.  Beside a 16-bit GEMM eager keeps float32
+    adapters and S in float32: then u = u_hi + u_lo, v = v_hi + v_lo, and three dots leave out u_lo v_lo alone.
+    """
+    HI_LO: tl.constexpr = v.dtype == tl.float32 and OPERAND != tl.float32
     u, inverse, scale = into_range(u * alpha, OPERAND)
     v, inverse_v, scale_v = into_range(v, OPERAND)
-    return dot(round_to(u, OPERAND), round_to(v, OPERAND), acc * (inverse * inverse_v), PRECISION) * (scale * scale_v)
+    u_hi, v_hi = round_to(u, OPERAND), round_to(v, OPERAND)
+    acc = dot(u_hi, v_hi, acc * (inverse * inverse_v), PRECISION)
+    if HI_LO:
+        acc = dot(u_hi, round_to(v - v_hi.to(tl.float32), OPERAND), acc, PRECISION)
+        acc = dot(round_to(u - u_hi.to(tl.float32), OPERAND), v_hi, acc, PRECISION)
+    return acc * (scale * scale_v)
 
 
 @triton.jit
@@ -83,7 +93,7 @@ def lora_tile(
     PRECISION: tl.constexpr,
     OPERAND: tl.constexpr,
 ):
-    """alpha · U V of one tile of C, float32.  U (M, R) float32 and V (R, N) are rounded to OPERAND, the GEMM's dtype."""
+    """alpha · U V of one tile of C, float32, by `lora_dot`: U (M, R) float32, V (R, N)."""
     acc = tl.zeros((rows.shape[0], cols.shape[0]), tl.float32)
     for start in tl.range(0, R, BLOCK_R, num_stages=1):
         ranks = start + tl.arange(0, BLOCK_R)
