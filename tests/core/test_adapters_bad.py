@@ -90,11 +90,19 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
         r"classifier\.dense\.bias' is torch\.float64, which torch\.float32 cannot",
     ),
     "bias mode": (config(bias="lora_only"), ValueError, "bias='lora_only', but the model was injected with bias='all'"),
-    "null modules": (config(modules_to_save=None), ValueError, "modules_to_save=None, but the model .*differ in classifier"),
+    "null modules": (config(modules_to_save=None), ValueError, r"modules_to_save=\[\], but the model .*differ in classifier"),
     "other modules": (config(modules_to_save=["pooler", "embeddings"]), ValueError, "modules_to_save=.* they differ in "),
-    "modules of another type": (config(modules_to_save={"a": 1}), ValueError, "modules_to_save=.* must be list"),
-    "modules without names": (config(modules_to_save=[1]), ValueError, "modules_to_save=.* holds what it must not"),
-    "alpha of another type": (config(lora_alpha=True), ValueError, "lora_alpha=True must be int or float"),
+    "modules of another type": (
+        config(modules_to_save={"a": 1}),
+        ValueError,
+        "modules_to_save must be .* a list of strings, got {'a': 1}",
+    ),
+    "modules without names": (
+        config(modules_to_save=[1]),
+        ValueError,
+        r"modules_to_save must be .* a list of strings, got \[1\]",
+    ),
+    "alpha of another type": (config(lora_alpha=True), ValueError, "lora_alpha must be a float, got bool True"),
     "trainable tokens": (config(trainable_token_indices=[1]), ValueError, r"trainable_token_indices=\[1\] is not supported"),
     "another model": (of_another_model, ValueError, "bias='none', but the model was injected with bias='all'"),
 }

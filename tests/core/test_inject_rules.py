@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import fastlora
 from fastlora import FusedLoraLinear, inject, oracle
-from fastlora.injection.matching import match_modules_to_save, match_targets, pattern_value
+from fastlora.injection.matching import match_modules_to_save, match_targets
+from fastlora.injection.options import LoraOptions
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -159,7 +160,8 @@ def test_matches_as_peft(name: str, targets: list[str], exclude: Any, saved: lis
 @given(name=paths, keys=st.lists(st.sampled_from([*PARTS, "^q", r"layers\..*", ".*k", "q|k", "0.q"]), max_size=4, unique=True))
 def test_patterns_as_peft(name: str, keys: list[str]) -> None:
     patterns = {key: index for index, key in enumerate(keys)}
-    assert pattern_value(patterns, name, -1) == patterns.get(peft.utils.other.get_pattern_key(keys, name), -1)
+    alpha = LoraOptions(lora_alpha=-1, alpha_pattern=patterns).of_layer(name)["lora_alpha"]
+    assert alpha == patterns.get(peft.utils.other.get_pattern_key(keys, name), -1)
 
 
 def test_a_pattern_decides_each_layer_of_its_own() -> None:
