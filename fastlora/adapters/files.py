@@ -25,7 +25,7 @@ from fastlora import atomic
 from fastlora.adapters import config as adapter_config
 from fastlora.adapters import tensors as adapter_tensors
 from fastlora.adapters.config import CONFIG_NAME
-from fastlora.injection.inject import install, prepare
+from fastlora.injection.inject import injected, install, prepare, unwrapped
 from fastlora.injection.layer_types import lora_layers
 from fastlora.injection.matching import match_modules_to_save, warn
 from fastlora.injection.options import LoraOptions
@@ -38,18 +38,22 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Write what `fastlora.inject` made trainable in `model` to `folder`, which is created when missing.
 
+    `model` may also hold the injected model: in a DistributedDataParallel, a DataParallel, torch.compile's wrapper or a module
+    of the user's.  The file has the names in the injected model.
+
     Each of the two files is written under another name first and then put in place at once: an interrupted save leaves the old
     file whole.  A trainable parameter that the files do not hold earns a warning.
 
     Raises:
-        ValueError: `model` holds no LoRA linear, its layers differ in dropout or scaling rule, or are on the meta device.
+        ValueError: `model` holds no LoRA linear or several injected models, or its layers differ in dropout or scaling rule or
+            are on the meta device.
         RuntimeError: a layer was merged with keep_base=False: on its weight the adapter would count twice.
         ImportError: safetensors is not installed.
     """
     safetensors = _safetensors()
-    model, layers, options = _injected(model)
-    contents = adapter_tensors.contents(model, layers, options)
-    config = adapter_config.describe(model, layers, options)
+    base, layers, options = _injected(model)
+    contents = adapter_tensors.contents(base, layers, options)
+    config = adapter_config.describe(base, layers, options)
     _warn_unsaved(model, contents.values())
     separate = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in contents.items()}  # none tied
     folder = Path(folder)
@@ -59,7 +63,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
 
 def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Read an adapter from `folder` into what `fastlora.inject` prepared in `model`.
+    """Read an adapter from `folder` into what `fastlora.inject` prepared in `model`, which may hold it as in `save_adapter`.
 
     Every key, shape, dtype, rank and scaling is checked before any tensor is changed.  A file of lower precision than the layer
     is cast, one of higher precision refused.  No path inside the config is followed; lora_dropout stays the layer's.
@@ -122,14 +126,18 @@ def from_pretrained(
 
 
 def _injected(model: nn.Module) -> tuple[nn.Module, dict[str, FusedLoraLinear], LoraOptions]:
-    """The injected module in `model`, its LoRA linears by their first names, and what it was injected with."""
+    """The injected module in `model`, its LoRA linears by their first names in it, and what it was injected with."""
     check_model(model)
-    model = getattr(model, "_orig_mod", model)  # torch.compile's wrapper: the file has the original's names
+    bases = injected(model)
+    if len(bases) > 1:
+        names = [name for name, module in model.named_modules() if module in bases]
+        raise ValueError(f"model holds {len(bases)} injected models, {', '.join(map(repr, names))}: pass one of them")
+    model = bases[0] if bases else unwrapped(model)
     layers = {names[0]: layer for layer, names in lora_layers(model).items() if layer.lora_A is not None}
     if not layers:
         raise ValueError("model holds no LoRA linear: call fastlora.inject(model, target_modules=...) first")
     _check_base(layers)
-    return model, layers, getattr(model, "lora_options", LoraOptions())
+    return model, layers, vars(model).get("lora_options", LoraOptions())
 
 
 def _check_base(layers: Mapping[str, FusedLoraLinear]) -> None:

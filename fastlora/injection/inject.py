@@ -7,6 +7,7 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
+from torch.nn.parallel import DistributedDataParallel
 
 from fastlora.injection.layer_types import is_conv1d, lora_layers, type_replacing
 from fastlora.injection.matching import match_modules_to_save, near, targets_of, warn
@@ -69,8 +70,9 @@ def inject(
 
     Raises:
         ValueError: nothing matches (the message lists near names) or all is excluded, a module to save does not exist or
-            holds a target, an option is out of range, `model` holds LoRA linears or PEFT's layers already, or a target sits in
-            an nn.TransformerEncoderLayer while torch's fast path is on, which computes with the weight alone in evaluation.
+            holds a target, an option is out of range, `model` is a DistributedDataParallel or holds LoRA linears or PEFT's
+            layers already, or a target sits in an nn.TransformerEncoderLayer while torch's fast path is on, which computes
+            with the weight alone in evaluation.
         ImportError: quantize without bitsandbytes.
         TypeError: an option has another type, a target is not of a supported type or has a weight that FusedLoraLinear cannot
             wrap, or a module to save cannot be trained.
@@ -100,6 +102,8 @@ def prepare(model: nn.Module, options: LoraOptions, layer: type[FusedLoraLinear]
     check_model(model)
     if not (isinstance(layer, type) and issubclass(layer, FusedLoraLinear)):
         raise TypeError(f"layer must be FusedLoraLinear or a subclass of it, got {layer!r}")
+    if isinstance(model, DistributedDataParallel):
+        raise ValueError("model is a DistributedDataParallel, which would not reduce new parameters: inject before wrapping")
     if present := lora_layers(model):
         raise ValueError(
             f"model holds {len(present)} LoRA linears already, the first one at {next(iter(present.values()))[0]!r}"
@@ -152,8 +156,20 @@ def install(model: nn.Module, injection: Injection) -> nn.Module:
         trained = [parameter for name, parameter in every if name.rpartition(".")[2] == "bias"]
     for parameter in trained:
         parameter.requires_grad_(True)
-    model.lora_options = injection.options  # type: ignore[assignment]  # not a submodule: an attribute for save_adapter
+    unwrapped(model).lora_options = injection.options  # type: ignore[assignment]  # not a submodule: an attribute
     return model
+
+
+def unwrapped(model: nn.Module) -> nn.Module:
+    """The module in a DataParallel, DistributedDataParallel or torch.compile's OptimizedModule, or `model` itself."""
+    while isinstance(model, (nn.DataParallel, DistributedDataParallel)) or type(model).__name__ == "OptimizedModule":
+        (model,) = model.children()
+    return model
+
+
+def injected(model: nn.Module) -> list[nn.Module]:
+    """The modules in `model`, itself included, that `inject` was called with, without their wrappers."""
+    return [module for module in model.modules() if "lora_options" in vars(module)]
 
 
 def _is_of_peft(module: nn.Module) -> bool:

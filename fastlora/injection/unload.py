@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastlora.injection.inject import injected, unwrapped
 from fastlora.injection.layer_types import lora_layers
 from fastlora.injection.matching import embeddings, warn
 from fastlora.modules import FusedLoraLinear
@@ -63,7 +64,7 @@ def _layers(model: nn.Module) -> dict[FusedLoraLinear, list[str]]:
 
 
 def _replace(model: nn.Module, layers: dict[FusedLoraLinear, list[str]], *, merged: bool) -> nn.Module:
-    replaced = []
+    bases, replaced = injected(model) or [unwrapped(model)], set()
     for layer in list(layers):
         names = layers.pop(layer)  # frees the base weight of a merged layer before the next is merged
         plain = layer.to_linear(merged)
@@ -71,11 +72,11 @@ def _replace(model: nn.Module, layers: dict[FusedLoraLinear, list[str]], *, merg
             return plain
         for name in names:
             model.set_submodule(name, plain)
-        replaced += names
-    if hasattr(model, "lora_options"):
-        del model.lora_options
-    _tell_config_of_untying(model)
-    _tell_config_of_dense_weights(model, [name for name in replaced if not is_quantized(model.get_submodule(name))])
+        replaced.add(plain)
+    for base in bases:
+        vars(base).pop("lora_options", None)
+        _tell_config_of_untying(base)
+        _tell_config_of_dense_weights(base, replaced)
     return model
 
 
@@ -89,9 +90,10 @@ def _tell_config_of_untying(model: nn.Module) -> None:
         warn("the input and output embeddings are no longer tied: config.tie_word_embeddings is now False")
 
 
-def _tell_config_of_dense_weights(model: nn.Module, dense: list[str]) -> None:
+def _tell_config_of_dense_weights(model: nn.Module, replaced: set[nn.Module]) -> None:
     """Correct the config of a transformers model loaded in 4 bits: it would still say so of weights that are dense now."""
     quantizer = getattr(model, "hf_quantizer", None)
+    dense = [name for name, module in model.named_modules() if module in replaced and not is_quantized(module)]
     if quantizer is None or not dense:
         return
     if any(is_quantized(module) for module in model.modules()):
