@@ -9,6 +9,7 @@ import torch
 from torch import nn
 from torch.nn.parallel import DistributedDataParallel
 
+from fastlora.injection import fast_path
 from fastlora.injection.layer_types import is_conv1d, lora_layers, type_replacing
 from fastlora.injection.matching import match_modules_to_save, near, targets_of, warn
 from fastlora.injection.options import LoraOptions, pattern_matches
@@ -47,6 +48,10 @@ def inject(
     that it shares with the rest of the model, as in PEFT.  A linear with several matching names is replaced by one layer under
     all of them.
 
+    In evaluation nn.TransformerEncoderLayer has a fast path that reads its linears' weights without calling them: an instance
+    that holds new layers is kept out of it.  Other modules that do so, such as torchvision's ShiftedWindowAttention with its
+    qkv, cannot be told from outside: leave such linears out of target_modules, or their adapters have no effect.
+
     Args:
         model: any module that holds the linears.
         target_modules: a string is a regular expression that a module's full name must match; a list holds full names or
@@ -70,9 +75,8 @@ def inject(
 
     Raises:
         ValueError: nothing matches (the message lists near names) or all is excluded, a module to save does not exist or
-            holds a target, an option is out of range, `model` is a DistributedDataParallel or holds LoRA linears or PEFT's
-            layers already, or a target sits in an nn.TransformerEncoderLayer while torch's fast path is on, which computes
-            with the weight alone in evaluation.
+            holds a target, an option is out of range, or `model` is a DistributedDataParallel or holds LoRA linears or PEFT's
+            layers already.
         ImportError: quantize without bitsandbytes.
         TypeError: an option has another type, a target is not of a supported type or has a weight that FusedLoraLinear cannot
             wrap, or a module to save cannot be trained.
@@ -112,7 +116,6 @@ def prepare(model: nn.Module, options: LoraOptions, layer: type[FusedLoraLinear]
         raise ValueError(f"model holds layers of PEFT's, such as {of_peft[0]!r}: fastlora.accelerate(model) is for those")
     targets = targets_of(model, options)
     saved = match_modules_to_save(model, options.modules_to_save)
-    _check_fast_path(model, targets)
     _check_saved(model, options, targets, saved)
     _warn_of_no_effect(options, targets)
     made: dict[nn.Module, FusedLoraLinear] = {}
@@ -147,6 +150,7 @@ def install(model: nn.Module, injection: Injection) -> nn.Module:
         layer.bias = linear._parameters["bias"]
         for name in names:
             model.set_submodule(name, layer)
+    fast_path.leave(model)
     for module in injection.saved.values():
         module.requires_grad_(True)
     if injection.options.bias == "lora_only":
@@ -193,16 +197,6 @@ def _lora_layer(name: str, linear: nn.Module, options: LoraOptions, layer: type[
         fan_in_fan_out=is_conv1d(linear),
         adapter_dtype=options.adapter_dtype,
     )
-
-
-def _check_fast_path(model: nn.Module, targets: Iterable[str]) -> None:
-    for name in targets:
-        parent = model.get_submodule(name.rpartition(".")[0])
-        if isinstance(parent, nn.TransformerEncoderLayer) and torch.backends.mha.get_fastpath_enabled():
-            raise ValueError(
-                f"target_modules: {name!r} sits in an nn.TransformerEncoderLayer, whose fast path would leave out its adapter "
-                "in evaluation; call torch.backends.mha.set_fastpath_enabled(False) first"
-            )
 
 
 def _check_saved(

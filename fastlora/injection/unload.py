@@ -5,6 +5,7 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastlora.injection import fast_path
 from fastlora.injection.inject import injected, unwrapped
 from fastlora.injection.layer_types import lora_layers
 from fastlora.injection.matching import embeddings, warn
@@ -73,6 +74,7 @@ def _replace(model: nn.Module, layers: dict[FusedLoraLinear, list[str]], *, merg
         for name in names:
             model.set_submodule(name, plain)
         replaced.add(plain)
+    fast_path.take_again(model)
     for base in bases:
         vars(base).pop("lora_options", None)
         _tell_config_of_untying(base)
