@@ -1,6 +1,7 @@
 """`FusedLoraLinear`: a frozen linear with a LoRA bypass, in PEFT's semantics, on the fused operator."""
 
 import math
+import warnings
 from typing import Any, Self, TypedDict, Unpack
 
 import torch
@@ -127,9 +128,11 @@ class FusedLoraLinear(nn.Module):
             nn.init.zeros_(self.lora_B)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out)."""
+        """(..., in) -> (..., out).  A merged module in training warns: its adapter gets no gradient."""
         W = self._W()
         if self.merged or self.lora_A is None or self.lora_B is None:
+            if self.merged and self.training and not torch.compiler.is_compiling():
+                self._warn_untrained()
             return nn.functional.linear(x, W, self.bias)
         return lora_linear(
             x,
@@ -142,6 +145,13 @@ class FusedLoraLinear(nn.Module):
             training=self.training,
             backend=self.backend,
         )
+
+    def _warn_untrained(self) -> None:
+        if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (self.lora_A, self.lora_B)):
+            warnings.warn(
+                "a merged LoRA linear runs in training mode: its adapter gets no gradient, call unmerge() before training",
+                stacklevel=3,
+            )
 
     def _W(self) -> Any:
         """W (out, in) as `lora_linear` takes it: a tensor, or in a subclass a QuantizedWeight."""

@@ -181,6 +181,24 @@ def test_merge_twice_and_unmerge_of_unmerged_refuse():
         module.merge()
 
 
+@pytest.mark.filterwarnings("error")
+def test_a_merged_module_in_training_warns():
+    """Where its adapter would get a gradient, and only there."""
+    module, x = trained(), torch.randn(5, 24)
+    module.merge()
+    with pytest.warns(UserWarning, match=r"merged LoRA linear runs in training mode.*call unmerge\(\)"):
+        module.train()(x)
+    with torch.no_grad():
+        module(x)
+    torch.compile(module, fullgraph=True, backend="eager")(x)
+    module.eval()(x)
+    module.train().requires_grad_(False)(x)
+    module.requires_grad_(True).unmerge()
+    module.weight.requires_grad_(False)
+    module(x).sum().backward()
+    assert module.lora_A.grad is not None
+
+
 def test_merge_weights_merges_on_eval_and_unmerges_on_train():
     module = trained(merge_weights=True)
     before = bits(module.weight)
