@@ -13,7 +13,7 @@ PEFT's `PeftModel.from_pretrained` reads what `save_adapter` writes, `load_adapt
 
 import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
@@ -76,13 +76,12 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         RuntimeError: a layer is merged, so that its weight holds another adapter.  The model is then unchanged.
         ImportError: safetensors is not installed.
     """
-    safetensors = _safetensors()
     model, layers, options = _injected(model)
     if merged := [path for path, layer in layers.items() if layer.merged]:
         raise RuntimeError(f"{merged[0]!r} is merged, a new adapter would have no effect on it: unmerge() it first")
     adapter_config.check(adapter_config.read(Path(folder) / CONFIG_NAME), model, layers, options)
     path = Path(folder) / WEIGHTS_NAME
-    adapter_tensors.copy(adapter_tensors.fit(model, layers, options, _read(path, safetensors), path))
+    adapter_tensors.copy(adapter_tensors.fit(model, layers, options, _read(path), path))
 
 
 def from_pretrained(
@@ -107,18 +106,17 @@ def from_pretrained(
         What `fastlora.inject` and `load_adapter` raise.  The model is then unchanged.
     """
     check_model(model)
-    path, safetensors = Path(folder) / WEIGHTS_NAME, _safetensors()
+    path = Path(folder) / WEIGHTS_NAME
     said = adapter_config.read(Path(folder) / CONFIG_NAME)
     if not said.target_modules:
         raise ValueError(f"{CONFIG_NAME} names no target_modules")
-    file = _read(path, safetensors)
+    file = _read(path)
     # PEFT guesses names of modules to save: those that the model lacks are left out.
     present = [name for name in said.modules_to_save if match_modules_to_save(model, [name])]
     dtype = adapter_dtype or adapter_tensors.common_dtype(model, file)
     options = replace(said, modules_to_save=present, adapter_dtype=dtype)
     injection = prepare(model, options, layer)
     layers = {names[0]: lora for lora, names in injection.layers.items()}
-    _check_base(layers)
     adapter_tensors.fit(model, layers, options, file, path)
     install(model, injection)
     adapter_tensors.copy(adapter_tensors.fit(model, layers, options, file, path))
@@ -128,20 +126,14 @@ def from_pretrained(
 def _injected(model: nn.Module) -> tuple[nn.Module, dict[str, FusedLoraLinear], LoraOptions]:
     """The injected module in `model`, its LoRA linears by their first names in it, and what it was injected with."""
     check_model(model)
-    bases = injected(model)
+    bases = injected(model) or [unwrapped(model)]
     if len(bases) > 1:
         names = [name for name, module in model.named_modules() if module in bases]
         raise ValueError(f"model holds {len(bases)} injected models, {', '.join(map(repr, names))}: pass one of them")
-    model = bases[0] if bases else unwrapped(model)
-    layers = {names[0]: layer for layer, names in lora_layers(model).items() if layer.lora_A is not None}
+    (base,) = bases
+    layers = {names[0]: layer for layer, names in lora_layers(base).items() if layer.lora_A is not None}
     if not layers:
         raise ValueError("model holds no LoRA linear: call fastlora.inject(model, target_modules=...) first")
-    _check_base(layers)
-    return model, layers, vars(model).get("lora_options", LoraOptions())
-
-
-def _check_base(layers: Mapping[str, FusedLoraLinear]) -> None:
-    """An adapter belongs to a base weight, which every layer must still have, merged or not."""
     for path, layer in layers.items():
         if layer.merged and layer._base_weight is None:
             raise RuntimeError(
@@ -150,6 +142,7 @@ def _check_base(layers: Mapping[str, FusedLoraLinear]) -> None:
             )
         if layer.weight.is_meta:
             raise ValueError(f"the weight of {path!r} is on the meta device: load the base model first")
+    return base, layers, vars(base).get("lora_options", LoraOptions())
 
 
 def _warn_unsaved(model: nn.Module, saved: Iterable[Tensor]) -> None:
@@ -161,7 +154,8 @@ def _warn_unsaved(model: nn.Module, saved: Iterable[Tensor]) -> None:
         )
 
 
-def _read(path: Path, safetensors: Any) -> dict[str, Tensor]:
+def _read(path: Path) -> dict[str, Tensor]:
+    safetensors = _safetensors()
     pickled = path.with_name("adapter_model.bin")
     if not path.exists() and pickled.exists():
         raise FileNotFoundError(f"{str(path)!r} is missing; {pickled.name!r}, a pickle, is never read: save with safetensors")

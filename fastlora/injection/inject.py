@@ -16,7 +16,6 @@ from fastlora.injection.options import LoraOptions, pattern_matches
 from fastlora.modules import FusedLoraLinear
 from fastlora.quantized import is_quantized, quantize
 from fastlora.quantized_module import FusedLoraLinear4bit
-from fastlora.validation import check_model
 
 Holders = list[tuple[nn.Module, str]]  # the modules that hold one parameter, with its full name in each
 
@@ -103,16 +102,17 @@ class Injection:
 
 def prepare(model: nn.Module, options: LoraOptions, layer: type[FusedLoraLinear] = FusedLoraLinear) -> Injection:
     """Check everything and make the new layers, without a change to `model`.  Raises what `inject` raises."""
-    check_model(model)
+    present = lora_layers(model)
     if not (isinstance(layer, type) and issubclass(layer, FusedLoraLinear)):
         raise TypeError(f"layer must be FusedLoraLinear or a subclass of it, got {layer!r}")
     if isinstance(model, DistributedDataParallel):
         raise ValueError("model is a DistributedDataParallel, which would not reduce new parameters: inject before wrapping")
-    if present := lora_layers(model):
+    if present:
         raise ValueError(
             f"model holds {len(present)} LoRA linears already, the first one at {next(iter(present.values()))[0]!r}"
         )
-    if of_peft := [name for name, module in model.named_modules() if _is_of_peft(module)]:
+    peft = sys.modules.get("peft.tuners.tuners_utils")
+    if of_peft := [name for name, module in model.named_modules() if peft and isinstance(module, peft.BaseTunerLayer)]:
         raise ValueError(f"model holds layers of PEFT's, such as {of_peft[0]!r}: fastlora.accelerate(model) is for those")
     targets = targets_of(model, options)
     saved = match_modules_to_save(model, options.modules_to_save)
@@ -174,11 +174,6 @@ def unwrapped(model: nn.Module) -> nn.Module:
 def injected(model: nn.Module) -> list[nn.Module]:
     """The modules in `model`, itself included, that `inject` was called with, without their wrappers."""
     return [module for module in model.modules() if "lora_options" in vars(module)]
-
-
-def _is_of_peft(module: nn.Module) -> bool:
-    peft = sys.modules.get("peft.tuners.tuners_utils")
-    return peft is not None and isinstance(module, peft.BaseTunerLayer)
 
 
 def _lora_layer(name: str, linear: nn.Module, options: LoraOptions, layer: type[FusedLoraLinear]) -> FusedLoraLinear:

@@ -10,6 +10,7 @@ from torch import nn
 from fastlora.modules import FusedLoraLinear
 from fastlora.quantized import is_quantized
 from fastlora.quantized_module import FusedLoraLinear4bit
+from fastlora.validation import check_model
 
 
 @dataclass(frozen=True)
@@ -62,7 +63,8 @@ def adapter_keys(layer: FusedLoraLinear) -> Mapping[str, str]:
 
 
 def lora_layers(model: nn.Module) -> dict[FusedLoraLinear, list[str]]:
-    """The LoRA layers of `model`, each with all of its names."""
+    """The LoRA layers of `model`, each with all of its names.  Raises TypeError when `model` is no module."""
+    check_model(model)
     found: dict[FusedLoraLinear, list[str]] = defaultdict(list)
     for name, module in model.named_modules(remove_duplicate=False):
         if isinstance(module, FusedLoraLinear):

@@ -11,7 +11,6 @@ from fastlora.injection.layer_types import lora_layers
 from fastlora.injection.matching import embeddings, warn
 from fastlora.modules import FusedLoraLinear
 from fastlora.quantized import is_quantized
-from fastlora.validation import check_model
 
 
 def merge_and_unload(model: nn.Module, safe_merge: bool = False) -> nn.Module:
@@ -57,7 +56,6 @@ def unload(model: nn.Module) -> nn.Module:
 
 
 def _layers(model: nn.Module) -> dict[FusedLoraLinear, list[str]]:
-    check_model(model)
     layers = lora_layers(model)
     if not layers:
         raise ValueError("model holds no LoRA linear: there is nothing to unload")
