@@ -1,13 +1,23 @@
 """`FusedLoraLinear`: a frozen linear with a LoRA bypass, in PEFT's semantics, on the fused operator."""
 
 import math
-from typing import Any
+import warnings
+from typing import Any, Self, TypedDict, Unpack
 
 import torch
 from torch import Tensor, nn
 
 from fastlora import validation
 from fastlora.functional import lora_linear
+
+
+class Options(TypedDict, total=False):
+    """What `FusedLoraLinear` and its `from_linear` take by keyword only; each is False, or adapter_dtype None, by default."""
+
+    use_rslora: bool
+    fan_in_fan_out: bool
+    merge_weights: bool
+    adapter_dtype: torch.dtype | None
 
 
 class FusedLoraLinear(nn.Module):
@@ -47,62 +57,32 @@ class FusedLoraLinear(nn.Module):
         lora_dropout: float = 0.0,
         bias: bool = True,
         *,
-        use_rslora: bool = False,
-        fan_in_fan_out: bool = False,
-        merge_weights: bool = False,
         device: torch.device | str | None = None,
         dtype: torch.dtype | None = None,
-        adapter_dtype: torch.dtype | None = None,
+        **options: Unpack[Options],
     ) -> None:
+        fan_in_fan_out = options.get("fan_in_fan_out", False)
         validation.check_size(in_features, "in_features")
         validation.check_size(out_features, "out_features")
         validation.check_flag(bias, "bias")
         validation.check_flag(fan_in_fan_out, "fan_in_fan_out")
         validation.check_dtype(dtype or torch.get_default_dtype(), "dtype")
         base = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
-        self._setup(
-            base.weight.detach().t().contiguous() if fan_in_fan_out else base.weight.detach(),
-            base.bias.detach() if bias else None,
-            r,
-            lora_alpha,
-            lora_dropout,
-            use_rslora=use_rslora,
-            fan_in_fan_out=fan_in_fan_out,
-            merge_weights=merge_weights,
-            adapter_dtype=adapter_dtype,
-        )
+        weight = base.weight.detach().t().contiguous() if fan_in_fan_out else base.weight.detach()
+        self._setup(weight, base.bias.detach() if bias else None, r, lora_alpha, lora_dropout, **options)
 
     @classmethod
     def from_linear(
-        cls,
-        linear: nn.Module,
-        r: int = 8,
-        lora_alpha: float = 8,
-        lora_dropout: float = 0.0,
-        *,
-        use_rslora: bool = False,
-        fan_in_fan_out: bool = False,
-        merge_weights: bool = False,
-        adapter_dtype: torch.dtype | None = None,
-    ) -> "FusedLoraLinear":
+        cls, linear: nn.Module, r: int = 8, lora_alpha: float = 8, lora_dropout: float = 0.0, **options: Unpack[Options]
+    ) -> Self:
         """Wrap `linear` (nn.Linear, or with fan_in_fan_out a module whose weight is (in, out), such as transformers' Conv1D).
 
-        weight and bias share the storage of `linear`'s, and so its device and dtype; the training mode is kept.  What would be
-        lost is refused: an adapter or a parametrisation that `linear` has, and its hooks.
+        weight and bias share the storage of `linear`'s, and so its device and dtype; the training mode is kept.  A `linear`
+        with an adapter, a parametrisation or hooks is refused: they would be lost.
         """
-        weight, bias = validation.check_linear(linear, fan_in_fan_out)
+        weight, bias = validation.check_linear(linear, options.get("fan_in_fan_out", False))
         module = cls.__new__(cls)
-        module._setup(
-            weight.detach(),
-            None if bias is None else bias.detach(),
-            r,
-            lora_alpha,
-            lora_dropout,
-            use_rslora=use_rslora,
-            fan_in_fan_out=fan_in_fan_out,
-            merge_weights=merge_weights,
-            adapter_dtype=adapter_dtype,
-        )
+        module._setup(weight.detach(), None if bias is None else bias.detach(), r, lora_alpha, lora_dropout, **options)
         return module.train(linear.training)
 
     def _setup(
@@ -113,10 +93,10 @@ class FusedLoraLinear(nn.Module):
         lora_alpha: float,
         lora_dropout: float,
         *,
-        use_rslora: bool,
-        fan_in_fan_out: bool,
-        merge_weights: bool,
-        adapter_dtype: torch.dtype | None,
+        use_rslora: bool = False,
+        fan_in_fan_out: bool = False,
+        merge_weights: bool = False,
+        adapter_dtype: torch.dtype | None = None,
     ) -> None:
         adapter_dtype = adapter_dtype or weight.dtype
         validation.check_frozen(weight, bias, adapter_dtype, fan_in_fan_out)
@@ -131,8 +111,8 @@ class FusedLoraLinear(nn.Module):
         self.lora_alpha, self.lora_dropout, self.use_rslora = lora_alpha, lora_dropout, use_rslora
         self.fan_in_fan_out, self.merge_weights, self.merged = fan_in_fan_out, merge_weights, False
         self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r) if r else 0.0
-        self.weight = nn.Parameter(weight, requires_grad=False)
-        self.register_parameter("bias", None if bias is None else nn.Parameter(bias, requires_grad=False))
+        self.weight = self._frozen(weight)
+        self.register_parameter("bias", None if bias is None else self._frozen(bias))
         self.register_buffer("_base_weight", None, persistent=False)
         lora_A = torch.empty((r, in_features), device=weight.device, dtype=adapter_dtype)
         lora_B = torch.empty((out_features, r), device=weight.device, dtype=adapter_dtype)
@@ -148,9 +128,11 @@ class FusedLoraLinear(nn.Module):
             nn.init.zeros_(self.lora_B)
 
     def forward(self, x: Tensor) -> Tensor:
-        """(..., in) -> (..., out)."""
+        """(..., in) -> (..., out).  A merged module in training warns: its adapter gets no gradient."""
         W = self._W()
         if self.merged or self.lora_A is None or self.lora_B is None:
+            if self.merged and self.training and not torch.compiler.is_compiling():
+                self._warn_untrained()
             return nn.functional.linear(x, W, self.bias)
         return lora_linear(
             x,
@@ -164,11 +146,18 @@ class FusedLoraLinear(nn.Module):
             backend=self.backend,
         )
 
+    def _warn_untrained(self) -> None:
+        if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (self.lora_A, self.lora_B)):
+            warnings.warn(
+                "a merged LoRA linear runs in training mode: its adapter gets no gradient, call unmerge() before training",
+                stacklevel=3,
+            )
+
     def _W(self) -> Any:
         """W (out, in) as `lora_linear` takes it: a tensor, or in a subclass a QuantizedWeight."""
         return self.weight.t() if self.fan_in_fan_out else self.weight
 
-    def train(self, mode: bool = True) -> "FusedLoraLinear":
+    def train(self, mode: bool = True) -> Self:
         """Set the mode; with merge_weights, unmerge for training and merge for evaluation."""
         if self.merge_weights and mode == self.merged:
             self.unmerge() if mode else self.merge()
@@ -210,11 +199,36 @@ class FusedLoraLinear(nn.Module):
         """
         if not self.merged:
             raise RuntimeError("unmerge() on a module that is not merged")
-        if self._base_weight is None:
-            raise RuntimeError("unmerge() needs the base weight, which merge(keep_base=False) dropped")
-        self.weight = self._frozen(self._base_weight)
+        self.weight = self._frozen(self._kept_base())
         self._base_weight = None
         self.merged = False
+
+    def to_linear(self, merged: bool) -> nn.Module:
+        """A plain layer on the base weight, or with `merged` on the merged one, that shares weight, bias and mode with this.
+
+        It is an nn.Linear, or with fan_in_fan_out transformers' Conv1D.  A weight that this module does not hold is made.
+
+        Raises:
+            RuntimeError: the base weight was dropped by merge(keep_base=False).
+        """
+        with torch.device("meta"):  # what the constructor draws is thrown away
+            if self.fan_in_fan_out:
+                from transformers.pytorch_utils import Conv1D
+
+                linear: nn.Module = Conv1D(self.out_features, self.in_features)
+            else:
+                linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
+        if merged and not self.merged:
+            linear.weight = self._frozen(self.merged_weight())
+        else:
+            linear.weight = self.weight if merged == self.merged else self._frozen(self._kept_base())
+        linear.bias = self.bias  # type: ignore[assignment]  # None where it was
+        return linear.train(self.training)
+
+    def _kept_base(self) -> Tensor:
+        if self._base_weight is None:
+            raise RuntimeError("this needs the base weight, which merge(keep_base=False) dropped")
+        return self._base_weight
 
     @staticmethod
     def _frozen(weight: Tensor) -> nn.Parameter:

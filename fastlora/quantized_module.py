@@ -1,12 +1,12 @@
 """`FusedLoraLinear4bit`: a LoRA linear on a frozen weight of 4 bits, QLoRA without PEFT."""
 
-from typing import Any, cast
+from typing import Any, Self, Unpack, cast
 
 import torch
 from torch import Tensor, nn
 
 from fastlora import quantized
-from fastlora.modules import FusedLoraLinear
+from fastlora.modules import FusedLoraLinear, Options
 from fastlora.quantized import QuantizedWeight
 
 
@@ -19,7 +19,9 @@ class FusedLoraLinear4bit(FusedLoraLinear):
     """
 
     @classmethod
-    def from_linear(cls, linear: nn.Module, r: int = 8, *args: Any, **keywords: Any) -> "FusedLoraLinear4bit":
+    def from_linear(
+        cls, linear: nn.Module, r: int = 8, lora_alpha: float = 8, lora_dropout: float = 0.0, **options: Unpack[Options]
+    ) -> Self:
         """Wrap a bitsandbytes Linear4bit: the same weight, and a bias that shares the storage of its.
 
         Arguments as of `FusedLoraLinear.from_linear`; adapter_dtype is by default the dtype of the weight before quantisation.
@@ -31,20 +33,16 @@ class FusedLoraLinear4bit(FusedLoraLinear):
         weight = quantized.weight_of(linear)
         if weight.scheme.kind == "int8":
             raise TypeError(f"linear must be a bitsandbytes Linear4bit, got {type(linear).__name__}")
-        refused = [f"{option}=True" for option in ("merge_weights", "fan_in_fan_out") if keywords.get(option)]
+        refused = [f"{option}=True" for option in ("merge_weights", "fan_in_fan_out") if options.get(option)]
         if refused or r == 0:
             raise ValueError(f"{refused[0] if refused else 'r=0'} is not possible on a weight of 4 bits")
-        # All of FusedLoraLinear's checks and set-up but for the weight, of which it needs shape, dtype and device.
-        stand_in = nn.Linear(1, 1, bias=False, device="meta")
         frozen: Any = linear
         dense = torch.empty((), dtype=frozen.weight.quant_state.dtype, device=weight.device).expand(weight.shape)
-        stand_in.weight = nn.Parameter(dense, requires_grad=False)
-        module = super().from_linear(stand_in, r, *args, **keywords)
-        assert isinstance(module, cls)
+        module = cls.__new__(cls)
+        module._setup(dense, None, r, lora_alpha, lora_dropout, **options)  # it needs the weight's shape, dtype and device only
         module.weight = frozen.weight
-        module.bias = None if frozen.bias is None else nn.Parameter(frozen.bias.detach(), requires_grad=False)
-        module.train(linear.training)
-        return module
+        module.bias = None if frozen.bias is None else cls._frozen(frozen.bias.detach())
+        return module.train(linear.training)
 
     @property
     def _state(self) -> Any:
@@ -77,13 +75,8 @@ class FusedLoraLinear4bit(FusedLoraLinear):
 
     def to_linear(self, merged: bool) -> nn.Module:
         """With `merged` an nn.Linear on `merged_weight`, otherwise the Linear4bit that is below; bias is shared."""
-        if not merged:
-            return quantized.linear_of(self.weight, self.bias, self._state)
-        with torch.device("meta"):  # what the constructor draws is thrown away
-            linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
-        linear.weight = nn.Parameter(self.merged_weight(), requires_grad=False)
-        linear.bias = self.bias  # type: ignore[assignment]  # None where it was
-        return linear
+        plain = super().to_linear(True) if merged else quantized.linear_of(self.weight, self.bias, self._state)
+        return plain.train(self.training)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         super()._save_to_state_dict(destination, prefix, keep_vars)

@@ -11,8 +11,10 @@ The file holds, each in the dtype it trains in, under base_model.model.<path>, w
 PEFT's `PeftModel.from_pretrained` reads what `save_adapter` writes, `load_adapter` and `from_pretrained` what PEFT writes.
 """
 
+import json
 import os
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -23,8 +25,9 @@ from fastlora import atomic
 from fastlora.adapters import config as adapter_config
 from fastlora.adapters import tensors as adapter_tensors
 from fastlora.adapters.config import CONFIG_NAME
-from fastlora.injection.inject import install, plan
-from fastlora.injection.matching import warn
+from fastlora.injection.inject import injected, install, prepare, unwrapped
+from fastlora.injection.layer_types import lora_layers
+from fastlora.injection.matching import match_modules_to_save, warn
 from fastlora.injection.options import LoraOptions
 from fastlora.modules import FusedLoraLinear
 from fastlora.validation import check_model
@@ -35,57 +38,50 @@ WEIGHTS_NAME = "adapter_model.safetensors"
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Write what `fastlora.inject` made trainable in `model` to `folder`, which is created when missing.
 
-    Each of the two files is written under another name first and then put in place at once: an interrupted save leaves the file
-    that was there whole.  A trainable parameter that the files do not hold earns a warning.
+    `model` may also hold the injected model: in a DistributedDataParallel, a DataParallel, torch.compile's wrapper or a module
+    of the user's.  The file has the names in the injected model.
+
+    Each of the two files is written under another name first and then put in place at once: an interrupted save leaves the old
+    file whole.  A trainable parameter that the files do not hold earns a warning.
 
     Raises:
-        ValueError: `model` holds no LoRA linear, its layers differ in dropout or scaling rule, or are on the meta device.
+        ValueError: `model` holds no LoRA linear or several injected models, or its layers differ in dropout or scaling rule or
+            are on the meta device.
         RuntimeError: a layer was merged with keep_base=False: on its weight the adapter would count twice.
         ImportError: safetensors is not installed.
     """
     safetensors = _safetensors()
-    model = _eager(model)
-    layers = _lora_layers(model)
-    _check_base(layers)
-    options: LoraOptions | None = getattr(model, "lora_options", None)
-    contents = adapter_tensors.contents(model, layers, options)
-    adapter_tensors.check_loaded(contents)
-    config = adapter_config.describe(model, layers, options)
+    base, layers, options = _injected(model)
+    contents = adapter_tensors.contents(base, layers, options)
+    config = adapter_config.describe(base, layers, options)
     _warn_unsaved(model, contents.values())
-    tensors = adapter_tensors.separate(contents)
+    separate = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in contents.items()}  # none tied
     folder = Path(folder)
     folder.mkdir(parents=True, exist_ok=True)
-    atomic.write(folder / WEIGHTS_NAME, safetensors.torch.save(tensors, metadata={"format": "pt"}))
-    atomic.write(folder / CONFIG_NAME, adapter_config.encode(config))
+    atomic.write(folder / WEIGHTS_NAME, safetensors.torch.save(separate, metadata={"format": "pt"}))
+    atomic.write(folder / CONFIG_NAME, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
 
 
 def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
-    """Read an adapter from `folder` into what `fastlora.inject` prepared in `model`.
+    """Read an adapter from `folder` into what `fastlora.inject` prepared in `model`, which may hold it as in `save_adapter`.
 
     Every key, shape, dtype, rank and scaling is checked before any tensor is changed.  A file of lower precision than the layer
     is cast, one of higher precision refused.  No path inside the config is followed; lora_dropout stays the layer's.
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file that cannot be read, `model` without LoRA linears or with weights that are still on the meta device,
-            keys missing or unexpected, another shape, dtype, rank or scaling, other biases or modules to save, or a feature
-            that these layers do not compute.  The model is then unchanged.
+        ValueError: a file cannot be read, `model` has no LoRA linears or has weights that are still on the meta device, keys
+            are missing or unexpected, a shape, dtype, rank or scaling differs, as do the biases or modules to save, or the file
+            needs a feature that these layers do not compute.  The model is then unchanged.
         RuntimeError: a layer is merged, so that its weight holds another adapter.  The model is then unchanged.
         ImportError: safetensors is not installed.
     """
-    folder = Path(folder)
-    safetensors = _safetensors()
-    model = _eager(model)
-    layers = _lora_layers(model)
-    _check_base(layers)
+    model, layers, options = _injected(model)
     if merged := [path for path, layer in layers.items() if layer.merged]:
         raise RuntimeError(f"{merged[0]!r} is merged, a new adapter would have no effect on it: unmerge() it first")
-    config = adapter_config.read(folder / CONFIG_NAME)
-    options: LoraOptions | None = getattr(model, "lora_options", None)
-    adapter_config.check(config, model, layers, options)
-    tensors = _read(folder / WEIGHTS_NAME, safetensors)
-    adapter_tensors.check(model, layers, options, tensors, folder / WEIGHTS_NAME)
-    adapter_tensors.copy(tensors, model, layers, options)
+    adapter_config.check(adapter_config.read(Path(folder) / CONFIG_NAME), model, layers, options)
+    path = Path(folder) / WEIGHTS_NAME
+    adapter_tensors.copy(adapter_tensors.fit(model, layers, options, _read(path), path))
 
 
 def from_pretrained(
@@ -110,38 +106,34 @@ def from_pretrained(
         What `fastlora.inject` and `load_adapter` raise.  The model is then unchanged.
     """
     check_model(model)
-    folder = Path(folder)
-    safetensors = _safetensors()
-    config = adapter_config.read(folder / CONFIG_NAME)
-    tensors = _read(folder / WEIGHTS_NAME, safetensors)
-    if adapter_dtype is None:
-        adapter_dtype = adapter_tensors.common_dtype(model, tensors)
-    planned = plan(model, adapter_config.options_of(config, model, adapter_dtype), layer)
-    layers = _unique(planned.layers)
-    _check_base(layers)
-    adapter_config.check(config, model, layers, planned.options)
-    adapter_tensors.check(model, layers, planned.options, tensors, folder / WEIGHTS_NAME)
-    install(model, planned)
-    adapter_tensors.copy(tensors, model, layers, planned.options)
+    path = Path(folder) / WEIGHTS_NAME
+    said = adapter_config.read(Path(folder) / CONFIG_NAME)
+    if not said.target_modules:
+        raise ValueError(f"{CONFIG_NAME} names no target_modules")
+    file = _read(path)
+    # PEFT guesses names of modules to save: those that the model lacks are left out.
+    present = [name for name in said.modules_to_save if match_modules_to_save(model, [name])]
+    dtype = adapter_dtype or adapter_tensors.common_dtype(model, file)
+    options = replace(said, modules_to_save=present, adapter_dtype=dtype)
+    injection = prepare(model, options, layer)
+    layers = {names[0]: lora for lora, names in injection.layers.items()}
+    adapter_tensors.fit(model, layers, options, file, path)
+    install(model, injection)
+    adapter_tensors.copy(adapter_tensors.fit(model, layers, options, file, path))
     return model if is_trainable else model.requires_grad_(False).eval()
 
 
-def _eager(model: nn.Module) -> nn.Module:
-    """The module that torch.compile wrapped, whose names are the file's."""
+def _injected(model: nn.Module) -> tuple[nn.Module, dict[str, FusedLoraLinear], LoraOptions]:
+    """The injected module in `model`, its LoRA linears by their first names in it, and what it was injected with."""
     check_model(model)
-    original = getattr(model, "_orig_mod", model)
-    return original if isinstance(original, nn.Module) else model
-
-
-def _lora_layers(model: nn.Module) -> dict[str, FusedLoraLinear]:
-    layers = {name: m for name, m in model.named_modules() if isinstance(m, FusedLoraLinear) and m.lora_A is not None}
+    bases = injected(model) or [unwrapped(model)]
+    if len(bases) > 1:
+        names = [name for name, module in model.named_modules() if module in bases]
+        raise ValueError(f"model holds {len(bases)} injected models, {', '.join(map(repr, names))}: pass one of them")
+    (base,) = bases
+    layers = {names[0]: layer for layer, names in lora_layers(base).items() if layer.lora_A is not None}
     if not layers:
         raise ValueError("model holds no LoRA linear: call fastlora.inject(model, target_modules=...) first")
-    return layers
-
-
-def _check_base(layers: Mapping[str, FusedLoraLinear]) -> None:
-    """An adapter belongs to a base weight, which every layer must still have, merged or not."""
     for path, layer in layers.items():
         if layer.merged and layer._base_weight is None:
             raise RuntimeError(
@@ -150,27 +142,20 @@ def _check_base(layers: Mapping[str, FusedLoraLinear]) -> None:
             )
         if layer.weight.is_meta:
             raise ValueError(f"the weight of {path!r} is on the meta device: load the base model first")
-
-
-def _unique(layers: Mapping[str, FusedLoraLinear]) -> dict[str, FusedLoraLinear]:
-    """A layer under several names has its tensors in the file once, under the first."""
-    names: dict[FusedLoraLinear, str] = {}
-    for name, layer in layers.items():
-        names.setdefault(layer, name)
-    return {name: layer for layer, name in names.items()}
+    return base, layers, vars(base).get("lora_options", LoraOptions())
 
 
 def _warn_unsaved(model: nn.Module, saved: Iterable[Tensor]) -> None:
     known = set(map(id, saved))
-    unsaved = [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in known]
-    if unsaved:
+    if unsaved := [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in known]:
         warn(
             f"{len(unsaved)} trainable parameters such as {unsaved[0]!r} are not part of the adapter and are not saved: "
             "name their modules in inject's modules_to_save, or save the model's state_dict as well"
         )
 
 
-def _read(path: Path, safetensors: Any) -> dict[str, Tensor]:
+def _read(path: Path) -> dict[str, Tensor]:
+    safetensors = _safetensors()
     pickled = path.with_name("adapter_model.bin")
     if not path.exists() and pickled.exists():
         raise FileNotFoundError(f"{str(path)!r} is missing; {pickled.name!r}, a pickle, is never read: save with safetensors")

@@ -1,11 +1,13 @@
 """The options of `inject`, checked as far as that needs no model."""
 
+import re
 from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import torch
 
+from fastlora import validation
 from fastlora.quantized import KINDS
 
 BIASES = ("none", "all", "lora_only")
@@ -18,8 +20,8 @@ class LoraOptions:
     Raises TypeError or ValueError for options that no model could fulfil.
     """
 
-    target_modules: str | Sequence[str]
-    exclude_modules: str | Sequence[str] | None = None
+    target_modules: str | Sequence[str] = ()
+    exclude_modules: str | Sequence[str] | None = ()
     layers_to_transform: int | Sequence[int] | None = None
     layers_pattern: str | Sequence[str] | None = None
     r: int = 8
@@ -35,34 +37,61 @@ class LoraOptions:
     quantize: str | None = None
 
     def __post_init__(self) -> None:
-        ranks = {"r": self.r, **{f"rank_pattern[{key!r}]": r for key, r in self.rank_pattern.items()}}
-        for name, r in ranks.items():
-            if isinstance(r, int) and r < 1:  # another type is refused where the layer is made
+        for option in ("target_modules", "exclude_modules", "modules_to_save"):
+            names = getattr(self, option)
+            object.__setattr__(self, option, () if names is None and option != "target_modules" else _listed(names, option))
+        if isinstance(self.modules_to_save, str):
+            raise TypeError(f"modules_to_save must be a list of names, got {self.modules_to_save!r}")
+        for name, r in self._values("r", "rank_pattern").items():
+            validation.check_size(r, name)
+            if r < 1:
                 raise ValueError(f"{name} must be >= 1, got {r}: a model without adapters needs no injection")
+        for name, alpha in self._values("lora_alpha", "alpha_pattern").items():
+            validation.check_number(alpha, name)
+        validation.check_dropout_p(self.lora_dropout, "lora_dropout")
+        validation.check_flag(self.use_rslora, "use_rslora")
         if self.bias not in BIASES:
             raise ValueError(f"bias must be one of {', '.join(map(repr, BIASES))}, got {self.bias!r}")
         if self.quantize not in (None, *KINDS):
             raise ValueError(f"quantize must be None or one of {', '.join(map(repr, KINDS))}, got {self.quantize!r}")
-        if isinstance(self.modules_to_save, str):
-            raise TypeError(f"modules_to_save must be a list of names, got {self.modules_to_save!r}")
         if isinstance(self.target_modules, str) and (self.layers_to_transform is not None or self.layers_pattern):
             raise ValueError("layers_to_transform and layers_pattern need target_modules as a list, got a string")
         if self.layers_pattern and self.layers_to_transform is None:
             raise ValueError(f"layers_pattern={self.layers_pattern!r} needs layers_to_transform")
 
+    def of_layer(self, name: str) -> dict[str, Any]:
+        """The rank and scaling of the layer `name`: those of the first key in a pattern that matches, or the default."""
+        ranks = (r for key, r in self.rank_pattern.items() if pattern_matches(key, name))
+        alphas = (alpha for key, alpha in self.alpha_pattern.items() if pattern_matches(key, name))
+        return {"r": next(ranks, self.r), "lora_alpha": next(alphas, self.lora_alpha), "use_rslora": self.use_rslora}
 
-def listed(names: str | Iterable[str], option: str) -> str | tuple[str, ...]:
-    """Names given as `option`: a string as it is, others as a tuple.  Raises TypeError for what is no string."""
+    def _values(self, option: str, pattern: str) -> dict[str, Any]:
+        """The default value and those of its pattern, under the names that error messages give them."""
+        values = {} if getattr(self, pattern) is None else getattr(self, pattern)
+        if not isinstance(values, Mapping):
+            raise TypeError(f"{pattern} must be a dict of a regex and a value for what it matches, got {values!r}")
+        object.__setattr__(self, pattern, dict(values))
+        return {option: getattr(self, option), **{f"{pattern}[{key!r}]": value for key, value in values.items()}}
+
+
+def pattern_matches(key: str, name: str) -> bool:
+    """Whether a key of rank_pattern or alpha_pattern, a regex, matches `name` or an end of it."""
+    return compile_regex(rf"(.*\.)?({key})$", f"the pattern's key {key!r}").match(name) is not None
+
+
+def compile_regex(pattern: str, what: str) -> re.Pattern[str]:
+    """The compiled regex.  Raises ValueError that names `what` it was given as."""
+    try:
+        return re.compile(pattern)
+    except re.error as error:
+        raise ValueError(f"{what} is not a regular expression: {error}") from error
+
+
+def _listed(names: Any, option: str) -> str | tuple[str, ...]:
+    """A string as it is, other names as a tuple."""
     if isinstance(names, str):
         return names
-    listed = tuple(names) if isinstance(names, Iterable) else (names,)
+    listed = (names,) if isinstance(names, Mapping) or not isinstance(names, Iterable) else tuple(names)
     if not all(isinstance(name, str) for name in listed):
         raise TypeError(f"{option} must be a string or a list of strings, got {names!r}")
     return listed
-
-
-def values_by_regex(pattern: Mapping[str, Any] | None, option: str) -> dict[str, Any]:
-    """A copy of the dict given as `option`.  Raises TypeError for another type."""
-    if not isinstance(pattern, Mapping | None):
-        raise TypeError(f"{option} must be a dict of a regex and a value for what it matches, got {pattern!r}")
-    return dict(pattern or {})

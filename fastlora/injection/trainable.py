@@ -11,14 +11,11 @@ def get_nb_trainable_parameters(model: nn.Module) -> tuple[int, int]:
     bitsandbytes packs two 4-bit weights into a byte; they count as the weights they are.
     """
     check_model(model)
-    trainable = total = 0
+    trained = {True: 0, False: 0}
     for parameter in model.parameters():
-        count = parameter.numel()
-        if type(parameter).__name__ == "Params4bit":
-            count *= 2 * parameter.element_size()
-        total += count
-        trainable += count if parameter.requires_grad else 0
-    return trainable, total
+        packed = 2 * parameter.element_size() if type(parameter).__name__ == "Params4bit" else 1
+        trained[parameter.requires_grad] += parameter.numel() * packed
+    return trained[True], sum(trained.values())
 
 
 def print_trainable_parameters(model: nn.Module) -> None:

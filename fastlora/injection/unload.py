@@ -5,18 +5,19 @@ from typing import Any
 import torch
 from torch import nn
 
+from fastlora.injection import fast_path
+from fastlora.injection.inject import injected, unwrapped
+from fastlora.injection.layer_types import lora_layers
 from fastlora.injection.matching import embeddings, warn
 from fastlora.modules import FusedLoraLinear
 from fastlora.quantized import is_quantized
-from fastlora.quantized_module import FusedLoraLinear4bit
-from fastlora.validation import check_model
 
 
 def merge_and_unload(model: nn.Module, safe_merge: bool = False) -> nn.Module:
     """Fold every adapter into its weight, W + scaling · B A, and put plain linears back, in place.
 
     Every merged weight is a new tensor in the base weight's dtype (of a 4-bit one: before quantisation), which requires no
-    gradient; one that was tied to another module's is untied, and the other keeps the base weight.  Modules to save and trained
+    gradient.  Where a weight was tied to another module's, the other keeps the base weight.  Modules to save and trained
     biases stay as they were trained, and requires_grad of all that is left as it is.
 
     Args:
@@ -29,15 +30,9 @@ def merge_and_unload(model: nn.Module, safe_merge: bool = False) -> nn.Module:
         ValueError: `model` holds no LoRA linear, or with safe_merge a merged weight is not finite.  The model is unchanged.
     """
     layers = _layers(model)
-    if safe_merge:
-        for layer in dict.fromkeys(layers.values()):
-            weight = layer.weight if layer.merged else layer.merged_weight()
-            if not torch.isfinite(weight).all():
-                broken = next(name for name, other in layers.items() if other is layer)
-                raise ValueError(f"safe_merge: the merged weight of {broken!r} has infinite or NaN elements")
-    for layer in dict.fromkeys(layers.values()):
-        if not layer.merged and not isinstance(layer, FusedLoraLinear4bit):
-            layer.merge(keep_base=False)
+    for layer, names in layers.items():
+        if safe_merge and not torch.isfinite(layer.to_linear(merged=True).get_parameter("weight")).all():
+            raise ValueError(f"safe_merge: the merged weight of {names[0]!r} has infinite or NaN elements")
     return _replace(model, layers, merged=True)
 
 
@@ -54,66 +49,51 @@ def unload(model: nn.Module) -> nn.Module:
         RuntimeError: a layer was merged with keep_base=False and has no base weight.  The model is unchanged.
     """
     layers = _layers(model)
-    for name, layer in layers.items():
+    for layer, names in layers.items():
         if layer.merged and layer._base_weight is None:
-            raise RuntimeError(f"{name!r} is merged, and merge(keep_base=False) dropped the base weight to go back to")
-    for layer in dict.fromkeys(layers.values()):
-        if layer.merged:
-            layer.unmerge()
+            raise RuntimeError(f"{names[0]!r} is merged, and merge(keep_base=False) dropped the base weight to go back to")
     return _replace(model, layers, merged=False)
 
 
-def _layers(model: nn.Module) -> dict[str, FusedLoraLinear]:
-    check_model(model)
-    layers = {name: m for name, m in model.named_modules(remove_duplicate=False) if isinstance(m, FusedLoraLinear)}
+def _layers(model: nn.Module) -> dict[FusedLoraLinear, list[str]]:
+    layers = lora_layers(model)
     if not layers:
         raise ValueError("model holds no LoRA linear: there is nothing to unload")
     return layers
 
 
-def _replace(model: nn.Module, layers: dict[str, FusedLoraLinear], *, merged: bool) -> nn.Module:
-    plain = {layer: _plain(layer, merged) for layer in dict.fromkeys(layers.values())}
-    for name, layer in layers.items():
-        if not name:
-            return plain[layer]
-        parent, _, child = name.rpartition(".")
-        setattr(model.get_submodule(parent), child, plain[layer])
-    if hasattr(model, "lora_options"):
-        del model.lora_options
-    _tell_config_of_untying(model)
-    _tell_config_of_dense_weights(model, [name for name in layers if not is_quantized(model.get_submodule(name))])
+def _replace(model: nn.Module, layers: dict[FusedLoraLinear, list[str]], *, merged: bool) -> nn.Module:
+    bases, replaced = injected(model) or [unwrapped(model)], set()
+    for layer in list(layers):
+        names = layers.pop(layer)  # frees the base weight of a merged layer before the next is merged
+        plain = layer.to_linear(merged)
+        if names[0] == "":
+            return plain
+        for name in names:
+            model.set_submodule(name, plain)
+        replaced.add(plain)
+    fast_path.take_again(model)
+    for base in bases:
+        vars(base).pop("lora_options", None)
+        _tell_config_of_untying(base)
+        _tell_config_of_dense_weights(base, replaced)
     return model
 
 
-def _plain(layer: FusedLoraLinear, merged: bool) -> nn.Module:
-    """nn.Linear, or transformers' Conv1D for a weight stored (in, out), with the parameters of `layer`."""
-    if isinstance(layer, FusedLoraLinear4bit):
-        return layer.to_linear(merged).train(layer.training)
-    with torch.device("meta"):  # what the constructor draws is thrown away
-        if layer.fan_in_fan_out:
-            from transformers.pytorch_utils import Conv1D
-
-            linear: nn.Module = Conv1D(layer.out_features, layer.in_features)
-        else:
-            linear = nn.Linear(layer.in_features, layer.out_features, bias=layer.bias is not None)
-    linear.weight, linear.bias = layer.weight, layer.bias  # type: ignore[assignment]  # bias None where it was
-    return linear.train(layer.training)
-
-
 def _tell_config_of_untying(model: nn.Module) -> None:
-    """A transformers model whose config says that its embeddings are tied would lose one of two on saving."""
+    """Correct a transformers config that says the embeddings are tied: saving would lose one of the two."""
     config: Any = getattr(model, "config", None)
-    if not getattr(config, "tie_word_embeddings", False):
-        return
     tokens, head = embeddings(model, "input"), embeddings(model, "output")
-    if tokens is not None and head is not None and head.weight is not tokens.weight:
+    tied = tokens is None or head is None or head.weight is tokens.weight
+    if getattr(config, "tie_word_embeddings", False) and not tied:
         config.tie_word_embeddings = False
         warn("the input and output embeddings are no longer tied: config.tie_word_embeddings is now False")
 
 
-def _tell_config_of_dense_weights(model: nn.Module, dense: list[str]) -> None:
-    """A transformers model that was loaded in 4 bits would be saved with a config that still says so of what is dense now."""
+def _tell_config_of_dense_weights(model: nn.Module, replaced: set[nn.Module]) -> None:
+    """Correct the config of a transformers model loaded in 4 bits: it would still say so of weights that are dense now."""
     quantizer = getattr(model, "hf_quantizer", None)
+    dense = [name for name, module in model.named_modules() if module in replaced and not is_quantized(module)]
     if quantizer is None or not dense:
         return
     if any(is_quantized(module) for module in model.modules()):

@@ -1,113 +1,162 @@
-"""inject: PEFT's choice of linears, everything else frozen, and a model left alone by every error."""
+"""inject: what becomes a LoRA linear, what is trained, what earns a warning, and a model left alone by every error."""
 
+import copy
+import warnings
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from hypothesis import given
-from hypothesis import strategies as st
+from adapted import IDS, gpt2, llama, tied_llama
 from torch import nn
 
-from fastlora import FusedLoraLinear, from_pretrained, load_adapter, merge_and_unload, save_adapter, unload
-from fastlora.injection.inject import inject
-from fastlora.injection.matching import match_targets
+from fastlora import FusedLoraLinear, from_pretrained, inject, load_adapter, merge_and_unload, save_adapter, unload
 
-peft = pytest.importorskip("peft")
-transformers = pytest.importorskip("transformers")
-
-PARTS = ["q", "qq", "k", "0", "1", "self_attn", "mlp", "proj"]
-paths = st.lists(st.sampled_from(PARTS), min_size=1, max_size=4).map(".".join)
+Q: dict[str, Any] = {"target_modules": ["q_proj"], "r": 2}
 
 
-def llama(**options: object) -> nn.Module:
-    torch.manual_seed(0)
-    config = transformers.LlamaConfig(
-        vocab_size=64, hidden_size=32, intermediate_size=48, num_hidden_layers=2, num_attention_heads=2, **options
-    )
-    return transformers.LlamaForCausalLM(config)
+class Subclass(nn.Linear):
+    pass
 
 
-def tree(names: list[str]) -> nn.Module:
-    """A model with a linear at each of `names`, unless it is inside another."""
-    root = nn.Module()
-    for name in names:
-        node = root
-        *parents, leaf = name.split(".")
-        for part in parents:
-            if not hasattr(node, part):
-                node.add_module(part, nn.Module())
-            node = node.get_submodule(part)
-        if isinstance(node, nn.Linear) or hasattr(node, leaf):
-            continue
-        node.add_module(leaf, nn.Linear(2, 2))
-    return root
-
-
-def replaced(model: nn.Module) -> set[str]:
-    return {name for name, module in model.named_modules() if isinstance(module, FusedLoraLinear)}
+def with_odd_parts() -> nn.Module:
+    """A Llama with integers that cannot be trained and a linear that is not a plain one."""
+    model = llama()
+    model.add_module("packed", nn.Module())
+    model.packed.weight = nn.Parameter(torch.ones(3, dtype=torch.int8), requires_grad=False)
+    model.add_module("sub", Subclass(2, 2))
+    return model
 
 
 @pytest.mark.parametrize(
-    "targets",
+    ("options", "error", "message"),
     [
-        "all-linear",
-        "ALL-LINEAR",
-        ["q_proj", "v_proj"],
-        ["self_attn.k_proj"],
-        ["model.layers.1.mlp.up_proj"],
-        r".*\.1\..*(q|k)_proj",
-        ["lm_head", "down_proj"],
+        ({"target_modules": ["qproj"]}, ValueError, "matches no module.*near names: q_proj"),
+        ({"target_modules": "q_proj"}, ValueError, "matches no module.*near names: q_proj"),
+        ({"target_modules": ["zzz"]}, ValueError, "its linears are called q_proj, k_proj, .*lm_head"),
+        ({"target_modules": []}, ValueError, "matches no module"),
+        ({"target_modules": "(q"}, ValueError, "not a regular expression"),
+        ({"target_modules": None}, TypeError, "target_modules must be a string or a list of strings, got None"),
+        ({"target_modules": [1]}, TypeError, r"target_modules must be a string or a list of strings, got \[1\]"),
+        ({"target_modules": ["mlp"]}, TypeError, "'model.layers.0.mlp' is a LlamaMLP, expected nn.Linear"),
+        ({"target_modules": ["embed_tokens"]}, TypeError, "is a Embedding, expected nn.Linear or transformers' Conv1D"),
+        ({"target_modules": ["sub"]}, TypeError, "'sub' is a Subclass"),
+        ({"target_modules": "all-linear"}, TypeError, "'sub' is a Subclass"),
+        ({"r": 0}, ValueError, "r must be >= 1, got 0"),
+        ({"r": 2.0}, TypeError, "r must be an int"),
+        ({"lora_dropout": 1.5}, ValueError, "lora_dropout must be in"),
+        ({"lora_alpha": float("nan")}, ValueError, "lora_alpha must be finite"),
+        ({"bias": "some"}, ValueError, "bias must be one of 'none', 'all', 'lora_only', got 'some'"),
+        ({"layer": nn.Linear}, TypeError, "layer must be FusedLoraLinear or a subclass of it"),
+        ({"exclude_modules": ".*"}, ValueError, r"matches 2 modules, and exclude_modules='\.\*' excludes all of them"),
+        ({"exclude_modules": "(q"}, ValueError, "exclude_modules='.q' is not a regular expression"),
+        ({"exclude_modules": 3}, TypeError, "exclude_modules must be a string or a list of strings, got 3"),
+        ({"modules_to_save": ["model"]}, ValueError, r"matches 2 .*and modules_to_save=\('model',\) excludes all"),
+        ({"modules_to_save": ["lm_haed"]}, ValueError, "the model has no 'lm_haed'; near names: lm_head"),
+        ({"modules_to_save": "lm_head"}, TypeError, "modules_to_save must be a list of names, got 'lm_head'"),
+        ({"modules_to_save": [3]}, TypeError, "modules_to_save must be a string or a list of strings"),
+        ({"modules_to_save": ["ayers"]}, TypeError, "'model.layers' is a ModuleList"),
+        ({"modules_to_save": ["_attn"]}, ValueError, r"trained whole, but target_modules matches '.*q_proj' of it"),
+        ({"modules_to_save": ["packed"]}, TypeError, r"packed\.weight is torch\.int8, which cannot be trained"),
+        ({"modules_to_save": ["norm("]}, ValueError, r"modules_to_save: 'norm\(' is not a regular expression"),
+        ({"rank_pattern": ["q_proj"]}, TypeError, "rank_pattern must be a dict .*got .'q_proj'"),
+        ({"rank_pattern": {"q_proj": 0}}, ValueError, r"rank_pattern\['q_proj'\] must be >= 1, got 0"),
+        ({"rank_pattern": {"q_proj": 1.5}}, TypeError, r"rank_pattern\['q_proj'\] must be an int"),
+        ({"rank_pattern": {"(q": 2}}, ValueError, "'.q' is not a regular expression"),
+        ({"alpha_pattern": {"q_proj": float("inf")}}, ValueError, r"alpha_pattern\['q_proj'\] must be finite"),
+        ({"layers_to_transform": 7}, ValueError, "with layers_to_transform=7 matches no module"),
+        ({"layers_to_transform": 0, "layers_pattern": "("}, ValueError, r"layers_pattern: '\(' is not a regular"),
+        ({"layers_pattern": "layers"}, ValueError, "layers_pattern='layers' needs layers_to_transform"),
+        ({"target_modules": ".*q_proj", "layers_to_transform": 1}, ValueError, "need target_modules as a list, got a string"),
     ],
 )
-def test_replaces_what_peft_replaces(targets: str | list[str]) -> None:
-    wrapped = peft.get_peft_model(llama(), peft.LoraConfig(target_modules=targets))
-    expected = {
-        name.removeprefix("base_model.model.")
-        for name, module in wrapped.named_modules()
-        if isinstance(module, peft.tuners.lora.Linear)
-    }
-    assert replaced(inject(llama(), target_modules=targets)) == expected
+def test_errors_leave_the_model_alone(options: dict[str, Any], error: type[Exception], message: str) -> None:
+    model = with_odd_parts()
+    modules, parameters = dict(model.named_modules()), dict(model.named_parameters())
+    grads = {name: parameter.requires_grad for name, parameter in parameters.items()}
+    with pytest.raises(error, match=message):
+        inject(model, **(Q | options))
+    assert dict(model.named_modules()) == modules
+    assert all(parameter is parameters[name] for name, parameter in model.named_parameters())
+    assert {name: parameter.requires_grad for name, parameter in model.named_parameters()} == grads
+    assert not hasattr(model, "lora_options")
 
 
-@given(names=st.lists(paths, min_size=1, max_size=8), targets=st.lists(paths, min_size=1, max_size=3))
-def test_list_matches_as_in_peft(names: list[str], targets: list[str]) -> None:
-    model = tree(names)
-    linears = {name for name, module in model.named_modules() if isinstance(module, nn.Linear)}
-    config = peft.LoraConfig(target_modules=targets)
-    expected = {
-        name for name, _ in model.named_modules() if name and peft.tuners.tuners_utils.check_target_module_exists(config, name)
-    }
-    if expected and expected <= linears:
-        assert set(match_targets(model, targets)) == expected
-    else:
-        with pytest.raises((ValueError, TypeError)):
-            match_targets(model, targets)
+def test_models_that_cannot_be_injected() -> None:
+    model = inject(llama(), **Q)
+    with pytest.raises(ValueError, match="holds 2 LoRA linears already"):
+        inject(model, target_modules=["v_proj"])
+    with pytest.raises(ValueError, match=r"no nn\.Linear at all"):
+        inject(nn.Sequential(nn.ReLU()), target_modules="all-linear")
+    offloaded = pytest.importorskip("accelerate.big_modeling").cpu_offload(llama(), execution_device="cpu")
+    with pytest.raises(ValueError, match="hooks or a forward of its own"):
+        inject(offloaded, **Q)
 
 
-def test_freezes_all_but_the_adapters_and_starts_as_the_base() -> None:
+@pytest.mark.parametrize("function", [save_adapter, load_adapter, from_pretrained, unload, merge_and_unload, inject])
+def test_what_is_no_model_is_refused(function: Callable[..., Any], tmp_path: Path) -> None:
+    arguments = {inject: {"target_modules": "x"}, unload: {}, merge_and_unload: {}}.get(function, {"folder": tmp_path})
+    with pytest.raises(TypeError, match=r"model must be an nn\.Module, got str"):
+        function("llama", **arguments)
+
+
+@pytest.mark.parametrize(
+    ("build", "options", "message"),
+    [
+        (llama, {"exclude_modules": ["k_prjo"]}, r"excludes no module of the model; near names: k_proj"),
+        (llama, {"rank_pattern": {"nothing": 2, "q_proj": 3}}, "rank_pattern: 'nothing' matches no targeted module"),
+        (llama, {"alpha_pattern": {"v_proj": 2}}, "alpha_pattern: 'v_proj' matches no targeted module"),
+        (llama, {"fan_in_fan_out": True}, "fan_in_fan_out is True, but a target is a Linear: taken as False"),
+        (gpt2, {"target_modules": ["c_attn"], "fan_in_fan_out": False}, "is False, but a target is a Conv1D: taken as True"),
+        (tied_llama, {"target_modules": ["lm_head"]}, "weight of 'lm_head' is tied to 'model.embed_tokens.weight'.*untie it"),
+        (
+            tied_llama,
+            {"modules_to_save": ["lm_head"]},
+            "'lm_head.weight' is tied to 'model.embed_tokens.weight'.*a copy of its",
+        ),
+    ],
+)
+def test_what_has_no_or_another_effect_earns_one_warning_at_the_caller(build: Any, options: Any, message: str) -> None:
+    model = build()
+    with pytest.warns(UserWarning, match=message) as caught:
+        inject(model, **(Q | options))
+    assert [warning.filename for warning in caught] == [__file__]
+    assert all(m.fan_in_fan_out == (build is gpt2) for m in model.modules() if isinstance(m, FusedLoraLinear))
+
+
+def test_no_warning_without_a_reason() -> None:
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        options = {"exclude_modules": ["1.self_attn.q_proj"], "rank_pattern": {"q_proj": 1}, "modules_to_save": ["lm_head"]}
+        inject(llama(), **(Q | options))
+        inject(gpt2(), target_modules=["c_attn"], r=2, fan_in_fan_out=True)
+        inject(gpt2(), target_modules="all-linear", r=2)
+
+
+def test_starts_as_the_base_with_its_parameters_and_gradients_for_what_is_trained() -> None:
     model = llama(attention_bias=True)
-    ids = torch.randint(64, (2, 9), generator=torch.Generator().manual_seed(1))
-    before = model(input_ids=ids).logits
-    weight = model.get_submodule("model.layers.0.self_attn.q_proj").weight
-    assert inject(model, target_modules=["q_proj", "v_proj"], r=4, lora_alpha=8, use_rslora=True) is model
-    trainable = {name for name, parameter in model.named_parameters() if parameter.requires_grad}
-    assert trainable == {
-        f"model.layers.{i}.self_attn.{p}_proj.lora_{x}" for i in range(2) for p in "qv" for x in "AB"
-    }  # fmt: skip
-    layer = model.get_submodule("model.layers.0.self_attn.q_proj")
-    assert layer.weight.data_ptr() == weight.data_ptr()
-    assert (layer.r, layer.scaling) == (4, 4.0)
-    assert torch.equal(model(input_ids=ids).logits, before)
+    before, expected = dict(model.named_parameters()), model(input_ids=IDS).logits
+    options = {"target_modules": ["q_proj", "o_proj"], "r": 2, "modules_to_save": ["lm_head", "norm"], "bias": "all"}
+    assert inject(model, **options) is model
+    assert torch.equal(model(input_ids=IDS).logits, expected)
+    after = dict(model.named_parameters())
+    assert all(after[name] is parameter for name, parameter in before.items())
+    assert model.lora_options.modules_to_save == ("lm_head", "norm")
+    assert copy.deepcopy(model).lora_options == model.lora_options
+    for name, parameter in after.items():
+        if "lora_B" in name:
+            nn.init.normal_(parameter)
+    model(input_ids=IDS).logits.square().sum().backward()
+    for name, parameter in after.items():
+        assert (parameter.grad is not None and bool(parameter.grad.any())) == parameter.requires_grad, name
 
 
-def test_adapter_dtype_and_mode_reach_the_layers() -> None:
+def test_dtype_dropout_and_mode_reach_the_layers() -> None:
     model = llama().to(torch.bfloat16).eval()
     inject(model, target_modules=["o_proj"], lora_dropout=0.25, adapter_dtype=torch.float32)
     layer = model.get_submodule("model.layers.1.self_attn.o_proj")
-    assert (layer.weight.dtype, layer.lora_A.dtype) == (torch.bfloat16, torch.float32)
-    assert layer.lora_dropout == 0.25
+    assert (layer.weight.dtype, layer.lora_A.dtype, layer.lora_dropout) == (torch.bfloat16, torch.float32, 0.25)
     assert not layer.training
 
 
@@ -120,107 +169,37 @@ def test_a_shared_linear_stays_shared() -> None:
     assert type(model["c"]) is nn.Linear
 
 
-class WithAttention(nn.Module):
-    def __init__(self) -> None:
-        super().__init__()
-        self.attention = nn.MultiheadAttention(4, 2)
-        self.linear = nn.Linear(4, 4)
+@pytest.mark.filterwarnings("ignore:.*is tied to")
+def test_of_tied_modules_to_save_each_has_its_own_parameter() -> None:
+    for saved in (["embed_tokens"], ["embed_tokens", "lm_head"]):
+        model = tied_llama()
+        tied = model.lm_head.weight
+        inject(model, **Q, modules_to_save=saved)
+        copied = model.model.embed_tokens.weight
+        assert model.lm_head.weight is tied
+        assert copied.data_ptr() != tied.data_ptr()
+        assert torch.equal(copied, tied)
+        assert (copied.requires_grad, tied.requires_grad) == (True, "lm_head" in saved)
+    inject(target := tied_llama(), target_modules=["lm_head"], r=2)
+    assert target.lm_head.weight is target.model.embed_tokens.weight
 
-    def forward(self, x: torch.Tensor) -> torch.Tensor:
-        return self.linear(self.attention(x, x, x)[0])
+
+def test_tied_parameters_inside_one_module_to_save_stay_tied() -> None:
+    part = nn.Sequential(nn.Linear(3, 3), nn.Linear(3, 3))
+    part[1].weight = part[0].weight
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        inject(nn.ModuleDict({"part": part, "other": nn.Linear(3, 3)}), target_modules=["other"], r=1, modules_to_save=["part"])
+    assert part[0].weight is part[1].weight
+    assert part[0].weight.requires_grad
 
 
 def test_all_linear_leaves_the_projection_that_attention_reads_without_calling_it() -> None:
-    model = WithAttention()
+    model = nn.ModuleDict({"attention": nn.MultiheadAttention(4, 2), "linear": nn.Linear(4, 4)})
+    with pytest.raises(TypeError, match=r"'attention\.out_proj' is a NonDynamicallyQuantizableLinear"):
+        inject(model, target_modules=["out_proj"])
     with pytest.warns(UserWarning, match=r"leaves out 'attention\.out_proj'.*reads its weight without calling it"):
         inject(model, target_modules="all-linear", r=2)
-    assert replaced(model) == {"linear"}
-    model(torch.randn(3, 4, generator=torch.Generator().manual_seed(0))).sum().backward()
-    assert all(parameter.grad is not None for parameter in model.parameters() if parameter.requires_grad)
-    with pytest.raises(TypeError, match=r"'attention\.out_proj' is a NonDynamicallyQuantizableLinear"):
-        inject(WithAttention(), target_modules=["out_proj"])
+    assert [name for name, module in model.named_modules() if isinstance(module, FusedLoraLinear)] == ["linear"]
     with pytest.raises(ValueError, match="matches no module"), pytest.warns(UserWarning, match="leaves out"):
         inject(nn.ModuleList([nn.MultiheadAttention(4, 2)]), target_modules="all-linear")
-
-
-def test_an_encoder_layer_with_its_fast_path_is_refused() -> None:
-    """In evaluation the fast path reads the weights of the layer's linears and would leave their adapters out."""
-    enabled = torch.backends.mha.get_fastpath_enabled()
-    x = torch.randn(2, 3, 4, generator=torch.Generator().manual_seed(0))
-    model = nn.Sequential(nn.TransformerEncoderLayer(4, 2, 8, batch_first=True))
-    try:
-        torch.backends.mha.set_fastpath_enabled(True)
-        with pytest.raises(
-            ValueError, match=r"'0\.linear1' sits in an nn\.TransformerEncoderLayer.*set_fastpath_enabled\(False\)"
-        ):
-            inject(model, target_modules=["linear1"], r=2)
-        torch.backends.mha.set_fastpath_enabled(False)
-        inject(model, target_modules=["linear1"], r=2).eval()
-        with torch.no_grad():
-            before = model(x)
-            nn.init.ones_(model.get_submodule("0.linear1").lora_B)
-            assert not torch.equal(model(x), before)
-    finally:
-        torch.backends.mha.set_fastpath_enabled(enabled)
-
-
-class Subclass(nn.Linear):
-    pass
-
-
-@pytest.mark.parametrize(
-    ("options", "error", "message"),
-    [
-        ({"target_modules": ["qproj"]}, ValueError, "matches no module.*near names: q_proj"),
-        ({"target_modules": "q_proj"}, ValueError, "matches no module.*near names: q_proj"),
-        ({"target_modules": ["zzz"]}, ValueError, "its linears are called q_proj, k_proj, .*lm_head"),
-        ({"target_modules": []}, ValueError, "matches no module"),
-        ({"target_modules": "(q"}, ValueError, "not a regular expression"),
-        ({"target_modules": ["mlp"]}, TypeError, "'model.layers.0.mlp' is a LlamaMLP, expected nn.Linear"),
-        ({"target_modules": ["sub"]}, TypeError, "'sub' is a Subclass"),
-        ({"target_modules": "all-linear"}, TypeError, "'sub' is a Subclass"),
-        ({"target_modules": "all-linear", "r": 0}, ValueError, "r must be >= 1, got 0"),
-        ({"target_modules": ["q_proj"], "r": 2.0}, TypeError, "r must be an int"),
-        ({"target_modules": ["q_proj"], "lora_dropout": 1.5}, ValueError, "lora_dropout must be in"),
-        ({"target_modules": ["q_proj"], "lora_alpha": float("nan")}, ValueError, "lora_alpha must be finite"),
-    ],
-)
-def test_errors_leave_the_model_alone(options: dict[str, object], error: type[Exception], message: str) -> None:
-    model = llama()
-    model.add_module("sub", Subclass(2, 2))
-    modules = dict(model.named_modules())
-    with pytest.raises(error, match=message):
-        inject(model, **options)
-    assert dict(model.named_modules()) == modules
-    assert all(parameter.requires_grad for parameter in model.parameters())
-
-
-def test_models_with_layers_of_peft_are_refused() -> None:
-    model = peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["q_proj"]))
-    with pytest.raises(ValueError, match=r"holds layers of PEFT's, such as '.*q_proj': fastlora\.accelerate"):
-        inject(model, target_modules="all-linear")
-    assert model.get_nb_trainable_parameters()[0] > 0
-
-
-def test_offloaded_linears_are_refused() -> None:
-    big_modeling = pytest.importorskip("accelerate.big_modeling")
-    model = big_modeling.cpu_offload(llama(), execution_device="cpu")
-    with pytest.raises(ValueError, match="hooks or a forward of its own"):
-        inject(model, target_modules=["q_proj"])
-
-
-@pytest.mark.parametrize("function", [save_adapter, load_adapter, from_pretrained, unload, merge_and_unload, inject])
-def test_what_is_no_model_is_refused(function: Callable[..., Any], tmp_path: Path) -> None:
-    if function is from_pretrained:
-        save_adapter(inject(llama(), target_modules=["q_proj"]), tmp_path)
-    arguments = {inject: {"target_modules": "x"}, unload: {}, merge_and_unload: {}}.get(function, {"folder": tmp_path})
-    with pytest.raises(TypeError, match=r"model must be an nn\.Module, got str"):
-        function("llama", **arguments)
-
-
-def test_refuses_a_second_injection_and_models_without_linears() -> None:
-    model = inject(llama(), target_modules=["q_proj"])
-    with pytest.raises(ValueError, match="holds 2 LoRA linears already"):
-        inject(model, target_modules=["v_proj"])
-    with pytest.raises(ValueError, match=r"no nn\.Linear at all"):
-        inject(nn.Sequential(nn.ReLU()), target_modules="all-linear")

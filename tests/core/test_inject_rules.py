@@ -12,7 +12,8 @@ from torch import Tensor, nn
 
 import fastlora
 from fastlora import FusedLoraLinear, inject, oracle
-from fastlora.injection.matching import match_modules_to_save, match_targets, pattern_value
+from fastlora.injection.matching import match_modules_to_save, match_targets
+from fastlora.injection.options import LoraOptions
 
 peft = pytest.importorskip("peft")
 transformers = pytest.importorskip("transformers")
@@ -125,49 +126,53 @@ def test_all_linear_of_many_architectures(architecture: str, bias: str) -> None:
 
 @settings(max_examples=300)
 @given(
-    name=paths,
+    there=st.lists(paths, min_size=1, max_size=4),
     targets=names,
     exclude=st.one_of(st.none(), names, st.sampled_from([r".*\.q", "q.*", ".*0.*"])),
     saved=st.one_of(st.just([]), names),
     layers=st.one_of(st.none(), st.integers(0, 1), st.lists(st.integers(0, 1))),
     pattern=st.one_of(st.none(), st.sampled_from(["layers", "mlp", ["proj", "layers"]])),
 )
-@example(name="mlp.layers.1.mlp.0.q", targets=["q"], exclude=None, saved=[], layers=1, pattern=None)  # the first number counts
-@example(name="mlp.layers.1.layers.0.q", targets=["q"], exclude=None, saved=[], layers=1, pattern="layers")
-def test_matches_as_peft(name: str, targets: list[str], exclude: Any, saved: list[str], layers: Any, pattern: Any) -> None:
+@example(
+    there=["mlp.layers.1.mlp.0.q"], targets=["q"], exclude=None, saved=[], layers=1, pattern=None
+)  # the first number counts
+@example(there=["mlp.layers.1.layers.0.q"], targets=["q"], exclude=None, saved=[], layers=1, pattern="layers")
+def test_matches_as_peft(there: Any, targets: Any, exclude: Any, saved: Any, layers: Any, pattern: Any) -> None:
     pattern = pattern if layers is not None else None
     options = {"exclude_modules": exclude, "modules_to_save": saved, "layers_to_transform": layers, "layers_pattern": pattern}
     config = peft.LoraConfig(target_modules=targets, **options)
-    # An nn.Module of that one linear: the parents must not match, for they cannot be targets.
-    root = node = nn.Module()
-    *parents, leaf = name.split(".")
-    for part in parents:
-        node.add_module(part, nn.Module())
-        node = node.get_submodule(part)
-    node.add_module(leaf, nn.Linear(2, 2))
+    root = tree(there)
     exists = peft.tuners.tuners_utils.check_target_module_exists
-    expected = {path for path, _ in root.named_modules() if path and exists(config, path)}
+    expected = {path: module for path, module in root.named_modules() if path and exists(config, path)}
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        if expected and expected <= {name}:
-            assert set(match_targets(root, targets, **options)) == expected
+        if expected and all(isinstance(module, nn.Linear) for module in expected.values()):
+            assert match_targets(root, targets, **options) == expected
         else:
             with pytest.raises((ValueError, TypeError)):
                 match_targets(root, targets, **options)
 
 
+def tree(names: list[str]) -> nn.Module:
+    """A model with a linear at each of `names`, unless another one is there or above."""
+    root = nn.Module()
+    for name in names:
+        node = root
+        *parents, leaf = name.split(".")
+        for part in parents:
+            if not hasattr(node, part):
+                node.add_module(part, nn.Module())
+            node = node.get_submodule(part)
+        if not isinstance(node, nn.Linear) and not hasattr(node, leaf):
+            node.add_module(leaf, nn.Linear(2, 2))
+    return root
+
+
 @given(name=paths, keys=st.lists(st.sampled_from([*PARTS, "^q", r"layers\..*", ".*k", "q|k", "0.q"]), max_size=4, unique=True))
 def test_patterns_as_peft(name: str, keys: list[str]) -> None:
     patterns = {key: index for index, key in enumerate(keys)}
-    assert pattern_value(patterns, name, -1) == patterns.get(peft.utils.other.get_pattern_key(keys, name), -1)
-
-
-def test_a_pattern_decides_each_layer_of_its_own() -> None:
-    model = inject(
-        llama(), target_modules=["q_proj"], r=4, lora_alpha=8, rank_pattern={"layers.0.*": 2}, alpha_pattern={".*1.*": 3}
-    )
-    layers = [m for m in model.modules() if isinstance(m, FusedLoraLinear)]
-    assert [(layer.r, layer.lora_alpha, tuple(layer.lora_A.shape)) for layer in layers] == [(2, 8, (2, 16)), (4, 3, (4, 16))]
+    alpha = LoraOptions(lora_alpha=-1, alpha_pattern=patterns).of_layer(name)["lora_alpha"]
+    assert alpha == patterns.get(peft.utils.other.get_pattern_key(keys, name), -1)
 
 
 def test_modules_to_save_by_the_end_of_their_names() -> None:
@@ -213,3 +218,10 @@ def test_four_bit_weights_count_as_in_peft() -> None:
     wrapped = peft.get_peft_model(nn.Sequential(linear), peft.LoraConfig(target_modules=["0"], r=1))
     assert linear.weight.dtype == torch.uint8
     assert fastlora.get_nb_trainable_parameters(wrapped) == wrapped.get_nb_trainable_parameters() == (96, 2048 + 96)
+
+
+def test_models_with_layers_of_peft_are_refused() -> None:
+    model = peft.get_peft_model(llama(), peft.LoraConfig(target_modules=["q_proj"]))
+    with pytest.raises(ValueError, match=r"holds layers of PEFT's, such as '.*q_proj': fastlora\.accelerate"):
+        inject(model, target_modules="all-linear")
+    assert model.get_nb_trainable_parameters()[0] > 0

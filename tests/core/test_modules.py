@@ -25,6 +25,13 @@ def bits(tensor: torch.Tensor) -> torch.Tensor:
     return tensor.detach().clone().view(torch.uint8)
 
 
+def assert_computes(module: FusedLoraLinear, y: torch.Tensor, x: torch.Tensor, **options) -> None:
+    """y is what the module's tensors give in float64."""
+    tensors = (t.detach().double() for t in (x, module.weight, module.lora_A, module.lora_B, module.bias))
+    exact = reference.lora_linear(*tensors, **options)
+    assert oracle.relative_error(y.detach(), exact) <= oracle.FLOOR[torch.float32, torch.float32]
+
+
 def test_new_module_computes_its_frozen_linear():
     linear = nn.Linear(24, 40)
     module = FusedLoraLinear.from_linear(linear, r=4)
@@ -36,12 +43,12 @@ def test_new_module_computes_its_frozen_linear():
 
 
 def test_initialisation_of_the_base_is_that_of_linear():
-    torch.manual_seed(0)
-    linear = nn.Linear(24, 40)
-    torch.manual_seed(0)
-    module = FusedLoraLinear(24, 40)
-    assert torch.equal(module.weight, linear.weight)
-    assert torch.equal(module.bias, linear.bias)
+    made = []
+    for kind in (nn.Linear, FusedLoraLinear):
+        torch.manual_seed(0)
+        made.append(kind(24, 40))
+    assert torch.equal(made[0].weight, made[1].weight)
+    assert torch.equal(made[0].bias, made[1].bias)
 
 
 @pytest.mark.parametrize("bias", [True, False])
@@ -60,29 +67,19 @@ def test_from_linear_shares_storage_and_keeps_everything(bias, dtype):
 
 @pytest.mark.parametrize(("rslora", "expected"), [(False, 6 / 4), (True, 6 / 2)])
 def test_scaling(rslora, expected):
-    module = trained(use_rslora=rslora)
+    module, x = trained(use_rslora=rslora), torch.randn(7, 24)
     assert module.scaling == expected
-    x = torch.randn(7, 24)
-    exact = reference.lora_linear(
-        *(t.detach().double() for t in (x, module.weight, module.lora_A, module.lora_B, module.bias)), scaling=expected
-    )
-    assert oracle.relative_error(module(x).detach(), exact) <= oracle.FLOOR[torch.float32, torch.float32]
+    assert_computes(module, module(x), x, scaling=expected)
 
 
 def test_dropout_in_training_only():
-    module = trained(lora_dropout=0.5)
-    x = torch.randn(64, 24)
+    module, x = trained(lora_dropout=0.5), torch.randn(64, 24)
     torch.manual_seed(3)
     y = module(x)
     torch.manual_seed(3)
     mask = dropout_mask(draw_seed("cpu"), 64, 24, 0.5)
-    tensors = [t.detach().double() for t in (x, module.weight, module.lora_A, module.lora_B, module.bias)]
-    exact = reference.lora_linear(*tensors, scaling=1.5, dropout_p=0.5, keep_mask=mask)
-    assert oracle.relative_error(y.detach(), exact) <= oracle.FLOOR[torch.float32, torch.float32]
-    module.eval()
-    plain = reference.lora_linear(*tensors, scaling=1.5)
-    assert oracle.relative_error(module(x).detach(), plain) <= oracle.FLOOR[torch.float32, torch.float32]
-    assert torch.equal(module(x), module(x))
+    assert_computes(module, y, x, scaling=1.5, dropout_p=0.5, keep_mask=mask)
+    assert_computes(module, module.eval()(x), x, scaling=1.5)
 
 
 @pytest.mark.parametrize("dtype", [torch.float32, torch.float16, torch.bfloat16])
@@ -163,22 +160,36 @@ def test_backend_of_a_module():
         module(torch.randn(3, 24))
 
 
-def test_merge_without_the_base_frees_it_and_unmerge_refuses():
-    module = trained()
-    module.merge(keep_base=False)
-    assert module._base_weight is None
-    with pytest.raises(RuntimeError, match="keep_base=False"):
-        module.unmerge()
-    assert module.merged
-
-
-def test_merge_twice_and_unmerge_of_unmerged_refuse():
+def test_what_cannot_be_merged_or_unmerged():
     module = trained()
     with pytest.raises(RuntimeError, match="not merged"):
         module.unmerge()
-    module.merge()
+    module.merge(keep_base=False)
+    assert module._base_weight is None
+    for back in (module.unmerge, lambda: module.to_linear(merged=False)):
+        with pytest.raises(RuntimeError, match="keep_base=False"):
+            back()
+    assert module.merged
     with pytest.raises(RuntimeError, match="merged already"):
         module.merge()
+
+
+@pytest.mark.filterwarnings("error")
+def test_a_merged_module_in_training_warns():
+    """Where its adapter would get a gradient, and only there."""
+    module, x = trained(), torch.randn(5, 24)
+    module.merge()
+    with pytest.warns(UserWarning, match=r"merged LoRA linear runs in training mode.*call unmerge\(\)"):
+        module.train()(x)
+    with torch.no_grad():
+        module(x)
+    torch.compile(module, fullgraph=True, backend="eager")(x)
+    module.eval()(x)
+    module.train().requires_grad_(False)(x)
+    module.requires_grad_(True).unmerge()
+    module.weight.requires_grad_(False)
+    module(x).sum().backward()
+    assert module.lora_A.grad is not None
 
 
 def test_merge_weights_merges_on_eval_and_unmerges_on_train():
@@ -278,20 +289,3 @@ def test_repr_names_what_was_asked_for():
     assert repr(trained(lora_dropout=0.1, use_rslora=True)) == (
         "FusedLoraLinear(in_features=24, out_features=40, bias=True, r=4, lora_alpha=6, lora_dropout=0.1, use_rslora=True)"
     )
-
-
-def test_training_learns():
-    torch.manual_seed(0)
-    target = nn.Linear(24, 40)
-    module = FusedLoraLinear(24, 40, r=24, lora_alpha=24, lora_dropout=0.05)
-    module.bias.requires_grad_()
-    optimizer = torch.optim.Adam([p for p in module.parameters() if p.requires_grad], lr=0.02)
-    x = torch.randn(256, 24)
-    losses = []
-    for _ in range(100):
-        loss = (module(x) - target(x).detach()).square().mean()
-        optimizer.zero_grad()
-        loss.backward()
-        optimizer.step()
-        losses.append(loss.item())
-    assert losses[-1] < losses[0] / 4
