@@ -62,7 +62,7 @@ def sizes(name: str, device: torch.device) -> list[Size]:
     return _unique(grid())
 
 
-def most_telling(name: str, device: torch.device) -> list[Size]:
+def most_important(name: str, device: torch.device) -> list[Size]:
     """What of the grid is measured before whole models are."""
     return sizes("toy" if name == "toy" else "quick", device)
 
