@@ -44,11 +44,8 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--grid", choices=grid.NAMES, default="full", help="which sizes, see benches/grid.py (default: full)")
     group.addoption("--quick", action="store_const", const="quick", dest="grid", help="the grid quick: 2 minutes on a GPU")
     group.addoption("--device", type=torch.device, help="default: the GPU, else the CPU")
-    group.addoption(
-        "--compile",
-        choices=(*COMPILERS, "none"),
-        help="the backend of the providers under torch.compile (default: inductor on a GPU, none on a CPU)",
-    )
+    compiler = "backend of torch.compile (default: inductor on a GPU, none on a CPU)"
+    group.addoption("--compile", choices=(*COMPILERS, "none"), help=compiler)
     group.addoption("--repeats", type=int, default=20, help="timed rounds, fewer where they take long (default: 20)")
     group.addoption("--budget", type=float, help="no size begins after these seconds (default on a GPU: 480, quick 120)")
     group.addoption("--resume", action="store_true", help="measure only what the results file does not have yet")
@@ -61,9 +58,10 @@ def pytest_configure(config: pytest.Config) -> None:
     on_gpu = device.type == "cuda"
     compiler = option.compile or ("inductor" if on_gpu else "none")
     budget = BUDGETS.get(option.grid, math.inf) if on_gpu else math.inf
+    name = re.sub(r"[^a-z0-9]+", "-", environment(device)["device"].lower()).strip("-")
     option.results.mkdir(parents=True, exist_ok=True)
     config.stash[_SUITE] = Suite(
-        option.results / f"{_slug(environment(device)['device'])}-{option.grid}.json",
+        option.results / f"{name}-{option.grid}.json",
         device,
         repeats=option.repeats,
         compiler=None if compiler == "none" else compiler,
@@ -72,10 +70,6 @@ def pytest_configure(config: pytest.Config) -> None:
         toy=option.grid == "toy",
         tell=lambda line: _tell(config, line),
     )
-
-
-def _slug(device: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
 def _tell(config: pytest.Config, line: str) -> None:

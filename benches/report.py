@@ -93,14 +93,13 @@ def _conditions(path: Path, run: Run) -> str:
         f"{dtype}: matrix product {three_digits(rate['gemm_tflops'])} TFLOP/s, copy {three_digits(rate['copy_gbps'])} GB/s"
         for dtype, rate in run["ceilings"].items()
     )
+    cut = f"The time budget ended after {done} sizes; {left} were not reached, counting decoder layer and training step."
     lines = [
         f"**{facts['device']}** ({known}).",
         f"Measured in the same run, {rates}.\n{ROOFLINE}" if rates else "",
         f"Times are medians. All rows: [csv]({path.stem}.csv). The first size: [plot]({path.stem}.png).",
         HOST if _launched(run["rows"]) else "",
-        f"The time budget ended after {done} sizes; {left} were not reached, including decoder layer and training step."
-        if left
-        else "",
+        cut if left else "",
     ]
     return "\n".join(line for line in lines if line)
 

@@ -69,7 +69,6 @@ def measure(
     device: torch.device,
     repeats: int,
     *,
-    warmup: int = WARMUP,
     limit: float = math.inf,
     clock: Clock | None = None,
     progress: Callable[[str], None] = lambda what: None,
@@ -79,8 +78,7 @@ def measure(
     Args:
         steps: what to time; of a `Prepared` step only its second half.
         device: where the steps compute.
-        repeats: timed rounds.
-        warmup: untimed rounds before the first timed one.
+        repeats: timed rounds, after WARMUP untimed ones.
         limit: no round begins later than this many seconds after the first, except the first FEWEST_ROUNDS.
         clock: default `device_clock(device)`.
         progress: called with what was just done, after each round.
@@ -92,10 +90,10 @@ def measure(
     gc.collect()
     gc.disable()
     try:
-        for round_ in range(warmup):
+        for round_ in range(WARMUP):
             for name, step in prepared.items():
                 clock(name, step)
-            progress(f"warm-up {round_ + 1} of {warmup}")
+            progress(f"warm-up {round_ + 1} of {WARMUP}")
         start = time.perf_counter()
         for round_ in range(repeats):
             if round_ >= FEWEST_ROUNDS and time.perf_counter() - start > limit:

@@ -13,13 +13,11 @@ GREY, ORANGE, BLUE = "#9aa0a6", "#d98c3f", "#2a6fbb"
 
 def bars(rows: Sequence[Mapping[str, Any]], title: str, conditions: str, path: Path) -> None:
     """Draw the rows of one case, see `results.linear_rows`, to a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(row["provider"] for row in rows))
     colours = [BLUE if "fastlora" in name else GREY if name == FROZEN else ORANGE for name in names]
     figure = Figure(figsize=(11, 1.6 + 0.42 * len(names)), layout="constrained")
-    FigureCanvasAgg(figure)
     for axes, pass_ in zip(figure.subplots(1, len(PASSES), sharey=True), PASSES, strict=True):
         drawn = [row for row in rows if row["pass"] == pass_]
         medians = [row["median_ms"] for row in drawn]

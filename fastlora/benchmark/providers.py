@@ -83,17 +83,15 @@ def _bind_peft(weights: oracle.Weights, scaling: float, dropout_p: float) -> For
 def compiled(provider: Provider, name: str, compiler: str) -> Provider:
     """`provider` under torch.compile.
 
-    Inductor draws other random numbers than eager torch.  So the mask, or the seed of fastlora's mask, is drawn by a compiled
-    function too, from the same state of the generator and as the first random operation of its graph.
+    Inductor draws other random numbers than eager torch.  So the mask is drawn by a compiled function too, from the same state
+    of the generator and as the first random operation of its graph.
     """
     compile_: Callable[[Any], Any] = partial(torch.compile, backend=compiler, dynamic=False)
 
-    def mask(rows: int, cols: int, p: float, device: torch.device) -> Tensor:
-        if provider.mask is not fastlora_mask:
-            return compile_(provider.mask)(rows, cols, p, device)
-        return dropout.dropout_mask(compile_(dropout.draw_seed)(device), rows, cols, p)
+    def bind(*args: Any) -> Forward:
+        return compile_(provider.bind(*args))
 
-    return replace(provider, name=name, bind=lambda *args: compile_(provider.bind(*args)), mask=mask, compiled=True)
+    return replace(provider, name=name, bind=bind, mask=compile_(provider.mask), compiled=True)
 
 
 def providers_for(case: oracle.Case, device: torch.device, *, compiler: str | None = None) -> list[Provider]:

@@ -5,7 +5,6 @@ passes: forward as in training, backward alone (after an untimed forward), and b
 """
 
 import itertools
-import math
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from contextlib import contextmanager
 from dataclasses import dataclass, replace
@@ -131,20 +130,17 @@ class Measurement:
 def timed(
     steps: Mapping[tuple[str, str], Step],
     device: torch.device,
-    *,
-    repeats: int,
-    limit: float = math.inf,
     parameters: Sequence[Tensor | None] | None = None,
-    progress: Callable[[str], None] = lambda what: None,
+    **options: Any,
 ) -> list[Measurement]:
     """Time steps, given by (provider, pass), against each other; count the bytes of each provider's last pass.
 
     Args:
-        repeats, limit, progress: see `measure`.
         parameters: tensors that exist anyway and do not count as saved; default: saved bytes are not counted.
+        options: repeats, limit and progress, see `measure`.
     """
     clock = device_clock(device)
-    seconds = measure(steps, device, repeats, limit=limit, clock=clock, progress=progress)
+    seconds = measure(steps, device, clock=clock, **options)
     launches = clock.launches if isinstance(clock, CudaClock) else {}
     last = dict(iter(steps))  # by provider
     measurements = []
@@ -162,20 +158,19 @@ def run(
     case: oracle.Case,
     device: torch.device,
     *,
-    repeats: int,
-    limit: float = math.inf,
     copies: int | None = None,
     excluded: dict[str, Exception] | None = None,
     progress: Callable[[str], None] = lambda what: None,
+    **options: Any,
 ) -> list[Measurement]:
     """Check every provider, then time its passes against those of the others and count its bytes.
 
     Args:
-        repeats, limit: see `measure`.
         copies: sets of inputs to take in turn; default as many as exceed the cache.
         excluded: collects the errors of providers that are wrong or fail, by name, and leaves these providers out; by default
             the error is raised.
         progress: called with what was just done: len(rivals) + WARMUP times, and after each timed round.
+        options: repeats and limit, see `measure`.
 
     Raises:
         torch.OutOfMemoryError: the tensors are larger than the device's memory.
@@ -205,4 +200,4 @@ def run(
     steps = {provider.name: steps_of(provider, case, sets, turn) for provider in rivals}
     by_pass = {(name, pass_): steps[name][pass_] for pass_ in PASSES for name in steps}
     parameters = [tensor for inputs in sets for tensor in inputs.weights]
-    return timed(by_pass, device, repeats=repeats, limit=limit, parameters=parameters, progress=progress)
+    return timed(by_pass, device, parameters, progress=progress, **options)

@@ -1,6 +1,7 @@
 """`pytest benches` at toy size: times taken in turn reach pytest-benchmark and the files; runs resume."""
 
 import csv
+import importlib
 import itertools
 import json
 import re
@@ -35,6 +36,14 @@ def test_the_models_come_after_the_most_important_linears() -> None:
     assert [file for file, _ in groups] == ["linears", "decoder", "linears"]
     assert all("2048x1024x1024-r16" in name for name in groups[0][1])
     assert not any("2048x1024x1024-r16" in name for name in groups[2][1])
+
+
+def test_a_run_does_not_replace_the_committed_results_unless_asked() -> None:
+    parser = pytest.Parser(_ispytest=True)
+    importlib.import_module("benches.conftest").pytest_addoption(parser)
+    assert parser.parse([]).results == ROOT / "build" / "benchmarks"
+    assert parser.parse(["--results", "benches/results"]).results == Path("benches/results")
+    assert "build/" in (ROOT / ".gitignore").read_text().splitlines()
 
 
 def test_pytest_benchmark_shows_the_times_that_were_measured_in_turn(toy_run: ToyRun) -> None:

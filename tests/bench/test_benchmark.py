@@ -158,11 +158,11 @@ def test_cuda_events_enclose_the_run_and_the_device_waits_for_the_host(monkeypat
     monkeypatch.setattr(torch.cuda, "synchronize", lambda device: log.append("synchronize"))
     step = clock.Prepared(lambda: log.append("setup"), lambda _: log.append("run"))
     timer = clock.CudaClock(torch.device("cuda"))
-    seconds = clock.measure({"step": step}, torch.device("cuda"), 1, warmup=1, clock=timer)
+    seconds = clock.measure({"step": step}, torch.device("cuda"), 1, clock=timer)
     visit = ["event", "run", "event", "synchronize"]
-    assert log == ["setup", "no wait", *visit, "setup", "wait", *visit]
+    assert log == ["setup", "no wait", *visit, *["setup", "wait", *visit] * clock.WARMUP]
     assert seconds == {"step": [0.25]}
-    assert len(timer.launches["step"]) == 2
+    assert len(timer.launches["step"]) == clock.WARMUP + 1
 
 
 @pytest.mark.parametrize(("nbytes", "copies"), [(1, 32), (10 << 20, 4), (1 << 30, 2)])

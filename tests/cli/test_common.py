@@ -1,6 +1,5 @@
 """What the subcommands share: refused arguments, missing extras, figures, progress, Ctrl-C, `python -m fastlora`."""
 
-import argparse
 import subprocess
 import sys
 from typing import Any
@@ -26,7 +25,7 @@ from fastlora.cli import common, parity
         ("parity --dtype float8", "invalid choice: 'float8'"),
         ("parity --backend cuda", "invalid choice: 'cuda'"),
         ("parity --device tpu", "must be cpu, cuda or cuda:N, got 'tpu'"),
-        ("parity --device meta", "must be cpu, cuda or cuda:N, got 'meta'"),
+        ("parity --device cuda:", "must be cpu, cuda or cuda:N, got 'cuda:'"),
         ("parity --device cuda:99", "'cuda:99' is not there: torch sees"),
         ("parity --device cuda:1000000", "'cuda:1000000' is not there: torch sees"),
     ],
@@ -79,9 +78,3 @@ def test_an_interrupt_exits_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
 def test_the_package_is_the_command() -> None:
     done = subprocess.run([sys.executable, "-m", "fastlora", "--version"], capture_output=True, text=True, check=True)
     assert done.stdout.startswith("fastlora ")
-
-
-def test_a_device_is_a_device_of_this_machine() -> None:
-    assert common.device("cpu").type == "cpu"
-    with pytest.raises(argparse.ArgumentTypeError, match="must be cpu"):
-        common.device("cuda:")
