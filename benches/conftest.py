@@ -1,28 +1,29 @@
 """`pytest benches --benchmark-only`: options, what is measured, and where the results go.
 
-pytest-benchmark times one function after another on the host's clock; providers that are to be compared must be timed in turn,
-and a GPU by its own events.  So the first test of a size has `Suite` measure all providers of that size, interleaved, with
-the clock of `fastlora.benchmark`; and each test hands the times of its own provider and pass to pytest-benchmark, whose
-clock here is `recorded_clock`: it stands still but for the recorded seconds, by which the function it times moves it.  Every
-statistic, group, comparison and JSON file of pytest-benchmark is then of the interleaved times, one round for each of them.
+pytest-benchmark times one function after another on the host's clock.  To be comparable, providers must be timed in turn, and
+a GPU by its own events.  So the first test of a size has `Suite` measure all providers of that size with `fastlora.benchmark`,
+interleaved.  Each test then replays the times of its own provider and pass to pytest-benchmark: the clock here,
+`recorded_clock`, stands still except that `recorded`, the function it times, moves it by the recorded seconds.  So all
+statistics, groups, comparisons and JSON files of pytest-benchmark show the interleaved times, one round for each.
 """
 
+import math
 import re
 from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
-import grid
 import pytest
 import torch
-from suite import BUDGETS, NotMeasuredError, Suite
 
-from fastlora import benchmark
-from fastlora.benchmark import results
+from benches import grid
+from benches.suite import BUDGETS, NotMeasuredError, Suite
+from fastlora.benchmark import PASSES
 from fastlora.benchmark.providers import COMPILERS
+from fastlora.cli.common import default_device
 from fastlora.environment import environment
 
-RESULTS = Path(__file__).parent / "results"
+RESULTS = Path(__file__).parents[1] / "build" / "benchmarks"
 _SUITE = pytest.StashKey[Suite]()
 _now = 0.0
 
@@ -33,7 +34,7 @@ def recorded_clock() -> float:
 
 
 def recorded(times: Iterator[float]) -> None:
-    """What pytest-benchmark times: takes as long as was recorded."""
+    """What pytest-benchmark times: takes as long as the next recorded time."""
     global _now
     _now += next(times, 0.0)
 
@@ -43,39 +44,32 @@ def pytest_addoption(parser: pytest.Parser) -> None:
     group.addoption("--grid", choices=grid.NAMES, default="full", help="which sizes, see benches/grid.py (default: full)")
     group.addoption("--quick", action="store_const", const="quick", dest="grid", help="the grid quick: 2 minutes on a GPU")
     group.addoption("--device", type=torch.device, help="default: the GPU, else the CPU")
-    group.addoption(
-        "--compile",
-        choices=(*COMPILERS, "none"),
-        help="the backend of the providers under torch.compile (default: inductor on a GPU, none on a CPU)",
-    )
+    compiler = "backend of torch.compile (default: inductor on a GPU, none on a CPU)"
+    group.addoption("--compile", choices=(*COMPILERS, "none"), help=compiler)
     group.addoption("--repeats", type=int, default=20, help="timed rounds, fewer where they take long (default: 20)")
-    group.addoption("--budget", type=float, help="seconds after which no size is begun (default on a GPU: 480, quick 120)")
-    group.addoption("--resume", action="store_true", help="measure what the results file does not hold yet")
-    group.addoption("--results", type=Path, default=RESULTS, help="folder of the results (default: benches/results)")
+    group.addoption("--budget", type=float, help="no size begins after these seconds (default on a GPU: 480, quick 120)")
+    group.addoption("--resume", action="store_true", help="measure only what the results file does not have yet")
+    group.addoption("--results", type=Path, default=RESULTS, help="folder of the results (default: build/benchmarks)")
 
 
 def pytest_configure(config: pytest.Config) -> None:
     option = config.option
-    name, toy = option.grid, option.grid == "toy"
-    device = option.device or torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    default_compiler = "inductor" if device.type == "cuda" else "none"
-    compiler = option.compile or default_compiler
-    budget = BUDGETS.get(name, float("inf")) if device.type == "cuda" else float("inf")
+    device = option.device or default_device()
+    on_gpu = device.type == "cuda"
+    compiler = option.compile or ("inductor" if on_gpu else "none")
+    budget = BUDGETS.get(option.grid, math.inf) if on_gpu else math.inf
+    name = re.sub(r"[^a-z0-9]+", "-", environment(device)["device"].lower()).strip("-")
     option.results.mkdir(parents=True, exist_ok=True)
     config.stash[_SUITE] = Suite(
-        option.results / f"{_slug(environment(device)['device'])}-{name}.json",
+        option.results / f"{name}-{option.grid}.json",
         device,
         repeats=option.repeats,
         compiler=None if compiler == "none" else compiler,
         budget=budget if option.budget is None else option.budget,
         resume=option.resume,
-        copies=2 if toy else None,
+        toy=option.grid == "toy",
         tell=lambda line: _tell(config, line),
     )
-
-
-def _slug(device: str) -> str:
-    return re.sub(r"[^a-z0-9]+", "-", device.lower()).strip("-")
 
 
 def _tell(config: pytest.Config, line: str) -> None:
@@ -94,15 +88,15 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
     cases = [
         pytest.param(size, pass_, provider.name, id=f"{size.id}-{pass_}-{provider.name}".replace(" ", "-"))
         for size in grid.sizes(metafunc.config.option.grid, suite.device)
-        for pass_ in benchmark.PASSES
+        for pass_ in PASSES
         for provider in suite.providers(size)
     ]
     metafunc.parametrize(("size", "pass_", "provider"), cases)
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The most telling linears, the models, the other linears: the time budget may end the run before the last ones."""
-    first = {size.id for size in grid.most_telling(config.option.grid, config.stash[_SUITE].device)}
+    """The most important linears, the models, the other linears: the time budget may end the run before the last ones."""
+    first = {size.id for size in grid.most_important(config.option.grid, config.stash[_SUITE].device)}
 
     def place(item: pytest.Item) -> int:
         size = item.callspec.params.get("size") if isinstance(item, pytest.Function) and hasattr(item, "callspec") else None
@@ -116,8 +110,7 @@ def pytest_benchmark_update_machine_info(config: pytest.Config, machine_info: di
 
 
 def pytest_terminal_summary(terminalreporter: Any, config: pytest.Config) -> None:
-    suite = config.stash[_SUITE]
-    for line in suite.summary():
+    for line in config.stash[_SUITE].summary():
         terminalreporter.write_line(line)
 
 
@@ -132,17 +125,11 @@ def suite(pytestconfig: pytest.Config) -> Suite:
     return pytestconfig.stash[_SUITE]
 
 
-@pytest.fixture(scope="session")
-def toy(pytestconfig: pytest.Config) -> bool:
-    """Whether the models are to be tiny."""
-    return pytestconfig.option.grid == "toy"
-
-
 @pytest.fixture
 def record(benchmark: Any) -> Callable[..., None]:
     """Hand the seconds of a measurement and the rest of its row to pytest-benchmark."""
 
-    def record(group: str, seconds: list[float], row: results.Row) -> None:
+    def record(group: str, seconds: list[float], row: dict[str, Any]) -> None:
         benchmark.group = group
         benchmark.extra_info.update({key: value for key, value in row.items() if value is not None})
         benchmark.pedantic(recorded, args=(iter(seconds),), rounds=len(seconds))

@@ -1,13 +1,13 @@
 """A decoder layer and a whole model's training step: PEFT's adapters on every linear, and the same model accelerated.
 
-Models are Llama, random weights, r = 16, dropout 0.1, adapters in PEFT's default dtype (float32), B random.  Before anything is
-timed, outputs and gradients are compared without dropout: with e = ‖t − ref‖ / ‖ref‖ over all of them against the model in
-float64, the accelerated model's e is at most twice that of PEFT's, or below the oracle's floor.
+Models are Llama with random weights, r = 16, dropout 0.1, adapters in PEFT's default dtype (float32), B random.  Outputs and
+gradients are compared, without dropout, before anything is timed: with e = ‖t − ref‖ / ‖ref‖ over all of them and ref from the
+model in float64, the accelerated model's e must be at most twice that of PEFT's, or below the oracle's floor.
 """
 
 import copy
 import itertools
-from collections.abc import Callable, Iterable
+from collections.abc import Callable, Iterable, Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -15,8 +15,12 @@ import torch
 from torch import Tensor, nn
 
 import fastlora.peft
-from fastlora import benchmark, oracle
+from fastlora import oracle
+from fastlora.benchmark import WrongResultError, trial
+from fastlora.benchmark.clock import Step, copies_beyond_cache
 from fastlora.benchmark.shapes import MODELS, Decoder
+
+Steps = dict[tuple[str, str], Step]  # by (provider, pass)
 
 R, DROPOUT_P = 16, 0.1
 LAYER, TRAINING_STEP = "decoder layer", "training step"
@@ -40,29 +44,20 @@ class Setting:
 
 
 _SMALL = {"toy": Decoder(64, 96, 4, 2, 16, 2, 128), "cpu": Decoder(512, 1408, 8, 4, 64, 2, 1024)}
+_ON_GPU = {LAYER: ("Llama-3.1-8B", 4, 2048), TRAINING_STEP: ("Llama-3.2-1B", 4, 1024)}  # model, batch, length
 
 
-def layer_setting(device: torch.device, *, toy: bool = False) -> Setting:
-    """The layer that is measured on `device`."""
-    return _setting("Llama-3.1-8B", device, (4, 2048), toy)
-
-
-def model_setting(device: torch.device, *, toy: bool = False) -> Setting:
-    """The model whose training step is measured on `device`."""
-    return _setting("Llama-3.2-1B", device, (4, 1024), toy)
-
-
-def _setting(name: str, device: torch.device, tokens: tuple[int, int], toy: bool) -> Setting:
+def setting(kind: str, device: torch.device, *, toy: bool = False) -> Setting:
+    """What is measured on `device`; kind: LAYER or TRAINING_STEP."""
     if not toy and device.type == "cuda":
-        return Setting(name, MODELS[name], *tokens, torch.bfloat16)
-    size = "toy" if toy else "cpu"
-    decoder = _SMALL[size]
-    tokens = (2, 16) if toy else (2, 128)
-    return Setting(f"Llama of width {decoder.hidden}", decoder, *tokens, torch.float32)
+        name, batch, length = _ON_GPU[kind]
+        return Setting(name, MODELS[name], batch, length, torch.bfloat16)
+    small = _SMALL["toy" if toy else "cpu"]
+    return Setting(f"Llama of width {small.hidden}", small, 2, 16 if toy else 128, torch.float32)
 
 
 def build(setting: Setting, device: torch.device, *, layers: int | None = None, head: bool = True) -> nn.Module:
-    """A PeftModel with random weights, B included; `layers` of the decoder's, with a head for language modelling or without."""
+    """A PeftModel with random weights, B included, and `layers` decoder layers; head: for language modelling."""
     import peft
     from transformers import LlamaConfig, LlamaForCausalLM, LlamaModel
 
@@ -89,120 +84,81 @@ def build(setting: Setting, device: torch.device, *, layers: int | None = None, 
     return adapted.train()
 
 
-def accelerated(model: nn.Module) -> nn.Module:
-    """A copy of a PeftModel, all of whose adapters run through fastlora.
+def accelerated(peft_model: nn.Module, run: Callable[[nn.Module], Iterable[Tensor]], dtype: torch.dtype) -> nn.Module:
+    """A copy of the PeftModel in which fastlora runs all adapters, compared with float64 relative to PEFT's error.
+
+    run: computes outputs and gradients of a model, in the dtype of its embeddings; dropout is off.
 
     Raises:
-        WrongResultError: some layers do not.
+        WrongResultError: fastlora does not run all adapters, some calls used PEFT's forward, or the error is over its bound.
     """
-    fast = copy.deepcopy(model)
+    fast = copy.deepcopy(peft_model)
     report = fastlora.accelerate(fast)
     if report.waiting or report.left:
-        raise benchmark.WrongResultError(str(report))
-    return fast
-
-
-def verify(
-    peft_model: nn.Module, fast_model: nn.Module, run: Callable[[nn.Module], Iterable[Tensor]], dtype: torch.dtype
-) -> None:
-    """Hold the accelerated model against float64, with PEFT's error as the measure; dropout is off.
-
-    run: the outputs and gradients of a model in the dtype of its embeddings.
-
-    Raises:
-        WrongResultError: the error is over its bound, or some calls took PEFT's forward.
-    """
-    models = {"float64": copy.deepcopy(peft_model).double(), "PEFT": peft_model, "fastlora": fast_model}
+        raise WrongResultError(str(report))
     results = {}
-    for name, model in models.items():
+    for name, model in {"float64": copy.deepcopy(peft_model).double(), "PEFT": peft_model, "fastlora": fast}.items():
         model.eval()
         results[name] = torch.cat([tensor.detach().double().flatten() for tensor in run(model)])
         model.train()
+    if fallbacks := fastlora.peft.fallbacks(fast):
+        raise WrongResultError(f"the accelerated model ran PEFT's forward: {fallbacks}")
     errors = {name: oracle.relative_error(results[name], results["float64"]) for name in ("PEFT", "fastlora")}
-    if fallbacks := fastlora.peft.fallbacks(fast_model):
-        raise benchmark.WrongResultError(f"what is called fastlora ran PEFT's forward: {fallbacks}")
     bound = max(oracle.EAGER_FACTOR * errors["PEFT"], oracle.FLOOR[dtype, dtype])
     if not errors["fastlora"] <= bound:
-        raise benchmark.WrongResultError(f"the accelerated model is wrong, so it is not timed: {errors}, bound {bound:.2e}")
+        raise WrongResultError(f"the accelerated model is wrong, so it is not timed: {errors}, bound {bound:.2e}")
+    return fast
 
 
-class Layer:
+def layer_steps(setting: Setting, device: torch.device, copies: int | None = None) -> Steps:
     """One decoder layer and the final norm, on random hidden states that require a gradient; frozen, PEFT, fastlora."""
+    hidden = setting.decoder.hidden
 
-    def __init__(self, setting: Setting, device: torch.device, copies: int | None = None) -> None:
-        self.setting, self.device = setting, device
-        self.peft = build(setting, device, layers=1, head=False)
-        self.fast = accelerated(self.peft)
-        verify(self.peft, self.fast, self._outputs, setting.dtype)
-        shape = setting.batch, setting.length, setting.decoder.hidden
-        count = copies or benchmark.copies_beyond_cache(2 * shape[0] * shape[1] * shape[2] * setting.dtype.itemsize, device)
-        self.states = [[torch.randn(shape, device=device).to(setting.dtype) for _ in range(2)] for _ in range(count)]
+    def draw(*shape: int) -> Tensor:
+        return torch.randn(shape, generator=generator, device=device).to(setting.dtype)
 
-    def _outputs(self, model: nn.Module) -> list[Tensor]:
-        generator = torch.Generator(self.device).manual_seed(1)
-        shape = 1, min(self.setting.length, 64), self.setting.decoder.hidden
-        dtype = torch.float64 if next(model.parameters()).dtype == torch.float64 else self.setting.dtype
-        x, dy = (torch.randn(shape, generator=generator, device=self.device).to(self.setting.dtype).to(dtype) for _ in range(2))
-        y = self.forward(model, x.requires_grad_())
-        return [y, *torch.autograd.grad(y, [x, *self._adapters(model)], dy)]
-
-    @staticmethod
-    def forward(model: nn.Module, x: Tensor) -> Tensor:
-        """(batch, length, hidden) -> the same."""
-        return model(inputs_embeds=x).last_hidden_state
-
-    @staticmethod
-    def _adapters(model: nn.Module) -> list[nn.Parameter]:
-        return [parameter for parameter in model.parameters() if parameter.requires_grad]
-
-    def steps(self) -> dict[tuple[str, str], benchmark.Step]:
-        """(provider, pass) -> step."""
-        frozen: Any = copy.deepcopy(self.peft)
-        frozen = frozen.unload()
-        models = {"frozen layer": frozen.requires_grad_(False), "PEFT": self.peft, "fastlora": self.fast}
-        return {(name, pass_): step for name, model in models.items() for pass_, step in self._passes(model).items()}
-
-    def _passes(self, model: nn.Module) -> dict[str, benchmark.Step]:
-        turn = itertools.cycle(self.states)
-
+    def halves(model: nn.Module, turn: Iterator[Any]) -> tuple[Callable[[], Any], Callable[[Any], Any]]:
         def forward() -> tuple[Tensor, Tensor, Tensor]:
             x, dy = next(turn)
             x = x.detach().requires_grad_()
-            return x, self.forward(model, x), dy
+            return x, model(inputs_embeds=x).last_hidden_state, dy
 
-        def backward(state: tuple[Tensor, Tensor, Tensor]) -> object:
+        def backward(state: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
             x, y, dy = state
-            return torch.autograd.grad(y, [x, *self._adapters(model)], dy)
+            return torch.autograd.grad(y, [x, *_adapters(model)], dy)
 
-        steps = (forward, benchmark.Prepared(forward, backward), lambda: backward(forward()))
-        return dict(zip(benchmark.PASSES, steps, strict=True))
+        return forward, backward
+
+    def outputs(model: nn.Module) -> list[Tensor]:
+        forward, backward = halves(model, iter([short.to(next(model.parameters()).dtype)]))
+        state = forward()
+        return [state[1], *backward(state)]
+
+    generator = torch.Generator(device).manual_seed(1)
+    short = draw(2, 1, min(setting.length, 64), hidden)
+    peft_model = build(setting, device, layers=1, head=False)
+    frozen: Any = copy.deepcopy(peft_model, {id(p): p for p in peft_model.parameters()})  # it shares the weights
+    fast = accelerated(peft_model, outputs, setting.dtype)
+    models = {"frozen layer": frozen.unload(), "PEFT": peft_model, "fastlora": fast}
+    nbytes = 2 * setting.batch * setting.length * hidden * setting.dtype.itemsize
+    turn = itertools.cycle(draw(copies or copies_beyond_cache(nbytes, device), 2, setting.batch, setting.length, hidden))
+    steps = {name: trial.passes(*halves(model, turn)) for name, model in models.items()}
+    return {(name, pass_): steps[name][pass_] for pass_ in trial.PASSES for name in models}
 
 
-class Training:
+def training_steps(setting: Setting, device: torch.device, copies: int | None = None) -> Steps:
     """A step of a whole model: forward, loss, backward, AdamW on the adapters; PEFT, fastlora."""
+    generator = torch.Generator(device).manual_seed(2)
+    size = setting.batch, setting.length
+    tokens = torch.randint(setting.decoder.vocabulary, size, generator=generator, device=device)
 
-    def __init__(self, setting: Setting, device: torch.device) -> None:
-        self.setting, self.device = setting, device
-        self.peft = build(setting, device)
-        self.fast = accelerated(self.peft)
-        verify(self.peft, self.fast, self._outputs, setting.dtype)
+    def outputs(model: nn.Module) -> list[Tensor]:
+        short = tokens[:1, :64]
+        output: Any = model(input_ids=short, labels=short)
+        return [output.logits, *torch.autograd.grad(output.loss, _adapters(model))]
 
-    def _tokens(self, batch: int, length: int) -> Tensor:
-        generator = torch.Generator(self.device).manual_seed(2)
-        return torch.randint(self.setting.decoder.vocabulary, (batch, length), generator=generator, device=self.device)
-
-    def _outputs(self, model: nn.Module) -> list[Tensor]:
-        tokens = self._tokens(1, min(self.setting.length, 64))
-        output: Any = model(input_ids=tokens, labels=tokens)
-        return [output.logits, *torch.autograd.grad(output.loss, [p for p in model.parameters() if p.requires_grad])]
-
-    def steps(self) -> dict[tuple[str, str], benchmark.Step]:
-        """(provider, pass) -> step."""
-        return {(name, TRAINING_STEP): self._step(model) for name, model in (("PEFT", self.peft), ("fastlora", self.fast))}
-
-    def _step(self, model: nn.Module) -> benchmark.Step:
-        tokens = self._tokens(self.setting.batch, self.setting.length)
-        optimizer = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-4)
+    def step_of(model: nn.Module) -> Step:
+        optimizer = torch.optim.AdamW(_adapters(model), lr=1e-4)
 
         def step() -> None:
             model(input_ids=tokens, labels=tokens).loss.backward()
@@ -210,3 +166,14 @@ class Training:
             optimizer.zero_grad()
 
         return step
+
+    peft_model = build(setting, device)
+    models = {"PEFT": peft_model, "fastlora": accelerated(peft_model, outputs, setting.dtype)}
+    return {(name, TRAINING_STEP): step_of(model) for name, model in models.items()}
+
+
+STEPS = {LAYER: layer_steps, TRAINING_STEP: training_steps}
+
+
+def _adapters(model: nn.Module) -> list[nn.Parameter]:
+    return [parameter for parameter in model.parameters() if parameter.requires_grad]

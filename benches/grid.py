@@ -1,15 +1,15 @@
-"""The sizes that a suite run measures, the most telling first.
+"""The sizes that a suite run measures, the most important first.
 
-On a GPU the centre is M = 8192, r = 16, p = 0.1 in bfloat16, and its linear the square one of Llama-3.1-8B, K = N = 4096.
+On a GPU the centre is M = 8192, r = 16, p = 0.1 in bfloat16; its linear is the square one of Llama-3.1-8B, K = N = 4096.
 
     quick       the linears of Llama-3.1-8B at the centre; the centre with one of M, r, p, adapters' dtype changed
     full        every linear of every model at the centre; the centre with few rows, at every p; the centre's linear at every
                 M, r, p and adapters' dtype; every linear at every M
-    everything  the whole product, and the centre with few rows
+    everything  all combinations, and the centre with few rows
 
-Few rows are those of decoding and of short sequences, where launching may take longer than the device: `launch_ms` tells.
-Compiling takes seconds for each provider and size, so those under torch.compile run at the square linear of each model, at the
-centre.  On a CPU: a square linear of 1024 in float32, with dropout and without, and for full the linears of Llama-3.2-1B.
+Decoding and short sequences have few rows, and launching may then take longer than the device; `launch_ms` shows it.
+Compiling takes seconds for each provider and size, so torch.compile is measured at the square linear of each model, at the
+centre.  On a CPU: a square linear of 1024 in float32, with dropout and without; full adds the linears of Llama-3.2-1B.
 `toy` is for the tests.
 """
 
@@ -62,8 +62,8 @@ def sizes(name: str, device: torch.device) -> list[Size]:
     return _unique(grid())
 
 
-def most_telling(name: str, device: torch.device) -> list[Size]:
-    """What of the grid is measured before whole models are."""
+def most_important(name: str, device: torch.device) -> list[Size]:
+    """The part of the grid that is measured before whole models."""
     return sizes("toy" if name == "toy" else "quick", device)
 
 
@@ -109,7 +109,7 @@ def _linears(model: str, rows: int = CENTRE.shape[0]) -> Iterable[Size]:
 
 
 def _around(centre: Case) -> Iterable[Case]:
-    """Every M, r, p and dtype of the adapters on the linear of `centre`, what differs least from it first."""
+    """Every M, r, p and dtype of the adapters on the linear of `centre`, the most similar cases first."""
     product = itertools.product(ROWS, RANKS, DROPOUT, ADAPTERS)
     for rows, r, p, adapters in sorted(product, key=lambda values: sum(map(operator.ne, values, _CENTRE_VALUES))):
         yield replace(_with_rows(centre, rows), rank=r, dropout_p=p, adapter_dtype=adapters)

@@ -3,13 +3,12 @@
 from collections.abc import Callable
 
 import pytest
-from conftest import recorded_clock
-from grid import Size
-from suite import Suite
+
+from benches.conftest import recorded_clock
+from benches.grid import Size
+from benches.suite import Suite
 
 
 @pytest.mark.benchmark(timer=recorded_clock)
 def test_linear(size: Size, pass_: str, provider: str, suite: Suite, record: Callable[..., None]) -> None:
-    measurement, rows = suite.linear(size, provider)
-    row = next(row for row in rows if row["pass"] == pass_)
-    record(f"{size.id} {pass_}", measurement.seconds[pass_], row)
+    record(f"{size.id} {pass_}", *suite.linear(size, provider, pass_))

@@ -1,6 +1,6 @@
 """fastlora: LoRA linears on fused Triton kernels, with dropout, at any shape, with gradients one can trust."""
 
-from fastlora import reference
+from fastlora import oracle, reference
 from fastlora._version import __version__
 from fastlora.adapters import from_pretrained, load_adapter, save_adapter
 from fastlora.autograd import LoraLinearFunction
@@ -22,6 +22,7 @@ __all__ = [
     "load_adapter",
     "lora_linear",
     "merge_and_unload",
+    "oracle",
     "print_trainable_parameters",
     "reference",
     "save_adapter",

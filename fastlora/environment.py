@@ -1,74 +1,71 @@
 """Where a figure comes from: versions, commit and device."""
 
-import importlib.metadata
 import platform
-import shutil
 import subprocess
 from datetime import UTC, datetime
+from importlib import metadata
 from pathlib import Path
 from typing import Any
 
 import torch
 
+from fastlora import functional
 from fastlora._version import __version__
-from fastlora.functional import available_backends
+
+PACKAGES = ("torch", "triton", "peft", "transformers")
 
 
 def environment(device: torch.device) -> dict[str, Any]:
-    """What a timing depends on besides the code, and which code it was."""
+    """What a timing depends on: the code, the versions and the device."""
     known: dict[str, Any] = {"date": datetime.now(UTC).date().isoformat(), "commit": commit(), "fastlora": __version__}
-    known |= {name: _version(name) for name in ("torch", "triton", "peft", "transformers")}
+    known |= {name: _version(name) for name in PACKAGES}
     known["python"] = platform.python_version()
-    if device.type == "cuda":
-        capability = "sm_{}{}".format(*torch.cuda.get_device_capability(device))
-        return {
-            **known,
-            "device": torch.cuda.get_device_name(device),
-            "capability": capability,
-            "cuda": torch.version.cuda,
-            "driver": _driver(),
-            "tuned": _tuned(device),
-        }
-    return {**known, "device": _processor(), "threads": torch.get_num_threads()}
+    if device.type == "cpu":
+        return {**known, "device": _processor(), "threads": torch.get_num_threads()}
+    return {
+        **known,
+        "device": torch.cuda.get_device_name(device),
+        "capability": "sm_{}{}".format(*torch.cuda.get_device_capability(device)),
+        "cuda": torch.version.cuda,
+        "driver": _driver(),
+        "tuned": _tuned(device),
+    }
 
 
 def commit() -> str | None:
-    """The commit of the source tree that is imported, with "+changes" where its code differs from it; None outside of one.
+    """The commit of the imported source tree, with "+changes" where its code differs from it; None outside a repository.
 
-    Of benches only the code counts: results that a run has written must not keep it from being resumed.
+    In benches/ only code counts: new results must not keep a run from being resumed.
     """
     root = Path(__file__).parents[1]
-    git = shutil.which("git")
-    if git is None or not (root / ".git").exists():
+    head = _output("git", "-C", str(root), "rev-parse", "--short=12", "HEAD") if (root / ".git").exists() else None
+    changes = head and _output("git", "-C", str(root), "status", "--porcelain", "--", "fastlora", "kernels", "benches/*.py")
+    return f"{head}+changes" if changes else head
+
+
+def _output(*command: str) -> str | None:
+    """What a program prints; None where it is missing or fails."""
+    try:
+        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+    except (OSError, subprocess.CalledProcessError):
         return None
-    head, status = (
-        subprocess.run([git, "-C", str(root), *command], capture_output=True, text=True, check=False)
-        for command in (
-            ["rev-parse", "--short=12", "HEAD"],
-            ["status", "--porcelain", "--", "fastlora", "kernels", "benches/*.py"],
-        )
-    )
-    return head.stdout.strip() + ("+changes" if status.stdout.strip() else "") if head.returncode == 0 else None
 
 
 def _version(package: str) -> str | None:
     try:
-        return importlib.metadata.version(package)
-    except importlib.metadata.PackageNotFoundError:
+        return metadata.version(package)
+    except metadata.PackageNotFoundError:
         return None
 
 
 def _driver() -> str | None:
-    smi = shutil.which("nvidia-smi")
-    if smi is None:
-        return None
-    query = [smi, "--query-gpu=driver_version", "--format=csv,noheader"]
-    return next(iter(subprocess.run(query, capture_output=True, text=True, check=False).stdout.splitlines()), None)
+    versions = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
+    return versions.splitlines()[0] if versions else None
 
 
 def _tuned(device: torch.device) -> str | None:
-    """Which measured choices the kernels go by."""
-    if "triton" not in available_backends(device):
+    """A fingerprint of the tuning results that the kernels use."""
+    if "triton" not in functional.available_backends(device):
         return None
     from fastlora import dispatch
     from fastlora.kernels.target import target_of
@@ -79,5 +76,4 @@ def _tuned(device: torch.device) -> str | None:
 def _processor() -> str:
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text().splitlines() if cpuinfo.exists() else []
-    models = [line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")]
-    return models[0] if models else platform.machine()
+    return next((line.split(":", 1)[1].strip() for line in lines if line.startswith("model name")), platform.machine())

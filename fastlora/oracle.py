@@ -1,19 +1,18 @@
-"""The oracle: is a result as accurate as the plain computation in the same dtypes?
+"""The oracle: is a result as accurate as eager PyTorch in the same dtypes?
 
-With e(t) = ‖t − ref‖ / ‖ref‖, taken in float64 against a float64 computation from the same inputs and the same dropout mask,
-a result passes when
+Let ref be the same computation in float64, from the same inputs and the same dropout mask, and e(t) = ‖t − ref‖ / ‖ref‖.
+A result passes when
 
     e(result) <= max(2 · e(eager), floor)
 
-where eager is `fastlora.reference.lora_linear` in the dtypes under test, and the floor is a few roundings of the output's
-dtype.  NaN and infinity never pass, where ref is zero the result must be zero, and a missing gradient or one of another dtype
-or shape fails.  Inputs are random and never zero, B included, and scaled so that the LoRA term weighs as much as the
-frozen one: a zero gradient, a dropped term or a shifted mask is an error of order one.
+Eager is `fastlora.reference.lora_linear` in the dtypes under test. The floor is a few roundings of the output's dtype.
+NaN and infinity never pass. Where ref is zero the result must be zero. A missing gradient, a wrong dtype or shape fails.
+All inputs are random and non-zero, B included. They are scaled so that the LoRA term is as large as the frozen one, so a zero
+gradient, a missing term or a shifted mask gives an error of order one.
 
-A norm over few elements is luck: one correctly rounded bfloat16 number may be off by 3.9e-3 where eager happened to hit.
-So a 16-bit case is drawn again, with other inputs and another mask, until its smallest output has POOLED_ELEMENTS elements
-and the draws are judged as one vector: e = sqrt(Σ ‖t − ref‖²) / sqrt(Σ ‖ref‖²).  In float32 the floor is 33 roundings,
-which no luck exceeds.
+The error of a few elements depends on luck: one correctly rounded bfloat16 number may be off by 3.9e-3 while eager's happens to
+be exact. A 16-bit case is therefore drawn several times, until its smallest output has POOLED_ELEMENTS elements, and all draws
+are judged as one vector. In float32 one draw is enough, because the floor is 33 roundings.
 
     oracle.assert_parity(oracle.Case((17, 33, 65), rank=3, dtype=torch.bfloat16, dropout_p=0.1), backend="torch")
 """
@@ -27,7 +26,7 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlora import reference
+from fastlora import functional, reference
 from fastlora.dropout import keep_scale
 from fastlora.functional import dropout_mask
 
@@ -46,6 +45,7 @@ FLOOR = {
 SHORT = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
 View = Callable[[Tensor], Tensor]
+Weights = tuple[Tensor, Tensor, Tensor, Tensor | None]  # W (N, K), A (r, K), B (N, r), bias (N,) or None
 ARGUMENT_OF = {"dx": "x", "dA": "lora_A", "dB": "lora_B", "dbias": "bias"}
 
 
@@ -82,11 +82,11 @@ class Case:
 
     @property
     def outputs(self) -> tuple[str, ...]:
-        """The outputs that exist: all of OUTPUTS, less dbias without a bias."""
+        """All of OUTPUTS; without a bias, no dbias."""
         return OUTPUTS if self.bias else OUTPUTS[:-1]
 
     def dtype_of(self, output: str) -> torch.dtype:
-        """dA and dB come in the adapters' dtype, the others in x's."""
+        """The adapters' dtype for dA and dB, x's dtype for the others."""
         return self.adapters if output in ("dA", "dB") else self.dtype
 
     def __str__(self) -> str:
@@ -97,7 +97,7 @@ class Case:
 
 @dataclass(frozen=True)
 class Inputs:
-    """The tensors of one call; dy is the incoming gradient, in y's shape and dtype."""
+    """The tensors of one call and the seed of its mask; dy is the incoming gradient, in y's shape and dtype."""
 
     x: Tensor
     weight: Tensor
@@ -106,6 +106,16 @@ class Inputs:
     bias: Tensor | None
     dy: Tensor
     seed: int
+
+    @property
+    def weights(self) -> Weights:
+        """W, A, B and bias, in the order of `fastlora.lora_linear`."""
+        return self.weight, self.lora_A, self.lora_B, self.bias
+
+    @property
+    def nbytes(self) -> int:
+        """Bytes of all tensors."""
+        return sum(t.nbytes for t in (self.x, self.dy, *self.weights) if t is not None)
 
     def double(self) -> "Inputs":
         """The same values in float64."""
@@ -129,22 +139,35 @@ class Row:
         return math.isfinite(self.error) and self.error <= self.bound
 
 
-def draw(case: Case, *, index: int = 0, device: torch.device | str = "cpu", views: Mapping[str, View] | None = None) -> Inputs:
-    """Draw number `index` of the case's inputs: the same values on every device.
+def draw(
+    case: Case,
+    *,
+    index: int = 0,
+    device: torch.device | str = "cpu",
+    views: Mapping[str, View] | None = None,
+    on_device: bool = False,
+) -> Inputs:
+    """Set number `index` of random inputs for the case.
 
-    x, dy and bias are standard normal, W and A have variance 1/K, B has 1/r: both terms of y are of order one.  `views` maps
-    the name of a tensor of Inputs to a function that returns the one to use in its place, `{"x": lambda x: x[::2]}` say; that
-    of x may change the number of rows and of dimensions.
+    x, dy and bias are standard normal, W and A have variance 1/K, B has variance 1/r: both terms of y are of order one.
+
+    Args:
+        device: where the tensors live.
+        views: name of a tensor of Inputs -> a function that returns the tensor to use instead, `{"x": lambda x: x[::2]}` say.
+            The view of x may change the number of rows and of dimensions.
+        on_device: generate the numbers on `device`. This is faster for large inputs on a GPU, but the values then depend on
+            the kind of device.
     """
     m, k, n = case.shape
-    generator = torch.Generator().manual_seed((case.seed * 1_000_003 + index) % 2**63)
+    source = torch.device(device if on_device else "cpu")
+    generator = torch.Generator(source).manual_seed((case.seed * 1_000_003 + index) % 2**63)
 
     def normal(name: str, shape: tuple[int, ...], dtype: torch.dtype, fan_in: int = 1) -> Tensor:
-        tensor = torch.randn(shape, generator=generator) / math.sqrt(max(fan_in, 1))
+        tensor = torch.randn(shape, generator=generator, device=source).div_(math.sqrt(max(fan_in, 1)))
         tensor = tensor.to(device=device, dtype=dtype)
         return views[name](tensor) if views and name in views else tensor
 
-    seed = int(torch.randint(-(2**63), 2**63 - 1, (1,), generator=generator))
+    seed = int(torch.randint(-(2**63), 2**63 - 1, (1,), generator=generator, device=source))
     x = normal("x", (m, k), case.dtype)
     return Inputs(
         x=x,
@@ -160,58 +183,29 @@ def draw(case: Case, *, index: int = 0, device: torch.device | str = "cpu", view
 def evaluate(function: Callable[..., Tensor], case: Case, inputs: Inputs, outputs: Iterable[str]) -> dict[str, Tensor | None]:
     """y and the wanted gradients of `function`; None where autograd returned none.  No other input requires a gradient."""
     wanted = [output for output in outputs if output != "y"]
-    leaves = {name: getattr(inputs, name) for name in ("x", "weight", "lora_A", "lora_B", "bias")}
-    for output in wanted:
-        name = ARGUMENT_OF[output]
-        leaves[name] = leaves[name].detach().requires_grad_()
+    leaves: dict[str, Any] = {name: getattr(inputs, name) for name in ("x", "weight", "lora_A", "lora_B", "bias")}
+    leaves = {name: None if t is None else t.detach() for name, t in leaves.items()}
+    needed = [leaves[ARGUMENT_OF[output]].requires_grad_() for output in wanted]
     y = function(*leaves.values(), scaling=case.scaling, dropout_p=case.dropout_p, seed=inputs.seed)
-    results: dict[str, Tensor | None] = {"y": y.detach()}
-    if wanted:
-        grads = torch.autograd.grad(y, [leaves[ARGUMENT_OF[o]] for o in wanted], inputs.dy, allow_unused=True)
-        results.update(zip(wanted, grads, strict=True))
+    grads = torch.autograd.grad(y, needed, inputs.dy, allow_unused=True) if wanted else ()
+    results = {"y": y.detach(), **dict(zip(wanted, grads, strict=True))}
     return {output: results[output] for output in outputs}
-
-
-class _Pool:
-    """Σ ‖t − ref‖² and Σ ‖ref‖² over the draws of one output."""
-
-    def __init__(self) -> None:
-        self.error = self.reference = 0.0
-        self.note = ""
-
-    def add(self, result: Tensor | None, dtype: torch.dtype, ref: Tensor) -> None:
-        """Add one draw; `result` must have the dtype given and ref's shape."""
-        if result is None:
-            self.note = "no gradient"
-        elif result.dtype != dtype or result.shape != ref.shape:
-            self.note = f"{result.dtype} {tuple(result.shape)} instead of {dtype} {tuple(ref.shape)}"
-        elif not bool(torch.isfinite(result).all()):
-            self.note = "not finite"
-        else:
-            self.error += float((result.double() - ref).square().sum())
-            self.reference += float(ref.square().sum())
-
-    @property
-    def relative(self) -> float:
-        """e of all draws; infinite when one of them was no result at all, or not zero where ref is."""
-        if self.note or (self.reference == 0.0 and self.error > 0.0):
-            return math.inf
-        return math.sqrt(self.error / self.reference) if self.reference else 0.0
 
 
 def relative_error(result: Tensor, ref: Tensor) -> float:
     """‖result − ref‖ / ‖ref‖ in float64; infinite for NaN, infinity or another shape, and for non-zero against zero."""
-    pool = _Pool()
-    pool.add(result, result.dtype, ref.double())
-    return pool.relative
+    if result.shape != ref.shape or not bool(torch.isfinite(result).all()):
+        return math.inf
+    error, size = float((result.double() - ref.double()).norm()), float(ref.double().norm())
+    return error / size if size else math.inf if error else 0.0
 
 
 def masked_reference(
     mask: Callable[..., Tensor] = dropout_mask, scale: Callable[[float], float] = keep_scale
 ) -> Callable[..., Tensor]:
-    """`reference.lora_linear` under the call of `lora_linear`: mask(seed, rows, cols, p, device=...) stands for the seed.
+    """`reference.lora_linear` with the signature of `lora_linear`: the mask is mask(seed, rows, cols, p, device=...).
 
-    `scale` is the factor that the function under test puts on kept elements: 1/(1 − p) for torch's own dropout.
+    `scale` is the factor that the function under test applies to kept elements: 1/(1 − p) for torch's own dropout.
     """
 
     def lora_linear(x: Tensor, *tensors: Any, scaling: float, dropout_p: float, seed: int) -> Tensor:
@@ -243,58 +237,61 @@ def check(
         device: where the inputs live and the function runs.
         views: other strides for the inputs, see `draw`; the reference sees the same values.
         outputs: what to compute, default case.outputs; the inputs of the other gradients do not require one.
-        expected: the truth, called as `function`; it runs in float64 and in the case's dtypes.
+        expected: the correct computation, called like `function`, in float64 and in the case's dtypes.
             Default `masked_reference()`.
 
     Raises:
         ValueError: both `function` and `backend` given, or an output that the case does not have.
     """
     if function is None:
-        from fastlora.functional import lora_linear
-
-        function = partial(lora_linear, backend=backend)
+        function = partial(functional.lora_linear, backend=backend)
     elif backend is not None:
-        raise ValueError(f"backend={backend!r} chooses how fastlora.lora_linear runs; it cannot be given with a function")
+        raise ValueError(f"backend={backend!r} selects how fastlora.lora_linear runs; it cannot be given with a function")
     outputs = case.outputs if outputs is None else tuple(outputs)
     if unknown := set(outputs) - set(case.outputs):
         raise ValueError(f"outputs must be among {case.outputs} for this case, got {sorted(unknown)}")
     expected = expected or masked_reference()
 
-    pools = {output: (_Pool(), _Pool()) for output in outputs}
+    drawn: list[dict[str, list[Any]]] = [{output: [] for output in outputs} for _ in range(3)]
+    results, eager, refs = drawn
     index, draws = 0, 1
     while index < draws:
         inputs = draw(case, index=index, device=device, views=views)
-        refs = {name: ref for name, ref in evaluate(expected, case, inputs.double(), outputs).items() if ref is not None}
-        eager = evaluate(expected, case, inputs, outputs)
-        results = evaluate(function, case, inputs, outputs)
-        for output, (pool, eager_pool) in pools.items():
-            pool.add(results[output], case.dtype_of(output), refs[output])
-            eager_pool.add(eager[output], case.dtype_of(output), refs[output])
+        for found, call, given in ((refs, expected, inputs.double()), (eager, expected, inputs), (results, function, inputs)):
+            for output, tensor in evaluate(call, case, given, outputs).items():
+                found[output].append(tensor)
         index += 1
         if case.dtype.itemsize == 2:
-            smallest = min((ref.numel() for ref in refs.values() if ref.numel()), default=POOLED_ELEMENTS)
+            smallest = min((ref.numel() for (ref, *_) in refs.values() if ref.numel()), default=POOLED_ELEMENTS)
             draws = math.ceil(POOLED_ELEMENTS / smallest)
-    return [_row(case, output, *pools[output]) for output in outputs]
+    return [judge(case, output, *(_joined(found[output]) for found in drawn)) for output in outputs]
+
+
+def _joined(tensors: list[Any]) -> Any:
+    """The tensors of all draws as one; None where there are none."""
+    return tensors[0] if len(tensors) == 1 or any(t is None for t in tensors) else torch.stack(tensors)
 
 
 def judge(case: Case, output: str, result: Tensor | None, eager: Tensor, ref: Tensor) -> Row:
-    """The verdict on one output of one draw, beside the eager computation of it; ref is float64."""
-    pool, eager_pool = _Pool(), _Pool()
-    pool.add(result, case.dtype_of(output), ref)
-    eager_pool.add(eager, case.dtype_of(output), ref)
-    return _row(case, output, pool, eager_pool)
+    """The verdict on one output, given the eager result and the float64 one.
 
-
-def _row(case: Case, output: str, pool: _Pool, eager: _Pool) -> Row:
-    """An eager computation that overflows sets no bound: the floor then stands alone."""
-    floor = FLOOR[case.dtype, case.dtype_of(output)]
-    bound = max(EAGER_FACTOR * eager.relative, floor) if math.isfinite(eager.relative) else floor
-    note = "not zero" if pool.relative == math.inf and not pool.note else pool.note
-    return Row(case, output, pool.relative, eager.relative, bound, note)
+    Where eager overflows, the floor alone is the bound.
+    """
+    floor, dtype, note = FLOOR[case.dtype, case.dtype_of(output)], case.dtype_of(output), ""
+    if result is None:
+        note = "no gradient"
+    elif result.dtype != dtype or result.shape != ref.shape:
+        note = f"{result.dtype} {tuple(result.shape)} instead of {dtype} {tuple(ref.shape)}"
+    elif not bool(torch.isfinite(result).all()):
+        note = "not finite"
+    error = math.inf if result is None or note else relative_error(result, ref)
+    eager_error = relative_error(eager, ref)
+    bound = max(EAGER_FACTOR * eager_error, floor) if math.isfinite(eager_error) else floor
+    return Row(case, output, error, eager_error, bound, note or ("not zero" if error == math.inf else ""))
 
 
 def assert_parity(case: Case, function: Callable[..., Tensor] | None = None, **options: Any) -> list[Row]:
-    """`check` with the same arguments, raising AssertionError with a table of the rows when one does not pass."""
+    """`check` with the same arguments; raises AssertionError with a table of the rows when one does not pass."""
     rows = check(case, function, **options)
     if not all(row.passed for row in rows):
         raise AssertionError(f"{case}\n{table(rows)}")

@@ -1,4 +1,6 @@
-"""The one eager implementation: plain torch, any float dtype, an explicit keep mask, differentiable by autograd."""
+"""The one eager implementation: plain torch operations, any float dtype, differentiable by autograd."""
+
+from collections.abc import Callable
 
 import torch
 import torch.nn.functional as F
@@ -17,27 +19,33 @@ def lora_linear(
     scaling: float = 1.0,
     dropout_p: float = 0.0,
     keep_mask: Tensor | None = None,
+    dropout: Callable[[Tensor], Tensor] | None = None,
 ) -> Tensor:
-    """y = x Wᵀ + bias + scaling · drop(x) Aᵀ Bᵀ, the order and the casts of `peft.tuners.lora.layer.Linear`.
+    """y = x Wᵀ + bias + scaling · drop(x) Aᵀ Bᵀ, with the operations and casts of `peft.tuners.lora.layer.Linear`.
 
-    drop(x) = x · keep_scale(p) where kept, else 0.  The base layer sees x uncast; x is cast to A's dtype for the bypass;
-    the sum is cast once, to the base output's dtype.
+    drop(x) = x · keep_scale(p) where kept, else 0.  The base layer sees x uncast.  x is cast to A's dtype for the bypass.
+    The sum is cast once, to the base output's dtype.
 
     Args:
         x: (..., in).  weight: (out, in).  lora_A: (r, in).  lora_B: (out, r).  bias: (out,) or None.
         dropout_p: the rate that made `keep_mask`; it only sets the scale of the kept elements.
-        keep_mask: bool (M, in) with M = x.numel() // in, True = kept, as `fastlora.dropout_mask` gives; required when
+        keep_mask: bool (M, in) with M = x.numel() // in, True = kept, as `fastlora.dropout_mask` returns; required when
             dropout_p rounds to a threshold above 0.
+        dropout: drop(x) itself, instead of dropout_p and keep_mask; F.dropout, for example.
 
     Returns:
         (..., out) in the dtype of F.linear(x, weight, bias).
 
     Raises:
-        ValueError: dropout_p > 0 without a mask, or a mask of another shape.
+        ValueError: dropout_p > 0 without a mask, a mask of another shape, or `dropout` together with dropout_p or keep_mask.
     """
+    if dropout is not None and (dropout_p or keep_mask is not None):
+        raise ValueError("give either dropout, or dropout_p with keep_mask")
     base = F.linear(x, weight, bias)
     dropped = x.to(lora_A.dtype)
-    if threshold(dropout_p) > 0:
+    if dropout is not None:
+        dropped = dropout(dropped)
+    elif threshold(dropout_p) > 0:
         expected = (x[..., 0].numel() if x.shape[-1] else 0, x.shape[-1])
         if keep_mask is None or (keep_mask.numel() and tuple(keep_mask.shape) != expected):
             shape = None if keep_mask is None else tuple(keep_mask.shape)

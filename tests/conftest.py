@@ -7,6 +7,7 @@ Triton reads TRITON_INTERPRET once, when kernels are imported, so one process ha
     pytest -m gpu           the compiled kernels run on this machine's GPU
 """
 
+import importlib
 import json
 import os
 import subprocess
@@ -169,10 +170,6 @@ def toy_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
 
 
 @pytest.fixture
-def benches(monkeypatch: pytest.MonkeyPatch) -> Iterator[dict[str, ModuleType]]:
-    """The modules of benches/, imported as pytest imports them there."""
-    monkeypatch.syspath_prepend(str(ROOT / "benches"))
-    names = ("decoder", "grid", "report", "suite")
-    yield {name: __import__(name) for name in names}
-    for name in names:
-        sys.modules.pop(name, None)
+def benches() -> dict[str, ModuleType]:
+    """The modules of benches/."""
+    return {name: importlib.import_module(f"benches.{name}") for name in ("decoder", "grid", "report", "suite")}

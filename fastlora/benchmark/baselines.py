@@ -1,41 +1,34 @@
-"""What others do: the frozen linear alone, eager LoRA, PEFT's own layer, and chained addmm_.
+"""Other implementations: the frozen linear alone, eager LoRA, PEFT's own layer, and chained addmm_.
 
-The functions are called as call(x, weight, lora_A, lora_B, bias, *, scaling, dropout_p) -> y with x (M, K), weight (N, K),
-lora_A (r, K), lora_B (N, r), and draw their masks from torch's default generator, as in training.
+Each is called as call(x, weight, lora_A, lora_B, bias, *, scaling, dropout_p) -> y with x (M, K), weight (N, K), lora_A (r, K),
+lora_B (N, r).  Masks come from torch's default generator, as in training.
 """
 
+from functools import partial
 from typing import Any
 
 import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
+from fastlora import reference
+
 
 def frozen_linear(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, **_: float) -> Tensor:
-    """y = x Wᵀ + bias: the floor."""
+    """y = x Wᵀ + bias: the lower limit."""
     return F.linear(x, weight, bias)
 
 
-def eager_lora(
-    x: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    bias: Tensor | None,
-    *,
-    scaling: float,
-    dropout_p: float,
-) -> Tensor:
-    """`peft.tuners.lora.layer.Linear.forward` in training mode: torch's dropout, two linears, one add, one cast."""
-    base = F.linear(x, weight, bias)
-    dropped = F.dropout(x.to(lora_A.dtype), dropout_p) if dropout_p > 0 else x.to(lora_A.dtype)
-    return (base + F.linear(F.linear(dropped, lora_A), lora_B) * scaling).to(base.dtype)
+def eager_lora(*tensors: Any, scaling: float, dropout_p: float) -> Tensor:
+    """What PEFT's layer computes in training mode: torch's dropout, two linears, one add, one cast."""
+    dropout = partial(F.dropout, p=dropout_p) if dropout_p else None
+    return reference.lora_linear(*tensors, scaling=scaling, dropout=dropout)
 
 
 def peft_layer(
-    weight: Tensor, lora_A: nn.Parameter, lora_B: nn.Parameter, bias: Tensor | None, *, scaling: float, dropout_p: float
+    weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, *, scaling: float, dropout_p: float
 ) -> nn.Module:
-    """The `peft.tuners.lora.layer.Linear` on these very tensors, in training mode.
+    """A `peft.tuners.lora.layer.Linear` with these tensors, in training mode.
 
     Raises:
         ImportError: PEFT is not installed.
@@ -44,29 +37,22 @@ def peft_layer(
 
     with torch.device("meta"):
         base = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
-    base.weight = nn.Parameter(weight, requires_grad=False)
-    if bias is not None:
-        base.bias = nn.Parameter(bias, requires_grad=False)
     r = lora_A.shape[0]
     config = peft.LoraConfig(r=r, lora_alpha=r, lora_dropout=dropout_p, target_modules=["linear"])
     layer: Any = peft.inject_adapter_in_model(config, nn.ModuleDict({"linear": base})).linear
-    layer.lora_A["default"].weight, layer.lora_B["default"].weight = lora_A, lora_B
+    for module, tensor in ((base, weight), (layer.lora_A["default"], lora_A), (layer.lora_B["default"], lora_B)):
+        del module.weight  # a parameter, which could be replaced by another parameter only
+        module.weight = tensor
+    if bias is not None:
+        base.bias = nn.Parameter(bias, requires_grad=False)
     layer.scaling["default"] = scaling
     return layer.train()
 
 
 class _ChainedAddmm(torch.autograd.Function):
     @staticmethod
-    def forward(
-        ctx: Any,
-        x: Tensor,
-        weight: Tensor,
-        lora_A: Tensor,
-        lora_B: Tensor,
-        bias: Tensor | None,
-        scaling: float,
-        dropout_p: float,
-    ) -> Tensor:
+    def forward(ctx: Any, x: Tensor, *rest: Any) -> Tensor:
+        weight, lora_A, lora_B, bias, scaling, dropout_p = rest
         dropped, mask = torch.native_dropout(x, dropout_p, True) if dropout_p > 0 else (x, None)
         S = dropped @ lora_A.t()
         ctx.save_for_backward(dropped, mask, weight, lora_A, lora_B, S)
@@ -84,23 +70,18 @@ class _ChainedAddmm(torch.autograd.Function):
         if mask is None:
             dx.addmm_(dS, lora_A)
         else:
-            scale = 1.0 / (1.0 - ctx.dropout_p) if ctx.dropout_p < 1.0 else 0.0
-            dx.addcmul_(dS @ lora_A, mask, value=scale)
+            dx.addcmul_(dS @ lora_A, mask, value=keep_scale(ctx.dropout_p))
         return dx, None, dA, dB, None, None, None
 
 
-def chained_addmm(
-    x: Tensor,
-    weight: Tensor,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    bias: Tensor | None,
-    *,
-    scaling: float,
-    dropout_p: float,
-) -> Tensor:
-    """y = x Wᵀ + bias, then y += scaling · S Bᵀ in place, and dx likewise: what Unsloth and Axolotl do.
+def chained_addmm(*tensors: Tensor | None, scaling: float, dropout_p: float) -> Tensor:
+    """y = x Wᵀ + bias, then y += scaling · S Bᵀ in place, and dx likewise, as Unsloth and Axolotl do it.
 
-    All tensors share one dtype.  Axolotl's way with dropout: the dropped x and the mask are kept for backward.
+    All tensors share one dtype.  As in Axolotl, the dropped x and the mask are saved for backward.
     """
-    return _ChainedAddmm.apply(x, weight, lora_A, lora_B, bias, scaling, dropout_p)
+    return _ChainedAddmm.apply(*tensors, scaling, dropout_p)
+
+
+def keep_scale(p: float) -> float:
+    """The factor that torch's dropout applies to kept elements."""
+    return 1.0 / (1.0 - p) if p < 1.0 else 0.0

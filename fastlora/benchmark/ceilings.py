@@ -1,10 +1,10 @@
-"""What the machine can do, measured in the same run, and the least time that a pass could take on it.
+"""What the machine reaches, measured in the same run, and the least time that a pass could take on it.
 
-    floor = max(operations / rate of the vendor's GEMM, compulsory bytes / rate of a large copy)
+    floor = max(operations / rate of cuBLAS's GEMM, compulsory bytes / rate of a large copy)
 
-Operations are those of the GEMMs and of the rank-r products; compulsory bytes are each input read once and each output written
-once, S among them.  No implementation does both halves perfectly at once, so 100 % is out of reach wherever they weigh alike.
-Where the frozen linear's own GEMM is faster than the square one measured here, a percentage can exceed 100.
+Operations are those of the GEMMs and of the rank-r products.  Compulsory bytes count each input and output once, S included.
+No implementation overlaps both perfectly, so 100 % is out of reach where they take about equally long.  A percentage can exceed
+100 where the frozen linear's own GEMM is faster than the square one measured here.
 """
 
 import itertools
@@ -22,37 +22,38 @@ SIZES = {"cpu": (1024, 64 << 20), "cuda": (8192, 1 << 30)}
 
 @dataclass(frozen=True)
 class Ceilings:
-    """Measured rates: operations per second of the vendor's GEMM in `dtype`, bytes read plus written per second of a copy."""
+    """Measured rates: operations per second of a square GEMM in `dtype`, bytes read plus written per second of a copy."""
 
     dtype: torch.dtype
     gemm: float
     copy: float
 
-    def floor(self, case: oracle.Case, pass_: str, *, adapted: bool = True) -> float:
-        """Seconds below which no implementation of the pass can be, on this machine."""
-        return max(
-            operations(case, pass_, adapted=adapted) / self.gemm, compulsory_bytes(case, pass_, adapted=adapted) / self.copy
-        )
+    def floor(self, case: oracle.Case, pass_: str) -> float:
+        """The least seconds that the pass can take on this machine; rank 0 is the frozen linear alone."""
+        return max(operations(case, pass_) / self.gemm, compulsory_bytes(case, pass_) / self.copy)
+
+    @property
+    def facts(self) -> dict[str, float]:
+        """The rates in the units of the tables."""
+        return {"gemm_tflops": self.gemm / 1e12, "copy_gbps": self.copy / 1e9}
 
 
-def operations(case: oracle.Case, pass_: str, *, adapted: bool = True) -> int:
-    """Multiplications and additions of a pass; without `adapted` those of the frozen linear alone."""
-    m, k, n = case.shape
-    r = case.rank if adapted else 0
+def operations(case: oracle.Case, pass_: str) -> int:
+    """Multiplications and additions of a pass."""
+    (m, k, n), r = case.shape, case.rank
     forward = 2 * m * (k * n + r * (k + n))  # x Wᵀ; drop(x) Aᵀ, S Bᵀ
     backward = 2 * m * (k * n + 2 * r * (k + n))  # dy W; dy B, dyᵀ S, dSᵀ drop(x), dS A
-    return {"forward": forward, "backward": backward, "forward + backward": forward + backward}[pass_]
+    return {"forward": forward, "backward": backward}.get(pass_, forward + backward)
 
 
-def compulsory_bytes(case: oracle.Case, pass_: str, *, adapted: bool = True) -> int:
+def compulsory_bytes(case: oracle.Case, pass_: str) -> int:
     """Bytes of a pass that must cross the memory bus, each tensor once."""
-    m, k, n = case.shape
-    base, small = case.dtype.itemsize, case.adapters.itemsize
-    adapters, S = (case.rank * (k + n) * small, 4 * m * case.rank) if adapted else (0, 0)
+    (m, k, n), r, base = case.shape, case.rank, case.dtype.itemsize
+    adapters, S = r * (k + n) * case.adapters.itemsize, 4 * m * r
     frozen = base * (m * k + n * k + m * n)  # x, W, y; dy, W, dx
     forward = frozen + adapters + S + (base * n if case.bias else 0)
-    backward = frozen + 2 * adapters + S + (base * m * k if adapted else 0)  # A, B, dA, dB, S and x
-    return {"forward": forward, "backward": backward, "forward + backward": forward + backward}[pass_]
+    backward = frozen + 2 * adapters + S + (base * m * k if r else 0)  # A, B, dA, dB, S and x
+    return {"forward": forward, "backward": backward}.get(pass_, forward + backward)
 
 
 def measure_ceilings(dtype: torch.dtype, device: torch.device) -> Ceilings:

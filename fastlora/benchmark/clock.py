@@ -2,12 +2,12 @@
 
     measure({"ours": ours, "theirs": theirs}, device, repeats=20)    # {"ours": [seconds, ...], "theirs": [...]}
 
-All are warmed up before the first is timed, and each round visits all of them, in another order, so that a machine that slows
-down slows them alike.  On a GPU the clock is a pair of CUDA events.  Before the first event the device is kept waiting for as
-long as the host took to launch the step last time, so what lies between the events is the device's work and not the gaps
-between launches; what launching took stands in `CudaClock.launches`.
+All steps are warmed up before the first is timed.  Each round times all of them, in another order, so that a machine that
+slows down affects them alike.  On a GPU the clock is a pair of CUDA events.  Before the first event the device waits for as
+long as the host took to launch the step last time, so the events enclose the device's work without gaps between launches.
+`CudaClock.launches` holds the time that launching took.
 
-Data that sits in a cache is not what training sees: let steps draw their inputs in turn from `copies_beyond_cache(...)` sets.
+Training does not find its data in the cache: let steps take their inputs in turn from `copies_beyond_cache(...)` sets.
 """
 
 import gc
@@ -15,8 +15,7 @@ import math
 import random
 import statistics
 import time
-from collections.abc import Callable, Hashable, Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Callable, Hashable, Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, NamedTuple, TypeVar
@@ -24,21 +23,21 @@ from typing import Any, NamedTuple, TypeVar
 import torch
 
 WARMUP = 3  # untimed rounds
-FEWEST_ROUNDS = 5  # with a limit on the time
+FEWEST_ROUNDS = 5  # despite a time limit
 
 _CYCLES_PER_SECOND = 2e9  # no GPU's clock is much faster
-_LEAD = 1.5  # the device waits so many times longer than the host took
+_LEAD = 1.5  # the device waits for this multiple of the host's time
 _LONGEST_LEAD = 0.01  # seconds
-_FALLBACK_CACHE = 64 << 20  # bytes, where the machine does not say
+_FALLBACK_CACHE = 64 << 20  # bytes, where the machine does not report its cache
 _CPU_CACHES = "/sys/devices/system/cpu/cpu0/cache"
-_MOST_COPIES = 32  # data smaller than that part of the cache waits for launches, not for memory
+_MOST_COPIES = 32  # with smaller data, launches take longer than memory
 
 Name = TypeVar("Name", bound=Hashable)
 
 
 @dataclass(frozen=True)
 class Prepared:
-    """A step in two halves, run(setup()), of which only `run` is timed: a backward pass, say."""
+    """A step in two halves, run(setup()); only `run` is timed.  A backward pass, for example."""
 
     setup: Callable[[], Any]
     run: Callable[[Any], object]
@@ -52,7 +51,7 @@ Clock = Callable[[Hashable, Prepared], float]  # (name, step) -> seconds of the 
 
 
 class Quantiles(NamedTuple):
-    """Of a list of times, in its unit."""
+    """Of a list of times, in the same unit."""
 
     p20: float
     median: float
@@ -70,7 +69,6 @@ def measure(
     device: torch.device,
     repeats: int,
     *,
-    warmup: int = WARMUP,
     limit: float = math.inf,
     clock: Clock | None = None,
     progress: Callable[[str], None] = lambda what: None,
@@ -80,20 +78,22 @@ def measure(
     Args:
         steps: what to time; of a `Prepared` step only its second half.
         device: where the steps compute.
-        repeats: timed rounds.
-        warmup: untimed rounds before the first timed one.
-        limit: seconds after which no further round begins, once FEWEST_ROUNDS are done.
+        repeats: timed rounds, after WARMUP untimed ones.
+        limit: no round begins later than this many seconds after the first, except the first FEWEST_ROUNDS.
         clock: default `device_clock(device)`.
         progress: called with what was just done, after each round.
     """
     clock = clock or device_clock(device)
     prepared = {name: step if isinstance(step, Prepared) else _whole(step) for name, step in steps.items()}
     seconds: dict[Name, list[float]] = {name: [] for name in steps}
-    with _no_garbage_collection():
-        for round_ in range(warmup):
+    restore = gc.enable if gc.isenabled() else gc.disable
+    gc.collect()
+    gc.disable()
+    try:
+        for round_ in range(WARMUP):
             for name, step in prepared.items():
                 clock(name, step)
-            progress(f"warm-up {round_ + 1} of {warmup}")
+            progress(f"warm-up {round_ + 1} of {WARMUP}")
         start = time.perf_counter()
         for round_ in range(repeats):
             if round_ >= FEWEST_ROUNDS and time.perf_counter() - start > limit:
@@ -101,6 +101,8 @@ def measure(
             for name in random.Random(round_).sample(list(prepared), len(prepared)):
                 seconds[name].append(clock(name, prepared[name]))
             progress(f"round {round_ + 1} of {repeats}")
+    finally:
+        restore()
     return seconds
 
 
@@ -108,20 +110,8 @@ def _whole(step: Step) -> Prepared:
     return Prepared(lambda: None, lambda _: step())
 
 
-@contextmanager
-def _no_garbage_collection() -> Iterator[None]:
-    enabled = gc.isenabled()
-    gc.collect()
-    gc.disable()
-    try:
-        yield
-    finally:
-        if enabled:
-            gc.enable()
-
-
 def device_clock(device: torch.device) -> Clock:
-    """The time that `device` needs: between CUDA events on a GPU, on the wall on a CPU."""
+    """CUDA events on a GPU, wall time on a CPU."""
     return CudaClock(device) if device.type == "cuda" else _cpu_clock
 
 
@@ -133,7 +123,7 @@ def _cpu_clock(name: Hashable, step: Prepared) -> float:
 
 
 class CudaClock:
-    """Seconds between CUDA events around a step's run; `launches`: seconds that the host took for it each time, by name."""
+    """Seconds between CUDA events around a step's run; `launches` has the host's seconds for each call, by name."""
 
     def __init__(self, device: torch.device) -> None:
         self.device = device
@@ -155,14 +145,8 @@ class CudaClock:
         return begin.elapsed_time(end) / 1e3
 
 
-def timed_launches(clock: Clock) -> dict[Hashable, list[float]]:
-    """Seconds that the host took to launch each step in the timed rounds, by name; none of a clock that is not a GPU's."""
-    launches = clock.launches if isinstance(clock, CudaClock) else {}
-    return {name: seconds[WARMUP:] for name, seconds in launches.items()}
-
-
 def copies_beyond_cache(nbytes: int, device: torch.device) -> int:
-    """How many sets of `nbytes` bytes to take in turn so that none is still in the last-level cache when its turn comes."""
+    """How many sets of `nbytes` bytes to take in turn so that each has left the last-level cache before its next turn."""
     return min(max(2, math.ceil(2 * cache_bytes(device) / max(nbytes, 1))), _MOST_COPIES)
 
 

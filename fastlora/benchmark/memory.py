@@ -1,22 +1,25 @@
 """Bytes saved for backward, and the most memory held during a step.
 
-Saved bytes are counted where autograd saves them: each storage once, parameters left out.  Peak memory is what torch's
-allocator held at most during the step, above what it held before.
+Saved bytes are counted where autograd saves them: each storage once, without parameters.  Peak memory is the most that torch's
+allocator held during the step, less what it held before.
 """
 
-import json
+import itertools
 import os
-import tempfile
+import sys
 from collections.abc import Callable, Iterable
-from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor
 
 
-def saved_bytes(forward: Callable[[], object], kept_out: Iterable[Tensor | None]) -> int:
-    """Bytes of the storages that autograd saves for backward in forward(), each once, without those of `kept_out`."""
-    known = {tensor.untyped_storage().data_ptr() for tensor in kept_out if tensor is not None}
+def saved_bytes(step: Callable[[], object], parameters: Iterable[Tensor | None]) -> int:
+    """Bytes of the storages that autograd saves for backward in step(), each once, without those of `parameters`.
+
+    step: a forward pass, or a forward and a backward pass.
+    """
+    known = {tensor.untyped_storage().data_ptr() for tensor in parameters if tensor is not None}
     storages: dict[int, int] = {}
 
     def pack(tensor: Tensor) -> Tensor:
@@ -26,13 +29,13 @@ def saved_bytes(forward: Callable[[], object], kept_out: Iterable[Tensor | None]
         return tensor
 
     with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        result = forward()  # keeps the graph, and with it the storages, alive: no address is used twice
+        result = step()  # until all is packed the graph keeps the storages alive: no address is used twice
     del result
     return sum(storages.values())
 
 
 def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
-    """The most that torch's allocator held for `device` while step() ran, above what it held before."""
+    """The most that torch's allocator held for `device` while step() ran, less what it held before."""
     if device.type == "cuda":
         torch.cuda.synchronize(device)
         torch.cuda.reset_peak_memory_stats(device)
@@ -40,20 +43,17 @@ def peak_bytes(step: Callable[[], object], device: torch.device) -> int:
         step()
         torch.cuda.synchronize(device)
         return torch.cuda.max_memory_allocated(device) - before
-    held = peak = 0
-    for event in sorted(_cpu_allocations(step), key=lambda event: event["ts"]):
-        held += event["args"]["Bytes"]
-        peak = max(peak, held)
-    return peak
-
-
-def _cpu_allocations(step: Callable[[], object]) -> list[dict]:
-    """Every allocation and release of torch's CPU allocator during step(), as the profiler's trace events."""
     os.environ.setdefault("KINETO_LOG_LEVEL", "99")  # the profiler announces itself on stderr
     with torch.profiler.profile(activities=[torch.profiler.ProfilerActivity.CPU], profile_memory=True) as profile:
         step()
-    with tempfile.TemporaryDirectory() as folder:
-        trace = Path(folder, "trace.json")
-        profile.export_chrome_trace(str(trace))
-        events = json.loads(trace.read_text())["traceEvents"]
-    return [event for event in events if event.get("name") == "[memory]"]
+    results: Any = profile.profiler
+    events = [event for event in results.kineto_results.events() if event.name() == "[memory]"]
+    sizes = [event.nbytes() for event in sorted(events, key=lambda event: event.start_ns())]  # releases are negative
+    return max(itertools.accumulate(sizes, initial=0))
+
+
+def total_bytes(device: torch.device) -> int:
+    """Memory of a GPU; on a CPU, of the machine."""
+    if device.type == "cuda":
+        return torch.cuda.get_device_properties(device).total_memory
+    return os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES") if hasattr(os, "sysconf") else sys.maxsize  # Windows

@@ -1,29 +1,23 @@
 """Bars of the medians with whiskers from p20 to p80, one panel for each pass."""
 
-import math
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
+from typing import Any
 
-from fastlora.benchmark.results import Row
+from fastlora.benchmark.providers import FROZEN
 from fastlora.benchmark.trial import PASSES
+from fastlora.cli.common import three_digits
 
 GREY, ORANGE, BLUE = "#9aa0a6", "#d98c3f", "#2a6fbb"
 
 
-def three_digits(value: float) -> str:
-    """`value` >= 0 to three significant digits, without an exponent."""
-    return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}" if value else "0"
-
-
-def bars(rows: Sequence[Row], title: str, conditions: str, path: Path) -> None:
-    """Draw the rows of one case, see `results.rows_of`, to a PNG."""
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
+def bars(rows: Sequence[Mapping[str, Any]], title: str, conditions: str, path: Path) -> None:
+    """Draw the rows of one case, see `results.linear_rows`, to a PNG."""
     from matplotlib.figure import Figure
 
     names = list(dict.fromkeys(row["provider"] for row in rows))
-    colours = [BLUE if "fastlora" in name else GREY if name == names[0] else ORANGE for name in names]
+    colours = [BLUE if "fastlora" in name else GREY if name == FROZEN else ORANGE for name in names]
     figure = Figure(figsize=(11, 1.6 + 0.42 * len(names)), layout="constrained")
-    FigureCanvasAgg(figure)
     for axes, pass_ in zip(figure.subplots(1, len(PASSES), sharey=True), PASSES, strict=True):
         drawn = [row for row in rows if row["pass"] == pass_]
         medians = [row["median_ms"] for row in drawn]

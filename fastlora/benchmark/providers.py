@@ -1,23 +1,24 @@
-"""Who is compared: every way to compute the linear that this machine can run, with the mask each of them draws."""
+"""What is compared: every way to compute the linear that this machine can run, and the mask that each of them draws."""
 
 import importlib.util
 from collections.abc import Callable
 from dataclasses import dataclass, replace
-from functools import cache, partial
-from typing import Any, NamedTuple
+from functools import partial
+from typing import Any
 
 import torch
 import torch.nn.functional as F
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastlora import dropout, oracle
 from fastlora.benchmark import baselines
 from fastlora.functional import available_backends, dropout_mask, lora_linear
 
+FROZEN, EAGER = "frozen linear", "eager LoRA"  # ratios are relative to these two
 #: Every provider, in the order of the tables.
 NAMES = (
-    "frozen linear",
-    "eager LoRA",
+    FROZEN,
+    EAGER,
     "PEFT",
     "chained addmm_",
     "compiled eager",
@@ -29,128 +30,89 @@ NAMES = (
 )
 COMPILERS = ("inductor", "aot_eager")
 
-
-class Weights(NamedTuple):
-    """The tensors of a linear besides x: W (N, K) and bias (N,) or None frozen, A (r, K) and B (N, r) trained."""
-
-    weight: Tensor
-    lora_A: nn.Parameter
-    lora_B: nn.Parameter
-    bias: Tensor | None
-
-
 Forward = Callable[[Tensor], Tensor]
-Call = Callable[..., Tensor]
 Mask = Callable[[int, int, float, torch.device], Tensor]
 
 
 def fastlora_mask(rows: int, cols: int, p: float, device: torch.device) -> Tensor:
-    """The mask that lora_linear takes when it draws its own seed."""
+    """The mask that lora_linear uses when it draws its own seed."""
     return dropout_mask(dropout.draw_seed(device), rows, cols, p)
 
 
-@cache
-def torch_mask(dtype: torch.dtype) -> Mask:
-    """The mask that F.dropout draws for x in `dtype`."""
-
-    def mask(rows: int, cols: int, p: float, device: torch.device) -> Tensor:
-        return F.dropout(torch.ones(rows, cols, dtype=dtype, device=device), p) != 0
-
-    return mask
+def torch_mask(function: Callable[[Tensor, float], Tensor], dtype: torch.dtype) -> Mask:
+    """The mask that function(x, p) draws, F.dropout say, for x in `dtype`."""
+    return lambda rows, cols, p, device: function(torch.ones(rows, cols, dtype=dtype, device=device), p) != 0
 
 
-@cache
-def native_mask(dtype: torch.dtype) -> Mask:
-    """The mask that torch.native_dropout draws for x in `dtype`: on a CPU another one than F.dropout's."""
-
-    def mask(rows: int, cols: int, p: float, device: torch.device) -> Tensor:
-        return torch.native_dropout(torch.ones(rows, cols, dtype=dtype, device=device), p, True)[1]
-
-    return mask
-
-
-def torch_keep_scale(p: float) -> float:
-    """The factor that torch's dropout puts on kept elements."""
-    return 1.0 / (1.0 - p) if p < 1.0 else 0.0
+def _native_dropout(x: Tensor, p: float) -> Tensor:
+    """On a CPU its mask differs from F.dropout's."""
+    return torch.native_dropout(x, p, True)[0]
 
 
 @dataclass(frozen=True)
 class Provider:
     """A way to compute the linear: bind(weights, scaling, dropout_p)(x) -> y.
 
-    The bound function draws its mask from torch's default generator, as in training.  mask(rows, cols, p, device), run from the
-    same state of the generator, is the mask that it drew, and keep_scale(p) the factor on kept elements: with both, the very
-    function that is timed can be judged.  `adapted` is False for the frozen linear alone, which is y = x Wᵀ + bias.
+    The bound function draws its mask from torch's default generator, as in training.  From the same state of the generator,
+    mask(rows, cols, p, device) returns the mask that it draws; keep_scale(p) is the factor on kept elements.  With both, the
+    oracle can judge the very function that is timed.  `adapted` is False for the frozen linear alone, y = x Wᵀ + bias.
     """
 
     name: str
-    bind: Callable[[Weights, float, float], Forward]
+    bind: Callable[[oracle.Weights, float, float], Forward]
     mask: Mask = fastlora_mask
     keep_scale: Callable[[float], float] = dropout.keep_scale
     adapted: bool = True
     compiled: bool = False
 
     @property
-    def gradients(self) -> tuple[str, ...]:
-        """What its backward computes."""
-        return ("dx", "dA", "dB") if self.adapted else ("dx",)
+    def outputs(self) -> tuple[str, ...]:
+        """y and the gradients that its backward computes."""
+        return ("y", "dx", "dA", "dB") if self.adapted else ("y", "dx")
 
 
-def of_call(call: Call) -> Callable[[Weights, float, float], Forward]:
+def of_call(call: Callable[..., Tensor]) -> Callable[[oracle.Weights, float, float], Forward]:
     """`bind` of call(x, weight, lora_A, lora_B, bias, *, scaling, dropout_p)."""
-
-    def bind(weights: Weights, scaling: float, dropout_p: float) -> Forward:
-        return lambda x: call(x, *weights, scaling=scaling, dropout_p=dropout_p)
-
-    return bind
+    return lambda weights, scaling, dropout_p: lambda x: call(x, *weights, scaling=scaling, dropout_p=dropout_p)
 
 
-def _bind_peft(weights: Weights, scaling: float, dropout_p: float) -> Forward:
+def _bind_peft(weights: oracle.Weights, scaling: float, dropout_p: float) -> Forward:
     return baselines.peft_layer(*weights, scaling=scaling, dropout_p=dropout_p)
 
 
 def compiled(provider: Provider, name: str, compiler: str) -> Provider:
     """`provider` under torch.compile.
 
-    Inductor draws other random numbers than eager torch: so is the mask, or here the seed of it, which is drawn by a compiled
-    function too, from the same state of the generator and as the first random operation of its graph.
+    Inductor draws other random numbers than eager torch.  So the mask is drawn by a compiled function too, from the same state
+    of the generator and as the first random operation of its graph.
     """
-    options: dict[str, Any] = {"backend": compiler, "dynamic": False}
+    compile_: Callable[[Any], Any] = partial(torch.compile, backend=compiler, dynamic=False)
 
-    def bind(weights: Weights, scaling: float, dropout_p: float) -> Forward:
-        return torch.compile(provider.bind(weights, scaling, dropout_p), **options)
+    def bind(*args: Any) -> Forward:
+        return compile_(provider.bind(*args))
 
-    def mask(rows: int, cols: int, p: float, device: torch.device) -> Tensor:
-        if provider.mask is not fastlora_mask:
-            return torch.compile(provider.mask, **options)(rows, cols, p, device)
-        return dropout_mask(torch.compile(dropout.draw_seed, **options)(device), rows, cols, p)
-
-    return replace(provider, name=name, bind=bind, mask=mask, compiled=True)
+    return replace(provider, name=name, bind=bind, mask=compile_(provider.mask), compiled=True)
 
 
 def providers_for(case: oracle.Case, device: torch.device, *, compiler: str | None = None) -> list[Provider]:
     """Those of NAMES that can compute `case` on `device`, in that order.
 
-    The ones under torch.compile take part when `compiler`, one of COMPILERS, is given.  Chained addmm_ needs adapters in x's
-    dtype, PEFT's layer the package, and the two forms of the kernels a GPU that runs them.
+    `compiler`, one of COMPILERS, adds the providers under torch.compile.  Chained addmm_ needs adapters in x's dtype, PEFT's
+    layer needs the package, and fastlora's two forms need a GPU that runs the kernels.
     """
-    mask = torch_mask(case.adapters)
-    frozen = Provider("frozen linear", of_call(baselines.frozen_linear), adapted=False)
-    eager = Provider("eager LoRA", of_call(baselines.eager_lora), mask, torch_keep_scale)
-    peft = Provider("PEFT", _bind_peft, mask, torch_keep_scale)
-    chained = Provider("chained addmm_", of_call(baselines.chained_addmm), native_mask(case.dtype), torch_keep_scale)
-    fast = Provider("fastlora", of_call(lora_linear))
-    kernels = device.type == "cuda" and "triton" in available_backends(device)
-    has_peft = importlib.util.find_spec("peft") is not None
-    rivals = [frozen, eager]
-    rivals += [peft] * has_peft
-    rivals += [chained] * (case.adapters == case.dtype)
+    mask = torch_mask(F.dropout, case.adapters)
+    rivals = [
+        Provider(FROZEN, of_call(baselines.frozen_linear), adapted=False),
+        Provider(EAGER, of_call(baselines.eager_lora), mask, baselines.keep_scale),
+        Provider("fastlora", of_call(lora_linear)),
+    ]
+    if importlib.util.find_spec("peft") is not None:
+        rivals.append(Provider("PEFT", _bind_peft, mask, baselines.keep_scale))
     if compiler:
-        rivals.append(compiled(eager, "compiled eager", compiler))
-        rivals += [compiled(peft, "compiled PEFT", compiler)] * has_peft
-    if kernels:
+        rivals += [compiled(rival, f"compiled {rival.name.removesuffix(' LoRA')}", compiler) for rival in rivals[1:]]
+    if case.adapters == case.dtype:
+        native = torch_mask(_native_dropout, case.dtype)
+        rivals.append(Provider("chained addmm_", of_call(baselines.chained_addmm), native, baselines.keep_scale))
+    if device.type == "cuda" and "triton" in available_backends(device):
         rivals += [Provider(f"fastlora {form}", of_call(partial(lora_linear, backend=form))) for form in ("fused", "addmm")]
-    rivals.append(fast)
-    if compiler:
-        rivals.append(compiled(fast, "compiled fastlora", compiler))
-    return rivals
+    return sorted(rivals, key=lambda rival: NAMES.index(rival.name))

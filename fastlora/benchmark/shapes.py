@@ -28,16 +28,15 @@ class Decoder:
 
     @property
     def linears(self) -> tuple[Linear, ...]:
-        """Every linear of a decoder layer, those of one shape together."""
-        q, kv = self.heads * self.head_dim, self.kv_heads * self.head_dim
-        shapes = {"q_proj": (self.hidden, q, self.qkv_bias), "o_proj": (q, self.hidden, False)}
-        shapes |= dict.fromkeys(("k_proj", "v_proj"), (self.hidden, kv, self.qkv_bias))
-        shapes |= dict.fromkeys(("gate_proj", "up_proj"), (self.hidden, self.intermediate, False))
-        shapes["down_proj"] = self.intermediate, self.hidden, False
-        names: dict[tuple[int, int, bool], list[str]] = {}
-        for name, shape in shapes.items():
-            names.setdefault(shape, []).append(name)
-        return tuple(Linear(tuple(names[shape]), *shape) for shape in names)
+        """Every linear of a decoder layer."""
+        hidden, q, kv = self.hidden, self.heads * self.head_dim, self.kv_heads * self.head_dim
+        return (
+            Linear(("q_proj",), hidden, q, self.qkv_bias),
+            Linear(("k_proj", "v_proj"), hidden, kv, self.qkv_bias),
+            Linear(("o_proj",), q, hidden),
+            Linear(("gate_proj", "up_proj"), hidden, self.intermediate),
+            Linear(("down_proj",), self.intermediate, hidden),
+        )
 
 
 MODELS = {

@@ -16,13 +16,13 @@ def main(argv: Sequence[str] | None = None) -> int:
 
     Each module in COMMANDS has `register(subparsers)`, which sets the default `func(args) -> int`.
     """
-    parser = argparse.ArgumentParser(prog="fastlora", description="Fused LoRA linears: try them, check them, time them.")
-    parser.add_argument("--version", action="version", version=f"fastlora {__version__}")
-    subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
-    for command in COMMANDS:
-        importlib.import_module(f"{__name__}.{command}").register(subparsers)
-    args = parser.parse_args(argv)
     try:
+        parser = argparse.ArgumentParser(prog="fastlora", description="Fused LoRA linears: try them, check them, time them.")
+        parser.add_argument("--version", action="version", version=f"fastlora {__version__}")
+        subparsers = parser.add_subparsers(title="commands", metavar="COMMAND", required=True)
+        for command in COMMANDS:
+            importlib.import_module(f"{__name__}.{command}").register(subparsers)
+        args = parser.parse_args(argv)
         return args.func(args)
     except KeyboardInterrupt:
         return 130

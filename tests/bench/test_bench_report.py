@@ -1,4 +1,4 @@
-"""`python -m benches.report`: the tables and sentences that it makes of a run, and README as it is."""
+"""`python -m benches.report`: the tables and sentences that it makes of a run, and the committed page as it is."""
 
 import json
 import re
@@ -7,37 +7,11 @@ from types import ModuleType
 
 import pytest
 
+from fastlora.cli.common import three_digits
 
-def test_the_report(toy_run: tuple[Path, dict, dict], benches: dict[str, ModuleType], tmp_path: Path) -> None:
-    folder, own, _ = toy_run
-    report, readme = benches["report"], tmp_path / "README.md"
-    readme.write_text(f"before\n{report.BEGIN}\nold\n{report.END}\nafter\n")
-    arguments = ["--readme", str(readme), "--results", str(folder)]
-    assert report.main([*arguments, "--check"]) == 1
-    assert "old" in readme.read_text()
-    assert report.main(arguments) == 0
-    assert report.main([*arguments, "--check"]) == 0
-    text = readme.read_text()
-    assert text.startswith("before\n")
-    assert text.endswith("after\n")
-    assert "old" not in text
-    assert "**Speed on a GPU has not been measured yet.** `pytest benches --benchmark-only`" in text
-    row = next(r for r in own["rows"] if (r["kind"], r["provider"], r["pass"]) == ("linear", "PEFT", "forward + backward"))
-    line = next(line for line in text.splitlines() if line.startswith("| PEFT |"))
-    assert f"| {row['over_frozen']:.2f} |" in line
-    assert report.three_digits(row["median_ms"]) in line
-    assert all(path.read_bytes().startswith(b"\x89PNG") for path in folder.glob("*.png"))
-    assert list(folder.glob("*.png"))
-
-    step = next(r for r in own["rows"] if (r["kind"], r["provider"]) == ("training step", "fastlora"))
-    table = text.partition("| provider | training step, ms |")[2]
-    line = next(line for line in table.splitlines() if line.startswith("| fastlora |"))
-    assert f"| {report.three_digits(step['median_ms'])} |" in line
-    assert f"| {step['over_eager']:.2f} | {report.three_digits(step['peak_bytes'] / 2**20)} |" in line
-
-    readme.write_text("no markers")
-    with pytest.raises(ValueError, match=r"README\.md must hold"):
-        report.main(arguments)
+Benches = dict[str, ModuleType]
+ToyRun = tuple[Path, dict, dict]
+BOTH = "forward + backward"
 
 
 def cells(text: str, heading: str, line: str) -> dict[str, str]:
@@ -47,7 +21,38 @@ def cells(text: str, heading: str, line: str) -> dict[str, str]:
     return dict(zip(header, next(row for row in rows if row[0] == line), strict=True))
 
 
-def test_the_report_of_a_gpu(toy_run: tuple[Path, dict, dict], benches: dict[str, ModuleType], tmp_path: Path) -> None:
+def test_the_report(toy_run: ToyRun, benches: Benches) -> None:
+    folder, own, _ = toy_run
+    report, page = benches["report"], folder / "README.md"
+    arguments = ["--results", str(folder)]
+    assert report.main([*arguments, "--check"]) == 1
+    assert not page.exists()
+    assert report.main(arguments) == 0
+    assert report.main([*arguments, "--check"]) == 0
+    assert list(folder.glob("*.png"))
+    assert all(path.read_bytes().startswith(b"\x89PNG") for path in folder.glob("*.png"))
+    text = page.read_text()
+    assert "**Speed on a GPU has not been measured yet.** `pytest benches --benchmark-only" in text
+    copy = three_digits(own["ceilings"]["float32"]["copy_gbps"])
+    assert f"copy {copy} GB/s.\nThe roofline is the least time" in text
+
+    rows = {(row["kind"], row["provider"], row["pass"]): row for row in own["rows"][::-1]}
+    row, line = rows["linear", "PEFT", BOTH], cells(text, "provider", "PEFT")
+    assert line["× frozen"] == f"{row['over_frozen']:.2f}"
+    assert line[f"{BOTH}, ms"] == three_digits(row["median_ms"])
+    assert line["peak, MiB"] == three_digits(row["peak_bytes"] / 2**20)
+    row, line = (
+        rows["training step", "fastlora", "training step"],
+        cells(text[text.index("Training step,") :], "provider", "fastlora"),
+    )
+    assert line["training step, ms"] == three_digits(row["median_ms"])
+    assert (line["× PEFT"], line["peak, MiB"]) == (f"{row['over_eager']:.2f}", three_digits(row["peak_bytes"] / 2**20))
+
+    page.write_text(text + "a change by hand\n")
+    assert report.main([*arguments, "--check"]) == 1
+
+
+def test_the_report_of_a_gpu(toy_run: ToyRun, benches: Benches, tmp_path: Path) -> None:
     _, own, _ = toy_run
     report = benches["report"]
     rows = [{**row, "launch_ms": 0.1 * (1 + index)} for index, row in enumerate(own["rows"])]
@@ -57,6 +62,7 @@ def test_the_report_of_a_gpu(toy_run: tuple[Path, dict, dict], benches: dict[str
     gpu = {"facts": facts, "ceilings": {}, "rows": [*rows, *more], "not_reached": ["a size", "training step"]}
     (tmp_path / "cpu.json").write_text(json.dumps(own))
     (tmp_path / "gpu.json").write_text(json.dumps(gpu))
+    (tmp_path / "fewer.json").write_text(json.dumps({**gpu, "rows": []}))
     shown = report.text(report.load(tmp_path))
     assert "has not been measured" not in shown
     assert f"the next {report.LISTED} of {1 + 2 * report.LISTED} other sizes, over the frozen linear's" in shown
@@ -64,22 +70,21 @@ def test_the_report_of_a_gpu(toy_run: tuple[Path, dict, dict], benches: dict[str
 
     _, of_gpu, of_cpu = re.split(r"^\*\*(?=a GPU|" + re.escape(own["facts"]["device"]) + ")", shown, flags=re.MULTILINE)
     assert report.HOST in of_gpu
-    assert "host" not in of_cpu
-    launch = {(row["id"], row["pass"], row["provider"]): report.three_digits(row["launch_ms"]) for row in rows}
-    both, first, second = "forward + backward", "f32-96x64x80-r8-p0.1", "f32-96x64x80-r8-p0"
-    assert cells(of_gpu, "provider", "PEFT")["host, ms"] == launch[first, both, "PEFT"]
-    for kind in ("Decoder layer", "Training step"):
-        id_, pass_ = kind.lower(), both if kind == "Decoder layer" else kind.lower()
+    assert "host" not in of_cpu.lower()
+    launch = {(row["id"], row["pass"], row["provider"]): three_digits(row["launch_ms"]) for row in rows}
+    first, second = "f32-96x64x80-r8-p0.1", "f32-96x64x80-r8-p0"
+    assert cells(of_gpu, "provider", "PEFT")["host, ms"] == launch[first, BOTH, "PEFT"]
+    for kind, pass_ in (("Decoder layer", BOTH), ("Training step", "training step")):
         table = of_gpu[of_gpu.index(f"{kind}, Llama") :]
-        assert cells(table, "provider", "fastlora")["host, ms"] == launch[id_, pass_, "fastlora"]
+        assert cells(table, "provider", "fastlora")["host, ms"] == launch[kind.lower(), pass_, "fastlora"]
     short = cells(of_gpu, "size", "M=96 K=64 N=80 r=8 p=0, float32")
     for name in ("PEFT", "fastlora"):
-        assert short[f"{name}, host ms"] == launch[second, both, name]
+        assert short[f"{name}, host ms"] == launch[second, BOTH, name]
 
 
 @pytest.mark.parametrize("left", [[], ["f32-1x2x3-r4-p0", "decoder layer", "training step"]], ids=["whole", "cut"])
 def test_the_report_says_what_a_cut_run_did_not_reach(
-    left: list[str], toy_run: tuple[Path, dict, dict], benches: dict[str, ModuleType], tmp_path: Path
+    left: list[str], toy_run: ToyRun, benches: Benches, tmp_path: Path
 ) -> None:
     _, own, _ = toy_run
     rows = [row for row in own["rows"] if row["id"] not in left]
@@ -89,17 +94,12 @@ def test_the_report_says_what_a_cut_run_did_not_reach(
     assert ("not reached" in shown) == bool(left)
 
 
-def test_the_report_says_what_the_grid_and_the_roofline_are(
-    toy_run: tuple[Path, dict, dict], benches: dict[str, ModuleType], tmp_path: Path
-) -> None:
-    report, grid = benches["report"], benches["grid"]
-    assert "not the whole product, as `--grid everything` is" in report.text({})
-    assert f"every M\nfrom {min(grid.ROWS)} on" in report.text({})
-    assert f"M = {grid.FEW_ROWS[0]}, {grid.FEW_ROWS[1]} and {grid.FEW_ROWS[2]}." in report.text({})
-    folder, own, _ = toy_run
-    text = report.text(report.load(folder))
-    assert f"copy {report.three_digits(own['ceilings']['float32']['copy_gbps'])} GB/s.\nThe roofline is the least time" in text
+def test_the_report_says_what_the_grid_is(benches: Benches) -> None:
+    grid, text = benches["grid"], benches["report"].text({}).replace("\n", " ")
+    assert "does not have every combination; `--grid everything` does" in text
+    assert f"every M from {min(grid.ROWS)} on" in text
+    assert "M = {}, {} and {}.".format(*grid.FEW_ROWS) in text
 
 
-def test_readme_shows_the_results(benches: dict[str, ModuleType]) -> None:
+def test_the_committed_page_shows_the_committed_results(benches: Benches) -> None:
     assert benches["report"].main(["--check"]) == 0

@@ -224,8 +224,12 @@ def test_the_message_is_a_table() -> None:
 
 def test_the_eager_computation_is_the_reference() -> None:
     inputs = oracle.draw(Case((5, 6, 7), rank=2))
-    tensors = inputs.x, inputs.weight, inputs.lora_A, inputs.lora_B, inputs.bias
+    tensors = inputs.x, *inputs.weights
     assert torch.equal(truth(*tensors, scaling=2.0, dropout_p=0.0, seed=1), reference.lora_linear(*tensors, scaling=2.0))
+    half = reference.lora_linear(*tensors, scaling=2.0, dropout=lambda x: x / 2)
+    assert torch.equal(half, reference.lora_linear(*tensors, scaling=1.0))
+    with pytest.raises(ValueError, match="either dropout, or dropout_p"):
+        reference.lora_linear(*tensors, dropout=torch.relu, dropout_p=0.1)
 
 
 @pytest.mark.parametrize(
