@@ -33,8 +33,7 @@ def accelerate(model: nn.Module) -> Report:
         model: a PeftModel, or any module that contains PEFT's LoRA layers.
 
     Returns:
-        The names of the layers taken, and the name and reason of each other layer. Layers that were accelerated before count
-        as left. If any other layer is left, a warning shows the report.
+        The status of each layer, and which layers were accelerated before. If a layer is left, a warning shows the report.
 
     Raises:
         TypeError: model is not an nn.Module.
@@ -44,13 +43,12 @@ def accelerate(model: nn.Module) -> Report:
     """
     layers = _load("layers")
     found = layers.find(model)
-    reasons = {name: layers.unsupported_reason(layer) for name, layer in found.items()}
-    report: Report = layers.describe(found, reasons)
-    warned: set[str] = next((layer._fastlora_tally.warned for layer in found.values() if layers.is_fused(layer)), set())
-    for name, layer in found.items():
-        if reasons[name] is None:
-            layers.fuse(layer, warned)
-    if not all(layers.is_fused(layer) for layer in found.values()):
+    already = tuple(name for name, layer in found.items() if layers.is_fused(layer))
+    warned: set[str] = found[already[0]]._fastlora_tally.warned if already else set()
+    for layer in [layer for layer in found.values() if layers.unsupported_reason(layer) is None]:
+        layers.fuse(layer, warned)
+    report: Report = layers.describe(found, already)
+    if report.left:
         warnings.warn(str(report), stacklevel=2)
     return report
 
@@ -75,12 +73,7 @@ def status(model: nn.Module) -> Report:
         TypeError, ValueError, ImportError: see `accelerate`.
     """
     layers = _load("layers")
-    found = layers.find(model)
-    reasons = {
-        name: None if layers.is_fused(layer) else layers.unsupported_reason(layer) or "not accelerated"
-        for name, layer in found.items()
-    }
-    return layers.describe(found, reasons)
+    return layers.describe(layers.find(model))
 
 
 def fallbacks(model: nn.Module) -> dict[str, dict[str, int]]:

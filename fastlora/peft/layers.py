@@ -46,17 +46,17 @@ def unsupported_reason(layer: Any) -> str | None:
     return "its base weight is on the meta device: load it first" if weight.device.type == "meta" else None
 
 
-def describe(layers: Mapping[str, Any], reasons: Mapping[str, str | None]) -> Report:
-    """The report on layers. Those without a reason are, or will be, accelerated."""
+def describe(layers: Mapping[str, Any], already: tuple[str, ...] = ()) -> Report:
+    """The report on layers as they are now; `already` names those that an earlier call accelerated."""
     taken, waiting, left = [], [], []
     for name, layer in layers.items():
-        if reason := reasons[name]:
-            left.append((name, reason))
+        if not is_fused(layer):
+            left.append((name, unsupported_reason(layer) or "not accelerated"))
         elif isinstance(given := operands(layer), str):
             waiting.append((name, given))
         else:
             taken.append(name)
-    return Report(tuple(taken), tuple(waiting), tuple(left))
+    return Report(tuple(taken), tuple(waiting), tuple(left), already)
 
 
 def fuse(layer: Any, warned: set[str]) -> None:

@@ -14,15 +14,19 @@ class Report:
     taken: names of the layers that run through `lora_linear`.
     waiting: (name, reason) of accelerated layers whose calls run PEFT's forward as long as the adapters are as they are now.
     left: (name, reason) of layers that are not accelerated.
+    already: names of the layers that an earlier `accelerate` took. They are in `taken` or `waiting` too.
     """
 
     taken: tuple[str, ...]
     waiting: tuple[tuple[str, str], ...] = ()
     left: tuple[tuple[str, str], ...] = ()
+    already: tuple[str, ...] = ()
 
     def __repr__(self) -> str:
         total = len(self.taken) + len(self.waiting) + len(self.left)
         lines = [f"fastlora: {len(self.taken)} of {total} LoRA layers accelerated"]
+        if self.already:
+            lines.append(f"  already accelerated: {len(self.already)}")
         groups: dict[str, list[str]] = {}
         for state, others in (("waiting", self.waiting), ("left", self.left)):
             for name, reason in others:
