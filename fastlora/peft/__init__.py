@@ -33,7 +33,8 @@ def accelerate(model: nn.Module) -> Report:
         model: a PeftModel, or any module that contains PEFT's LoRA layers.
 
     Returns:
-        The status of each layer, and which layers were accelerated before. If a layer is left, a warning shows the report.
+        The status of each layer, and which layers were accelerated before. A warning shows the report if a layer is left, or
+        waits for a reason that the user did not choose, such as DoRA.
 
     Raises:
         TypeError: model is not an nn.Module.
@@ -48,7 +49,7 @@ def accelerate(model: nn.Module) -> Report:
     for layer in [layer for layer in found.values() if layers.unsupported_reason(layer) is None]:
         layers.fuse(layer, warned)
     report: Report = layers.describe(found, already)
-    if report.left:
+    if report.left or {reason for _, reason in report.waiting} - _load("calls").INTENDED:
         warnings.warn(str(report), stacklevel=2)
     return report
 

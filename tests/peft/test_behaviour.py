@@ -5,6 +5,7 @@ runs PEFT's forward, and within the oracle's floor of float32 if it is fused.
 """
 
 import copy
+import re
 from collections.abc import Callable
 from typing import Any
 
@@ -144,9 +145,10 @@ def test_a_trainable_base_weight_gets_its_gradient_from_peft() -> None:
 
 
 def test_dora_falls_back_until_a_plain_adapter_is_active() -> None:
-    eager, fused = pair(use_dora=True)
-    report = fastlora.peft.status(fused)
     reason = "the adapter is a variant (DoraLinearVariant)"
+    with pytest.warns(UserWarning, match=re.escape(f"0 of 4 LoRA layers accelerated\n  waiting, {reason}: 4")):
+        eager, fused = pair(use_dora=True)
+    report = fastlora.peft.status(fused)
     assert (report.taken, {r for _, r in report.waiting}) == ((), {reason})
     assert_same(eager, fused, reason)
     both(eager, fused, add_second)

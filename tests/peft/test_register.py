@@ -19,7 +19,7 @@ class Special(nn.Linear):
     """Somebody else's linear."""
 
 
-@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False")
+@pytest.mark.filterwarnings("ignore:fan_in_fan_out is set to False", "ignore:fastlora. ")
 @pytest.mark.parametrize("kind", ["llama", "gpt2"])
 @pytest.mark.parametrize("options", [{}, {"use_rslora": True, "init_lora_weights": "gaussian"}, {"use_dora": True}], ids=str)
 def test_a_registered_config_wraps_as_accelerate_does(kind: str, options: dict[str, Any]) -> None:
