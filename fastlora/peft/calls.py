@@ -130,11 +130,11 @@ def decide(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any])
     """The operands of a fused call, or the reason why layer(x, *args, **kwargs) runs PEFT's forward."""
     if kwargs.get("adapter_names") is not None:
         return MIXED_BATCH
-    if args or any(value is not None for value in kwargs.values()):
-        return "the layer is called with more than x"
     if _decodes(x):
         return DECODING
     given = operands(layer)
     if isinstance(given, str):
         return given
+    if args or any(value is not None for value in kwargs.values()):
+        return "the layer is called with more than x"
     return unsupported_input(x, given, layer) or given

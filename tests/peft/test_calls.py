@@ -116,6 +116,12 @@ def test_decoding_on_an_accelerator_is_pefts(shape: tuple[int, ...], grad: bool,
     assert (decision == calls.DECODING) == isinstance(decision, str) == expected
 
 
+@pytest.mark.parametrize("kwargs", [{}, {"alora_offsets": [3]}], ids=["x", "with offsets"])
+def test_alora_has_one_reason(kwargs: Any) -> None:
+    layer = layer_of(alora_invocation_tokens=[1])
+    assert calls.decide(layer, x_of(), (), kwargs) == "the adapter is a variant (ALoraLinearVariant)"
+
+
 @pytest.mark.parametrize(("args", "kwargs"), [((3,), {}), ((), {"other": 3})])
 def test_more_arguments_than_x_are_pefts(args: Any, kwargs: Any) -> None:
     layer = layer_of()
