@@ -114,9 +114,10 @@ def unsupported_input(x: Tensor, given: Operands, layer: Any) -> str | None:
         fits = fits and base in FLOAT_DTYPES and all(base == autocast_target(t, autocast) for t in frozen)
     elif reason := quantized.unsupported_input(layer.base_layer, x):
         return f"its base layer {reason}"
+    if fits:
+        return None
     stored = weight.dtype if isinstance(weight, Tensor) else weight.scheme.kind
-    explained = f"x is {x.dtype}, the base weight {stored}, the adapter {given.lora_A.dtype} (autocast: {autocast})"
-    return None if fits else explained
+    return f"x is {x.dtype}, the base weight {stored}, the adapter {given.lora_A.dtype} (autocast: {autocast})"
 
 
 def _decodes(x: Tensor) -> bool:
