@@ -135,9 +135,12 @@ def check_inputs(
     """Types, layouts, devices and shapes, and the dtypes after autocast. `check_tensor(x)` comes before."""
     packed = None if isinstance(weight, Tensor) else getattr(weight, "packed", None)
     frozen = cast(Tensor, weight) if packed is None else packed
-    named = [("weight", frozen, 2), ("lora_A", lora_A, 2), ("lora_B", lora_B, 2)]
-    if bias is not None:
-        named.append(("bias", bias, 1))
+    named = [
+        ("weight", frozen, 2),
+        ("lora_A", lora_A, 2),
+        ("lora_B", lora_B, 2),
+        *([] if bias is None else [("bias", bias, 1)]),
+    ]
     device, dtypes = x.device, {"x": autocast_target(x, autocast_dtype)}
     for name, tensor, dim in named:
         if tensor is not packed:
@@ -151,7 +154,7 @@ def check_inputs(
             raise TypeError(f"x is {x.dtype}, but a quantised weight can be made in float32, float16 and bfloat16 only")
         dtypes["weight"] = dtypes["bias"] = dtypes["x"]  # lora_linear casts both to x's dtype
     _check_dtypes("x", dtypes)
-    if frozen.requires_grad:
+    if frozen.requires_grad and not is_transformed():  # lora_linear refuses transforms with an error of their own
         raise ValueError(
             "weight requires grad, but fastlora computes no gradient for the frozen weight: "
             "call weight.requires_grad_(False), or pass weight.detach()"
@@ -169,8 +172,9 @@ def check_frozen(weight: Tensor, bias: Tensor | None, adapter_dtype: torch.dtype
         dtypes["bias"] = bias.dtype
         out_features = weight.shape[1] if fan_in_fan_out else weight.shape[0]
         if bias.shape[0] != out_features:
-            stored = f"{tuple(weight.shape)} with fan_in_fan_out={fan_in_fan_out}"
-            raise ValueError(f"bias must be ({out_features},) for a weight {stored}, got {tuple(bias.shape)}")
+            raise ValueError(
+                f"bias must be ({out_features},) for a weight {tuple(weight.shape)} with {fan_in_fan_out=}, got {tuple(bias.shape)}"
+            )
         if bias.device != weight.device:
             raise ValueError(f"bias is on {bias.device}, but weight is on {weight.device}")
     _check_dtypes("weight", dtypes)
@@ -220,6 +224,11 @@ def _only_moves_x(module: nn.Module) -> bool:
         and getattr(module.forward, "__wrapped__", None) == inner
         and getattr(inner, "__func__", None) is type(module).forward
     )
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func is active. torch.func.grad makes all its arguments require grad, frozen ones too."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def autocast_target(tensor: Tensor, autocast_dtype: torch.dtype | None) -> torch.dtype:
