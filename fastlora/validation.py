@@ -1,52 +1,55 @@
-"""The checks at the public boundary: each names the argument, its value and what was expected, before anything is launched."""
+"""The checks at the public boundary. Each error names the argument, its value and what was expected, before any launch."""
 
 import math
 import warnings
-from typing import cast
+from typing import TYPE_CHECKING, TypeAlias, cast
 
 import torch
 from torch import Tensor, nn
 from torch.nn.utils import parametrize
 
-from fastlora import quantized
-from fastlora.quantized import QuantizedWeight
+if TYPE_CHECKING:
+    from fastlora.quantized import QuantizedWeight
 
+Weight: TypeAlias = "Tensor | QuantizedWeight"
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 HALF_DTYPES = (torch.float16, torch.bfloat16)
 
 
+def _check_type(value: object, name: str, expected: str, *kinds: type) -> None:
+    """`value` is one of `kinds`. A bool is an int to Python, but not here."""
+    if not isinstance(value, kinds) or (isinstance(value, bool) and bool not in kinds):
+        raise TypeError(f"{name} must be {expected}, got {type(value).__name__} {value!r}")
+
+
 def check_size(value: int, name: str) -> None:
     """`value` is an int >= 0."""
-    if isinstance(value, bool) or not isinstance(value, (int, torch.SymInt)):
-        raise TypeError(f"{name} must be an int, got {type(value).__name__} {value!r}")
+    _check_type(value, name, "an int", int, torch.SymInt)
     if value < 0:
         raise ValueError(f"{name} must be >= 0, got {value}")
 
 
 def check_dropout_p(p: float, name: str) -> None:
     """`p` is a number in [0, 1]; NaN is not."""
-    if isinstance(p, bool) or not isinstance(p, (int, float)):
-        raise TypeError(f"{name} must be a float in [0, 1], got {type(p).__name__} {p!r}")
+    _check_type(p, name, "a float in [0, 1]", int, float)
     if not 0.0 <= p <= 1.0:
         raise ValueError(f"{name} must be in [0, 1], got {p}")
 
 
 def check_number(value: float, name: str) -> None:
-    """`value` is a finite number: an infinite or NaN scaling would only show as NaN in the loss."""
-    if isinstance(value, bool) or not isinstance(value, (int, float)):
-        raise TypeError(f"{name} must be a float, got {type(value).__name__} {value!r}")
-    if not abs(value) < math.inf:  # not math.isfinite, which torch.compile cannot trace on a symbolic float
+    """`value` is a finite number: an infinite or NaN scaling would first show as NaN in the loss."""
+    _check_type(value, name, "a float", int, float)
+    if not abs(value) < math.inf:  # torch.compile cannot trace math.isfinite on a symbolic float
         raise ValueError(f"{name} must be finite, got {value}")
 
 
 def check_flag(value: bool, name: str) -> None:
     """`value` is a bool: PEFT's bias="none" would count as true."""
-    if not isinstance(value, bool):
-        raise TypeError(f"{name} must be a bool, got {type(value).__name__} {value!r}")
+    _check_type(value, name, "a bool", bool)
 
 
 def check_seed(seed: int | Tensor | None, device: torch.device | None = None) -> None:
-    """`seed` is None, an int in [-2**63, 2**63), or an int64 tensor of one element (on `device`, where one is given)."""
+    """`seed` is None, an int in [-2**63, 2**63), or an int64 tensor of one element, on `device` if that is given."""
     if isinstance(seed, Tensor):
         if seed.dtype != torch.int64:
             raise TypeError(f"seed must be an int64 tensor, got dtype {seed.dtype}")
@@ -55,20 +58,19 @@ def check_seed(seed: int | Tensor | None, device: torch.device | None = None) ->
         if device is not None and seed.device != device:
             raise ValueError(f"seed is on {seed.device}, expected x's device {device}")
     elif seed is not None:
-        if isinstance(seed, bool) or not isinstance(seed, int):
-            raise TypeError(f"seed must be None, an int or an int64 tensor of one element, got {type(seed).__name__} {seed!r}")
+        _check_type(seed, "seed", "None, an int or an int64 tensor of one element", int)
         if not -(2**63) <= seed < 2**63:
             raise ValueError(f"seed must fit in 64 signed bits, got {seed}")
 
 
 def seed_tensor(seed: int, device: torch.device) -> Tensor:
-    """`seed`, an int, as the int64 tensor of one element that the kernels read, made on `device` without a copy to it."""
+    """The int `seed` as an int64 tensor of one element, filled on `device` without a copy from the host."""
     check_seed(seed)
     return torch.full((1,), seed, dtype=torch.int64, device=device)
 
 
 def check_rank(r: int, in_features: int, out_features: int) -> None:
-    """r >= 0; above min(in, out) the bypass can do nothing that a smaller rank could not, which earns a warning."""
+    """r >= 0. Warns for r > min(in, out): a smaller rank gives the same functions."""
     check_size(r, "r")
     if r > min(in_features, out_features) and not torch.compiler.is_compiling():
         warnings.warn(
@@ -78,20 +80,25 @@ def check_rank(r: int, in_features: int, out_features: int) -> None:
         )
 
 
+def check_dtype(dtype: torch.dtype, name: str, hint: str = "") -> None:
+    """`dtype` is one of FLOAT_DTYPES."""
+    if dtype not in FLOAT_DTYPES:
+        raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {dtype!r}{hint}")
+
+
 def check_tensor(tensor: Tensor, name: str, dim: int | None = None) -> None:
-    """`tensor` is a dense tensor of a dtype that can be computed with, of `dim` dimensions where that is given."""
+    """`tensor` is a dense tensor in one of FLOAT_DTYPES, with `dim` dimensions if that is given."""
     if not isinstance(tensor, Tensor):
         raise TypeError(f"{name} must be a torch.Tensor, got {type(tensor).__name__}")
     if tensor.layout != torch.strided:
         raise TypeError(f"{name} must be a dense (strided) tensor, got layout {tensor.layout}: call .to_dense() first")
-    if tensor.dtype not in FLOAT_DTYPES:
-        hint = "; dequantise it first, or pass a QuantizedWeight" if name == "weight" and not tensor.is_complex() else ""
-        raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {tensor.dtype}{hint}")
+    packed = name == "weight" and not tensor.is_complex()
+    check_dtype(tensor.dtype, name, hint="; dequantise it first, or pass a QuantizedWeight" if packed else "")
     if dim is not None and tensor.dim() != dim:
         raise ValueError(f"{name} must have {dim} dimension(s), got shape {tuple(tensor.shape)}")
 
 
-def _check_shapes(x: Tensor, weight: Tensor | QuantizedWeight, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> None:
+def _check_shapes(x: Tensor, weight: Weight, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> None:
     if x.dim() == 0:
         raise ValueError("x must have at least one dimension, (..., in), got a scalar")
     out_features, in_features = weight.shape
@@ -109,14 +116,13 @@ def _check_shapes(x: Tensor, weight: Tensor | QuantizedWeight, lora_A: Tensor, l
 
 
 def _check_dtypes(base: str, dtypes: dict[str, torch.dtype]) -> None:
-    """All of `dtypes` are `base`'s, but for the adapters', which may be float32 beside a 16-bit base."""
+    """All of `dtypes` equal that of `base`. The adapters may also be float32 if `base` is 16-bit."""
     for name in ("weight", "bias"):
         if name in dtypes and dtypes[name] != dtypes[base]:
             raise TypeError(f"{name} is {dtypes[name]} but {base} is {dtypes[base]}: x, weight and bias must share a dtype")
     if dtypes["lora_A"] != dtypes["lora_B"]:
         raise TypeError(f"lora_A is {dtypes['lora_A']} but lora_B is {dtypes['lora_B']}: they must share a dtype")
-    mixed = dtypes["lora_A"] == torch.float32 and dtypes[base] in HALF_DTYPES
-    if dtypes["lora_A"] != dtypes[base] and not mixed:
+    if dtypes["lora_A"] != dtypes[base] and not (dtypes["lora_A"] == torch.float32 and dtypes[base] in HALF_DTYPES):
         raise TypeError(
             f"lora_A and lora_B are {dtypes['lora_A']} but {base} is {dtypes[base]}: the adapters must have {base}'s dtype, or "
             f"be float32 with {base} in float16 or bfloat16"
@@ -124,19 +130,17 @@ def _check_dtypes(base: str, dtypes: dict[str, torch.dtype]) -> None:
 
 
 def check_inputs(
-    x: Tensor,
-    weight: Tensor | QuantizedWeight,
-    lora_A: Tensor,
-    lora_B: Tensor,
-    bias: Tensor | None,
-    autocast_dtype: torch.dtype | None,
+    x: Tensor, weight: Weight, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, autocast_dtype: torch.dtype | None
 ) -> None:
-    """Types, layouts, devices, shapes, and dtypes as they will be once autocast has cast the inputs; x itself is a tensor."""
-    packed = weight.packed if isinstance(weight, QuantizedWeight) else None
+    """Types, layouts, devices and shapes, and the dtypes after autocast. `check_tensor(x)` comes before."""
+    packed = None if isinstance(weight, Tensor) else getattr(weight, "packed", None)
     frozen = cast(Tensor, weight) if packed is None else packed
-    named = [("weight", frozen, 2), ("lora_A", lora_A, 2), ("lora_B", lora_B, 2)]
-    if bias is not None:
-        named.append(("bias", bias, 1))
+    named = [
+        ("weight", frozen, 2),
+        ("lora_A", lora_A, 2),
+        ("lora_B", lora_B, 2),
+        *([] if bias is None else [("bias", bias, 1)]),
+    ]
     device, dtypes = x.device, {"x": autocast_target(x, autocast_dtype)}
     for name, tensor, dim in named:
         if tensor is not packed:
@@ -146,11 +150,11 @@ def check_inputs(
         dtypes[name] = autocast_target(tensor, autocast_dtype)
     _check_shapes(x, weight, lora_A, lora_B, bias)
     if packed is not None:
-        if dtypes["x"] not in quantized.DTYPES:
-            raise TypeError(f"x is {x.dtype}, but a quantised weight can be made in {quantized.DTYPES} only")
-        dtypes["weight"] = dtypes["bias"] = dtypes["x"]  # what both are brought to
+        if dtypes["x"] == torch.float64:
+            raise TypeError(f"x is {x.dtype}, but a quantised weight can be made in float32, float16 and bfloat16 only")
+        dtypes["weight"] = dtypes["bias"] = dtypes["x"]  # lora_linear casts both to x's dtype
     _check_dtypes("x", dtypes)
-    if frozen.requires_grad:
+    if frozen.requires_grad and not is_transformed():  # lora_linear refuses transforms with an error of their own
         raise ValueError(
             "weight requires grad, but fastlora computes no gradient for the frozen weight: "
             "call weight.requires_grad_(False), or pass weight.detach()"
@@ -158,21 +162,35 @@ def check_inputs(
     check_rank(lora_A.shape[0], weight.shape[1], weight.shape[0])
 
 
-def check_dtype(dtype: torch.dtype, name: str) -> None:
-    """`dtype` is one that can be computed with."""
-    if dtype not in FLOAT_DTYPES:
-        raise TypeError(f"{name} must be float32, float16, bfloat16 or float64, got {dtype!r}")
+def check_frozen(weight: Tensor, bias: Tensor | None, adapter_dtype: torch.dtype, fan_in_fan_out: bool) -> None:
+    """The weight and bias of a base layer, and the dtype of its future adapters."""
+    check_tensor(weight, "weight", 2)
+    check_dtype(adapter_dtype, "adapter_dtype")
+    dtypes = {"weight": weight.dtype, "lora_A": adapter_dtype, "lora_B": adapter_dtype}
+    if bias is not None:
+        check_tensor(bias, "bias", 1)
+        dtypes["bias"] = bias.dtype
+        out_features = weight.shape[1] if fan_in_fan_out else weight.shape[0]
+        if bias.shape[0] != out_features:
+            raise ValueError(
+                f"bias must be ({out_features},) for a weight {tuple(weight.shape)} with {fan_in_fan_out=}, got {tuple(bias.shape)}"
+            )
+        if bias.device != weight.device:
+            raise ValueError(f"bias is on {bias.device}, but weight is on {weight.device}")
+    _check_dtypes("weight", dtypes)
 
 
 def check_linear(linear: nn.Module, fan_in_fan_out: bool) -> tuple[Tensor, Tensor | None]:
-    """(weight, bias) of `linear`: an nn.Linear, or with fan_in_fan_out another module with both; nothing of it may get lost."""
+    """(weight, bias) of `linear`: an nn.Linear, or with fan_in_fan_out another module with a weight (in, out) and a bias.
+
+    Refuses a linear that computes more than x Wᵀ + bias, because the new module would not.
+    """
     kind = type(linear).__name__
-    conv1d = fan_in_fan_out and not isinstance(linear, nn.Linear) and hasattr(linear, "weight") and hasattr(linear, "bias")
-    if not isinstance(linear, nn.Linear) and not conv1d:
-        expected = "a module with weight (in, out) and bias" if fan_in_fan_out else "an nn.Linear"
-        raise TypeError(f"linear must be {expected} with fan_in_fan_out={fan_in_fan_out}, got {kind}")
     if isinstance(linear, nn.Linear) and fan_in_fan_out:
         raise TypeError(f"fan_in_fan_out=True is for a weight stored (in, out); {kind} stores it (out, in)")
+    if not isinstance(linear, nn.Linear) and not (fan_in_fan_out and hasattr(linear, "weight") and hasattr(linear, "bias")):
+        expected = "a module with weight (in, out) and bias" if fan_in_fan_out else "an nn.Linear"
+        raise TypeError(f"linear must be {expected} with fan_in_fan_out={fan_in_fan_out}, got {kind}")
     if parametrize.is_parametrized(linear) or any(name in linear._parameters for name in ("weight_g", "weight_orig")):
         raise TypeError(f"linear is a {kind} whose weight is parametrised: remove the parametrisation first")
     if is_altered(linear):
@@ -189,48 +207,30 @@ def check_model(model: nn.Module) -> None:
 
 
 def is_altered(module: nn.Module) -> bool:
-    """Whether calling `module` does more, or something else, than the forward of its class.
+    """Whether a call of `module` runs anything but the forward of its class: hooks, or a forward set on the instance.
 
-    accelerate's hook on each module of a model with a device_map does not, as long as the weights stay where they are: it moves
-    x to them.
+    accelerate's device_map sets a forward that only moves x to the weights' device. It does not count, unless it offloads.
     """
-    return bool(
-        module._forward_hooks
-        or module._forward_pre_hooks
-        or module._backward_hooks
-        or module._backward_pre_hooks
-        or ("forward" in module.__dict__ and not _only_moves_x(module))
-    )
+    hooks = module._forward_hooks, module._forward_pre_hooks, module._backward_hooks, module._backward_pre_hooks
+    return any(hooks) or ("forward" in module.__dict__ and not _only_moves_x(module))
 
 
 def _only_moves_x(module: nn.Module) -> bool:
-    """Whether the forward of this instance is accelerate's around the forward of its class, without offloading."""
+    """Whether the forward on the instance is accelerate's, around the forward of the class, without offloading."""
     hook, inner = getattr(module, "_hf_hook", None), getattr(module, "_old_forward", None)
     return (
         (type(hook).__module__, type(hook).__name__) == ("accelerate.hooks", "AlignDevicesHook")
-        and not (hook.offload or hook.no_grad)  # type: ignore[union-attr]  # told by its names: accelerate need not be there
+        and not (hook.offload or hook.no_grad)  # type: ignore[union-attr]  # checked by name: accelerate is optional
         and getattr(module.forward, "__wrapped__", None) == inner
         and getattr(inner, "__func__", None) is type(module).forward
     )
 
 
-def check_frozen(weight: Tensor, bias: Tensor | None, adapter_dtype: torch.dtype, fan_in_fan_out: bool) -> None:
-    """A base layer's weight and bias, and the dtype of the adapters to be put beside them."""
-    check_tensor(weight, "weight", 2)
-    check_dtype(adapter_dtype, "adapter_dtype")
-    dtypes = {"weight": weight.dtype, "lora_A": adapter_dtype, "lora_B": adapter_dtype}
-    if bias is not None:
-        check_tensor(bias, "bias", 1)
-        dtypes["bias"] = bias.dtype
-        out_features = weight.shape[1] if fan_in_fan_out else weight.shape[0]
-        if bias.shape[0] != out_features:
-            stored = f"{tuple(weight.shape)} with fan_in_fan_out={fan_in_fan_out}"
-            raise ValueError(f"bias must be ({out_features},) for a weight {stored}, got {tuple(bias.shape)}")
-        if bias.device != weight.device:
-            raise ValueError(f"bias is on {bias.device}, but weight is on {weight.device}")
-    _check_dtypes("weight", dtypes)
+def is_transformed() -> bool:
+    """Whether a transform of torch.func is active. torch.func.grad makes all its arguments require grad, frozen ones too."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def autocast_target(tensor: Tensor, autocast_dtype: torch.dtype | None) -> torch.dtype:
-    """The dtype F.linear would see: autocast casts every floating tensor except float64."""
+    """The dtype that F.linear would see: autocast casts every floating tensor except float64."""
     return tensor.dtype if autocast_dtype is None or tensor.dtype == torch.float64 else autocast_dtype

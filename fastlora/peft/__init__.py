@@ -1,16 +1,15 @@
-"""PEFT models run through `lora_linear`, in place: names, parameters, files, merging and switching stay PEFT's own code.
+"""Run the LoRA linears of a PEFT model through `lora_linear`, in place.
 
     report = fastlora.accelerate(model)   # after get_peft_model, PeftModel.from_pretrained, ...
-    print(report)                         # how many layers were taken, and why each other one was not
-    fastlora.peft.fallbacks(model)        # {} as long as every call since then was fused
+    print(report)                         # how many layers were taken, and why each other layer was left
+    fastlora.peft.fallbacks(model)        # {} if every call since then was fused
 
-An accelerated layer decides call by call.  It computes y = x Wᵀ + bias + scaling · dropout(x) Aᵀ Bᵀ at once where exactly one
-plain adapter is active, and calls PEFT's forward otherwise (`fastlora.peft.calls` states the conditions), so adapters that are
-added, switched, merged or disabled later just work.
-
-The installed PEFT is imported when a function is called, not with this module.
+Names, parameters, files, merging and switching adapters stay PEFT's own code. An accelerated layer decides at each call. If
+exactly one plain adapter is active, it computes y = x Wᵀ + bias + scaling · dropout(x) Aᵀ Bᵀ at once. Otherwise it runs PEFT's
+forward (`fastlora.peft.calls` states the conditions). So adapters may be added, switched, merged or disabled at any time.
 """
 
+import importlib
 import warnings
 from typing import Any
 
@@ -24,49 +23,44 @@ OLDEST_PEFT = "0.18"
 
 
 def accelerate(model: nn.Module) -> Report:
-    """Let `model`'s LoRA linears run through `fastlora.lora_linear`, in place; `decelerate` undoes it.
+    """Run `model`'s LoRA linears through `fastlora.lora_linear`, in place. `decelerate` undoes it.
 
-    Of each plain `peft.tuners.lora.layer.Linear`, and of PEFT's like for 4-bit and 8-bit linears of bitsandbytes, only the
-    class changes, to a subclass with another `forward`.  Dropout is PEFT's but for the random numbers: one mask per projection
-    and call, drawn from torch's default generator.
+    This changes the class of each plain `peft.tuners.lora.layer.Linear`, and of PEFT's layers for 4-bit and 8-bit linears of
+    bitsandbytes, to a subclass with another `forward`. It changes nothing else. Dropout is PEFT's except for the random
+    numbers: one mask for each projection and call, drawn from torch's default generator.
 
     Args:
-        model: a PeftModel, or any module with PEFT's LoRA layers inside.
+        model: a PeftModel, or any module that contains PEFT's LoRA layers.
 
     Returns:
-        The layers taken, and the name and reason of each other one.  Layers already accelerated count among the latter; for
-        any other that is left there is a warning with the whole report.
+        The status of each layer, and which layers were accelerated before. A warning shows the report if a layer is left, or
+        waits for a reason that the user did not choose, such as DoRA.
 
     Raises:
-        TypeError: model is no nn.Module.
-        ValueError: model holds no LoRA layer of PEFT's.
+        TypeError: model is not an nn.Module.
+        ValueError: model contains no LoRA layer of PEFT.
         ImportError: PEFT is missing, or older than 0.18.
-        The model is then unchanged.
+        The model is unchanged after an error.
     """
-    _require_peft()
-    from fastlora.peft import layers
-
+    layers = _load("layers")
     found = layers.find(model)
-    reasons = {name: layers.unsupported_reason(layer) for name, layer in found.items()}
-    outcome = layers.describe(found, reasons)
-    warned = layers.shared_warnings(found.values())
-    for name, layer in found.items():
-        if reasons[name] is None:
-            layers.fuse(layer, warned)
-    if not all(layers.is_fused(layer) for layer in found.values()):
-        warnings.warn(str(outcome), stacklevel=2)
-    return outcome
+    already = tuple(name for name, layer in found.items() if layers.is_fused(layer))
+    warned: set[str] = found[already[0]]._fastlora_tally.warned if already else set()
+    for layer in [layer for layer in found.values() if layers.unsupported_reason(layer) is None]:
+        layers.fuse(layer, warned)
+    report: Report = layers.describe(found, already)
+    if report.left or {reason for _, reason in report.waiting} - _load("calls").INTENDED:
+        warnings.warn(str(report), stacklevel=2)
+    return report
 
 
 def decelerate(model: nn.Module) -> int:
-    """Give every accelerated layer of `model` PEFT's own class back; returns how many there were.
+    """Give every accelerated layer of `model` its PEFT class back. Returns the number of such layers.
 
     Raises:
-        TypeError, ValueError, ImportError: as `accelerate`.
+        TypeError, ValueError, ImportError: see `accelerate`.
     """
-    _require_peft()
-    from fastlora.peft import layers
-
+    layers = _load("layers")
     fused = [layer for layer in layers.find(model).values() if layers.is_fused(layer)]
     for layer in fused:
         layers.restore(layer)
@@ -74,64 +68,53 @@ def decelerate(model: nn.Module) -> int:
 
 
 def status(model: nn.Module) -> Report:
-    """The layers of `model` that are accelerated as it stands, those that wait, and those that are left; changes nothing.
+    """The report on `model` as it is now: layers that are accelerated, that wait, and that are left. Changes nothing.
 
     Raises:
-        TypeError, ValueError, ImportError: as `accelerate`.
+        TypeError, ValueError, ImportError: see `accelerate`.
     """
-    _require_peft()
-    from fastlora.peft import layers
-
-    found = layers.find(model)
-    reasons = {
-        name: None if layers.is_fused(layer) else layers.unsupported_reason(layer) or "not accelerated"
-        for name, layer in found.items()
-    }
-    return layers.describe(found, reasons)
+    layers = _load("layers")
+    return layers.describe(layers.find(model))
 
 
 def fallbacks(model: nn.Module) -> dict[str, dict[str, int]]:
-    """reason -> layer -> how many of its calls took PEFT's forward since it was accelerated.
+    """reason -> layer -> the number of its calls that ran PEFT's forward since the layer was accelerated.
 
-    What torch.compile traced counts once per trace, not per run.
+    Under torch.compile a call counts once when it is traced, not each time it runs.
 
     Raises:
-        TypeError, ValueError, ImportError: as `accelerate`.
+        TypeError, ValueError, ImportError: see `accelerate`.
     """
-    _require_peft()
-    from fastlora.peft import layers
-
+    layers = _load("layers")
     counts: dict[str, dict[str, int]] = {}
     for name, layer in layers.find(model).items():
         if layers.is_fused(layer):
-            for reason, calls in layers.tally_of(layer).fallbacks.items():
+            for reason, calls in layer._fastlora_tally.fallbacks.items():
                 counts.setdefault(reason, {})[name] = calls
     return counts
 
 
 def register(lora_config: Any) -> Any:
-    """Let every eligible linear that PEFT wraps with `lora_config` be an accelerated layer from the start.
+    """Make PEFT wrap every eligible linear of `lora_config` in an accelerated layer from the start.
 
         model = get_peft_model(base, fastlora.peft.register(LoraConfig(target_modules=["q_proj"])))
 
-    Linears that `accelerate` would leave go PEFT's own way, as do quantised ones, which `accelerate` takes afterwards; `status`
-    lists them.  The registration lives in this config object: it is not saved with it.
+    Linears that `accelerate` would leave, and quantised linears, get PEFT's own layers. `accelerate` takes the quantised ones
+    afterwards; `status` lists them. PEFT does not save the registration with the config.
 
     Returns:
         `lora_config` itself.
 
     Raises:
-        TypeError: lora_config is no LoraConfig, or one of a method with layers of its own (AdaLoRA).
-        ValueError: it has another custom module registered for nn.Linear or Conv1D.
-        ImportError: as `accelerate`.
+        TypeError: lora_config is not a LoraConfig, or is for a method with its own layers (AdaLoRA).
+        ValueError: another custom module is registered in it for nn.Linear or Conv1D.
+        ImportError: see `accelerate`.
     """
-    _require_peft()
-    from fastlora.peft import registration
-
-    return registration.register(lora_config)
+    return _load("registration").register(lora_config)
 
 
-def _require_peft() -> None:
+def _load(name: str) -> Any:
+    """The module fastlora.peft.<name>. It imports peft, an optional package, which `import fastlora` must not import."""
     try:
         import peft
         from packaging.version import Version
@@ -139,3 +122,4 @@ def _require_peft() -> None:
         raise ImportError('accelerating PEFT models needs peft: pip install "fastlora[hf]"') from error
     if Version(peft.__version__) < Version(OLDEST_PEFT):
         raise ImportError(f"accelerating PEFT models needs peft >= {OLDEST_PEFT}, but peft {peft.__version__} is installed")
+    return importlib.import_module(f"fastlora.peft.{name}")

@@ -1,4 +1,4 @@
-"""The frozen linear below a LoRA layer: its weight, or why it has none that could be read without calling it."""
+"""The frozen linear below a LoRA layer: its weight, or the reason why the weight cannot be read from outside."""
 
 from typing import cast
 
@@ -13,9 +13,9 @@ PLAIN_TENSORS = (Tensor, nn.Parameter)
 
 
 def weight_of(base_layer: nn.Module) -> Tensor | QuantizedWeight | str:
-    """W (out, in) with base_layer(x) = x Wᵀ + base_layer.bias, or the reason why that cannot be told from outside.
+    """W (out, in) such that base_layer(x) = x Wᵀ + base_layer.bias, or the reason why there is no such W.
 
-    A Conv1D stores Wᵀ: its W is a view.
+    A Conv1D stores Wᵀ, so its W is a view.
     """
     kind = type(base_layer)
     plain = kind is nn.Linear or kind is Conv1D

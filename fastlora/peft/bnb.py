@@ -1,22 +1,17 @@
-"""The accelerated forms of PEFT's layers on linears of bitsandbytes, which this module imports."""
+"""The accelerated forms of PEFT's layers for bitsandbytes. This module imports bitsandbytes."""
 
 from peft.tuners.lora import bnb
 from torch import nn
 
-from fastlora.peft.layers import Fused
+from fastlora.peft.fused import Fused
 
-FUSED: dict[type[nn.Module], type[Fused]] = {}
 
-if hasattr(bnb, "Linear8bitLt"):
+class FusedLinear8bitLt(Fused, bnb.Linear8bitLt):
+    """`peft.tuners.lora.bnb.Linear8bitLt`, fused."""
 
-    class FusedLinear8bitLt(Fused, bnb.Linear8bitLt):
-        """`peft.tuners.lora.bnb.Linear8bitLt`, fused."""
 
-    FUSED[bnb.Linear8bitLt] = FusedLinear8bitLt
+class FusedLinear4bit(Fused, bnb.Linear4bit):
+    """`peft.tuners.lora.bnb.Linear4bit`, fused."""
 
-if hasattr(bnb, "Linear4bit"):
 
-    class FusedLinear4bit(Fused, bnb.Linear4bit):
-        """`peft.tuners.lora.bnb.Linear4bit`, fused."""
-
-    FUSED[bnb.Linear4bit] = FusedLinear4bit
+FUSED: dict[type[nn.Module], type[Fused]] = {bnb.Linear8bitLt: FusedLinear8bitLt, bnb.Linear4bit: FusedLinear4bit}

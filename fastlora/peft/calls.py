@@ -1,28 +1,27 @@
-"""The decision of one call: what `lora_linear` needs, or the reason why the call is PEFT's.
+"""The decision at one call: the arguments of `lora_linear`, or the reason why the call runs PEFT's forward.
 
-A call is fused when exactly one active adapter has weights in the layer, and
+A call is fused if exactly one active adapter has weights in the layer, and
 
     the layer     is neither merged nor disabled, and casts its input as PEFT does by default
     the adapter   is no variant (DoRA, aLoRA, ...); A and B are linears without bias, its dropout is nn.Dropout or nn.Identity
     the base      is an nn.Linear or Conv1D that does nothing else, with a frozen weight; or a 4-bit or 8-bit linear of
-                  bitsandbytes, whose dtypes `fastlora.quantized.unsupported_input` judges
-    the call      passes x alone, a dense tensor; is not decoding on a GPU (few rows, no gradient), where launches are all there
-                  is; is not traced by torch.jit, and not differentiated by torch.func or forwards
-    the dtypes    x, W and bias share one; A and B share that one, or are float32 while it is 16-bit (as autocast leaves them)
+                  bitsandbytes with dtypes that `fastlora.quantized.unsupported_input` accepts
+    the call      passes x alone, a dense tensor; is not decoding on a GPU (few rows, no gradient), where PEFT's launches cost
+                  less; is not traced by torch.jit, and not differentiated by torch.func or in forward mode
+    the dtypes    x, W and bias share one; A and B share that one, or are float32 and it is 16-bit. Autocast applies first.
 """
 
 from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
-from torch.autograd import forward_ad
 
 from fastlora import quantized
 from fastlora.functional import _autocast_dtype
 from fastlora.peft.base import PLAIN_TENSORS, weight_of
 from fastlora.quantized import QuantizedWeight
 from fastlora.torch_backend import DECODE_ROWS
-from fastlora.validation import FLOAT_DTYPES, HALF_DTYPES, autocast_target, is_altered
+from fastlora.validation import FLOAT_DTYPES, HALF_DTYPES, autocast_target, is_altered, is_transformed
 
 DISABLED = "adapters are disabled"
 MERGED = "adapters are merged"
@@ -32,12 +31,12 @@ UNCAST = "casting of the input is disabled"
 
 DECODING = "few rows without a gradient, as in decoding"
 
-#: What somebody asked for in so many words, or loses nothing by, and no warning needs to tell.
+#: Fallbacks that never warn: requested by the user, or free.
 INTENDED = frozenset({DISABLED, MERGED, INACTIVE, MIXED_BATCH, UNCAST, DECODING})
 
 
 class Operands(NamedTuple):
-    """The arguments of `lora_linear` beside x: weight (out, in), A (r, in), B (out, r), bias (out,) or None."""
+    """The arguments of `lora_linear` after x: weight (out, in), A (r, in), B (out, r), bias (out,) or None."""
 
     weight: Tensor | QuantizedWeight
     lora_A: Tensor
@@ -48,12 +47,12 @@ class Operands(NamedTuple):
 
 
 def operands(layer: Any) -> Operands | str:
-    """What the layer, as it stands, gives to `lora_linear`, or why it gives nothing."""
+    """The arguments that the layer passes to `lora_linear` in its present state, or why there are none."""
     if layer.disable_adapters:
         return DISABLED
     if layer.merged:
         return MERGED
-    all_A = layer.lora_A  # a look-up of a submodule costs as much as all else here
+    all_A = layer.lora_A  # looked up once: it takes as long as the rest of this function
     active = [name for name in layer.active_adapters if name in all_A]
     if not active:
         return INACTIVE
@@ -80,16 +79,16 @@ def operands(layer: Any) -> Operands | str:
     weight = weight_of(base_layer)
     if isinstance(weight, str):
         return weight
-    if isinstance(weight, Tensor) and weight.requires_grad:
+    if isinstance(weight, Tensor) and weight.requires_grad and not is_transformed():
         return "its base weight is trainable"
     if not weight.device == lora_A.device == lora_B.device:
         return f"its base weight is on {weight.device}, the adapter on {lora_A.device} and {lora_B.device}"
     scaling = layer.scaling[name]
     if isinstance(scaling, Tensor):
-        # Made by prepare_model_for_compiled_hotswap to be refilled in place: read on the device, without a synchronisation.
+        # prepare_model_for_compiled_hotswap makes it, to refill it in place. Reading it on the device avoids a synchronisation.
         lora_B, scaling = (lora_B * scaling).to(lora_B.dtype), 1.0
     else:
-        scaling = float(scaling)  # NumPy's numbers serve PEFT too
+        scaling = float(scaling)  # PEFT accepts NumPy numbers too
     p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
     return Operands(weight, lora_A, lora_B, base_layer.bias, scaling, p)
 
@@ -100,48 +99,43 @@ def unsupported_input(x: Tensor, given: Operands, layer: Any) -> str | None:
         return f"x is a {type(x).__name__} that is not dense"
     if x.device != given.weight.device:
         return f"x is on {x.device}, the base weight on {given.weight.device}"
+    if is_transformed():
+        return "a functorch transform (torch.func) is active"
     if not torch.compiler.is_compiling():
-        if torch._C._are_functorch_transforms_active():
-            return "a functorch transform (torch.func) is active"
-        if forward_ad._current_level >= 0:
+        if torch.autograd.forward_ad._current_level >= 0:
             return "forward-mode differentiation is active"
         if torch.jit.is_tracing():
             return "torch.jit is tracing"
-    autocast = _autocast_dtype(x.device)
-    base, adapter = autocast_target(x, autocast), autocast_target(given.lora_A, autocast)
-    if isinstance(given.weight, Tensor):
-        frozen, stored = [t for t in (given.weight, given.bias) if t is not None], str(given.weight.dtype)
+    weight, autocast = given.weight, _autocast_dtype(x.device)
+    base, adapter, other = (autocast_target(t, autocast) for t in (x, given.lora_A, given.lora_B))
+    fits = adapter == other and (adapter == base or (adapter == torch.float32 and base in HALF_DTYPES))
+    if isinstance(weight, Tensor):
+        frozen = (weight,) if given.bias is None else (weight, given.bias)
+        fits = fits and base in FLOAT_DTYPES and all(base == autocast_target(t, autocast) for t in frozen)
     elif reason := quantized.unsupported_input(layer.base_layer, x):
         return f"its base layer {reason}"
-    else:
-        frozen, stored = [], given.weight.scheme.kind
-    fits = (
-        base in FLOAT_DTYPES
-        and all(base == autocast_target(t, autocast) for t in frozen)
-        and adapter == autocast_target(given.lora_B, autocast)
-        and (adapter == base or (adapter == torch.float32 and base in HALF_DTYPES))
-    )
     if fits:
         return None
+    stored = weight.dtype if isinstance(weight, Tensor) else weight.scheme.kind
     return f"x is {x.dtype}, the base weight {stored}, the adapter {given.lora_A.dtype} (autocast: {autocast})"
 
 
 def _decodes(x: Tensor) -> bool:
-    """Whether the call waits for launches alone, of which PEFT makes as many for less time on the host: `make host-time`."""
+    """Whether launches alone decide the time of the call. PEFT makes as many, in less time on the host: `make host-time`."""
     if torch.compiler.is_compiling() or torch.is_grad_enabled() or type(x) not in PLAIN_TENSORS:
         return False
     return x.device.type != "cpu" and x.numel() <= DECODE_ROWS * x.shape[-1]
 
 
 def decide(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operands | str:
-    """The operands of a fused call, or the reason why layer(x, *args, **kwargs) is PEFT's."""
+    """The operands of a fused call, or the reason why layer(x, *args, **kwargs) runs PEFT's forward."""
     if kwargs.get("adapter_names") is not None:
         return MIXED_BATCH
-    if args or any(value is not None for value in kwargs.values()):
-        return "the layer is called with more than x"
     if _decodes(x):
         return DECODING
     given = operands(layer)
     if isinstance(given, str):
         return given
+    if args or any(value is not None for value in kwargs.values()):
+        return "the layer is called with more than x"
     return unsupported_input(x, given, layer) or given

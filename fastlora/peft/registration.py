@@ -13,23 +13,21 @@ from fastlora.peft.layers import fuse, unsupported_reason
 
 
 class Dispatch:
-    """What PEFT calls to wrap an nn.Linear or Conv1D, subclasses included: its own layer, accelerated.
+    """PEFT calls this to wrap an nn.Linear, a Conv1D or a subclass. Returns PEFT's own layer, accelerated.
 
-    None sends PEFT on to its other layers, so quantised linears get the ones made for them.  PEFT 0.18 does not pass the
-    config, hence it is kept here.
+    It returns None for a quantised linear, and PEFT then uses its layer for that kind. PEFT 0.18 does not pass the config, so
+    this object keeps it.
     """
 
     def __init__(self, config: LoraConfig) -> None:
         self.config = config
         self.warned: set[str] = set()
 
-    def __call__(
-        self, target: nn.Module, adapter_name: str, config: LoraConfig | None = None, **options: Any
-    ) -> nn.Module | None:
+    def __call__(self, target: nn.Module, name: str, config: LoraConfig | None = None, **options: Any) -> nn.Module | None:
         base_layer = target.get_base_layer() if isinstance(target, BaseTunerLayer) else target
         if not isinstance(weight_of(base_layer), Tensor):
             return None
-        layer = dispatch_default(target, adapter_name, config or self.config, **options)
+        layer = dispatch_default(target, name, config or self.config, **options)
         if layer is not None and unsupported_reason(layer) is None:
             fuse(layer, self.warned)
         return layer
@@ -37,16 +35,12 @@ class Dispatch:
 
 def register(lora_config: LoraConfig) -> LoraConfig:
     """See `fastlora.peft.register`."""
-    if not isinstance(lora_config, LoraConfig) or lora_config.peft_type != PeftType.LORA:
-        kind = getattr(lora_config, "peft_type", None)
+    kind = getattr(lora_config, "peft_type", None)
+    if not isinstance(lora_config, LoraConfig) or kind != PeftType.LORA:
         raise TypeError(f"lora_config must be a LoraConfig, got {type(lora_config).__name__}" + (f" of {kind}" if kind else ""))
-    registered = lora_config._custom_modules or {}
-    for kind in (nn.Linear, Conv1D):
-        other = registered.get(kind)
-        if other is not None and not isinstance(other, Dispatch):
-            raise ValueError(
-                f"lora_config has {other!r} registered for {kind.__name__}: accelerate(model) leaves such layers alone"
-            )
-    dispatch: Any = Dispatch(lora_config)  # PEFT calls what it expects to be a class
+    for cls, other in (lora_config._custom_modules or {}).items():
+        if cls in (nn.Linear, Conv1D) and not isinstance(other, Dispatch):
+            raise ValueError(f"lora_config has {other!r} registered for {cls.__name__}, which accelerate(model) leaves alone")
+    dispatch: Any = Dispatch(lora_config)  # PEFT's hint asks for a class, but PEFT only calls it
     lora_config._register_custom_module({nn.Linear: dispatch, Conv1D: dispatch})
     return lora_config

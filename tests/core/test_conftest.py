@@ -8,7 +8,7 @@ from pathlib import Path
 import pytest
 import torch
 
-TESTS = Path(__file__).parent
+ROOT = Path(__file__).parents[2]
 DTYPES = [torch.float64, torch.float32, torch.float16, torch.bfloat16, torch.int64, torch.int32, torch.uint8]
 ALLOCATIONS = [
     "torch.empty(3, 5, dtype=dtype)",
@@ -47,16 +47,12 @@ def test_other_allocations_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> No
         assert allocate(expression, "fastlorax", torch.float32).shape == (3, 5)
 
 
-def run_pytest(*arguments: str, **environment: str) -> subprocess.CompletedProcess[str]:
-    command = [sys.executable, "-m", "pytest", "-q", "--collect-only", *arguments]
-    return subprocess.run(command, cwd=TESTS.parent, env=os.environ | environment, capture_output=True, text=True, check=False)
-
-
 def test_this_process_interprets() -> None:
     assert os.environ["TRITON_INTERPRET"] == "1"
 
 
 def test_modes_do_not_mix() -> None:
-    run = run_pytest("tests/compile", "tests/test_conftest.py")
+    command = [sys.executable, "-m", "pytest", "--collect-only", "tests/compile", "tests/core/test_conftest.py"]
+    run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == pytest.ExitCode.USAGE_ERROR
     assert "a pytest process of its own" in run.stderr

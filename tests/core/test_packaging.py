@@ -66,21 +66,36 @@ def test_wheel_metadata(wheel: Path) -> None:
     assert described["License-Expression"] == "Apache-2.0"
 
 
-def test_wheel_imports_from_a_folder(wheel: Path, tmp_path: Path) -> None:
-    target = tmp_path / "site"
-    pip("install", "--no-deps", "--no-index", "--target", target, wheel)
-    code = "import fastlora, fastlora.kernels; print(fastlora.__file__, fastlora.kernels.__file__, fastlora.__version__)"
-    package = target / "fastlora"
-    expected = f"{package / '__init__.py'} {package / 'kernels' / '__init__.py'} {fastlora.__version__}"
-    assert python(code, tmp_path, PYTHONPATH=str(target)) == expected
+@pytest.fixture(scope="module")
+def site(wheel: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A folder with the wheel installed."""
+    folder = tmp_path_factory.mktemp("site")
+    pip("install", "--no-deps", "--no-index", "--target", folder, wheel)
+    return folder
 
 
-def test_this_install_has_no_module_named_kernels(tmp_path: Path) -> None:
-    """Under that name it would shadow the Hugging Face package, which may be installed beside fastlora."""
-    code = "from importlib.util import find_spec; s = find_spec('kernels'); print(s and s.origin)"
-    origin = python(code, tmp_path)
-    assert origin == "None" or not Path(origin).is_relative_to(ROOT / "kernels")
-    assert python("import fastlora.kernels as k; print(k.__name__)", tmp_path) == "fastlora.kernels"
+RUN = (
+    "import torch, fastlora, fastlora.kernels.steps; one = torch.ones; print(fastlora.__file__, fastlora.__version__, "
+    "fastlora.lora_linear(one(4, 16), one(16, 16), one(2, 16), one(16, 2), backend='fused').mean().item())"
+)
+
+
+@pytest.mark.parametrize("in_clone", [False, True], ids=["elsewhere", "in the clone"])
+def test_installed_wheel_runs_the_kernels(site: Path, tmp_path: Path, in_clone: bool) -> None:
+    """In the clone, Python finds the clone's package first."""
+    found = (ROOT if in_clone else site) / "fastlora" / "__init__.py"
+    printed = python(RUN, ROOT if in_clone else tmp_path, PYTHONPATH=str(site), TRITON_INTERPRET="1")
+    assert printed == f"{found} {fastlora.__version__} 48.0"
+
+
+def test_kernels_hides_no_package_of_that_name(site: Path, tmp_path: Path) -> None:
+    """transformers imports Hugging Face's package `kernels` where it is installed."""
+    origin = "from importlib.util import find_spec; s = find_spec('kernels'); print(s and s.origin)"
+    (tmp_path / "kernels").mkdir()
+    theirs = tmp_path / "kernels" / "__init__.py"
+    theirs.touch()
+    for folder in (ROOT, site.parent):
+        assert python(origin, folder, PYTHONPATH=f"{site}:{tmp_path}") == str(theirs)
 
 
 def test_one_version_everywhere() -> None:

@@ -1,21 +1,32 @@
 """One accelerated PEFT layer, its input, and ways to change it: shared by the tests of single calls."""
 
+import copy
 from collections.abc import Callable
 from typing import Any
 
 import torch
-from peft_models import wrap
+from peft_models import accelerated
 from torch import Tensor, nn
 
-import fastlora
+from fastlora.peft import layers
 
 
 def layer_of(base: nn.Module | None = None, dtype: torch.dtype = torch.float32, **options: Any) -> Any:
     """One accelerated layer with a random adapter, in training mode."""
     torch.manual_seed(0)
-    model = wrap(nn.ModuleList([base or nn.Linear(8, 12)]).to(dtype), target_modules=["0"], **options)
-    fastlora.accelerate(model)
-    return model.base_model.model[0]
+    model = nn.ModuleList([base or nn.Linear(8, 12)]).to(dtype)
+    return accelerated(model, target_modules=["0"], **options).base_model.model[0]
+
+
+def pefts(layer: Any) -> Any:
+    """A copy of the layer that is PEFT's again."""
+    copied = copy.deepcopy(layer)
+    layers.restore(copied)
+    return copied
+
+
+def fallbacks_of(layer: Any) -> dict[str, int]:
+    return dict(layer._fastlora_tally.fallbacks)
 
 
 def x_of(dtype: torch.dtype = torch.float32) -> Tensor:

@@ -1,31 +1,37 @@
-"""Which inputs and surroundings of a call are fused, with PEFT's dtypes, and which are left to PEFT's forward, and counted."""
+"""Which inputs and surroundings of a call are fused, with PEFT's dtypes, and which run PEFT's forward and are counted."""
 
 import contextlib
-import copy
 import warnings
+from typing import Any
 
 import pytest
 import torch
-from peft_layer import layer_of, set_dtypes, x_of
+from peft_layer import fallbacks_of, layer_of, pefts, set_dtypes, x_of
 from peft_models import counted_calls
 from torch import Tensor
 from torch.autograd import forward_ad
 
 from fastlora import oracle
-from fastlora.peft import calls, layers
+from fastlora.peft import calls
+
+pytestmark = pytest.mark.filterwarnings("ignore:an accelerated LoRA layer")
 
 
-@pytest.mark.filterwarnings("ignore:an accelerated LoRA layer")
-@pytest.mark.parametrize("who", ["peft", "fastlora"])
+@pytest.mark.parametrize("own", [False, True], ids=["accelerated", "peft"])
 @pytest.mark.parametrize(
-    "x", [torch.ones(5, 8, dtype=torch.float64), torch.ones(5, 8, dtype=torch.int64)], ids=["wide", "integers"]
+    ("x", "B"),
+    [
+        (torch.ones(5, 8, dtype=torch.float64), torch.float32),
+        (torch.ones(5, 8, dtype=torch.int64), torch.float32),
+        (torch.ones(5, 8), torch.float64),
+    ],
+    ids=["wide", "integers", "adapter of two dtypes"],
 )
-def test_inputs_that_peft_refuses_are_refused_by_peft(x: Tensor, who: str) -> None:
+def test_dtypes_that_peft_refuses_are_refused_by_peft(x: Tensor, B: torch.dtype, own: bool) -> None:
     layer = layer_of()
-    if who == "peft":
-        layers.restore(layer)
+    set_dtypes(torch.float32, B)(layer)
     with pytest.raises(RuntimeError, match="dtype"):
-        layer(x)
+        (pefts(layer) if own else layer)(x)
 
 
 TAKEN: dict[str, tuple[torch.dtype, torch.dtype, torch.dtype, torch.dtype | None]] = {  # x, base, adapter, autocast
@@ -44,34 +50,32 @@ def test_dtypes_that_are_fused_come_out_as_pefts(combination: str) -> None:
     x_dtype, base, adapter, autocast = TAKEN[combination]
     layer = layer_of(dtype=base)
     set_dtypes(adapter, adapter)(layer)
-    expected = copy.deepcopy(layer)
-    layers.restore(expected)
+    both = layer, pefts(layer)
     with counted_calls() as made, torch.autocast("cpu", autocast, enabled=autocast is not None):
-        results = layer(x_of(x_dtype)), expected(x_of(x_dtype))
+        results = [each(x_of(x_dtype)) for each in both]
     assert len(made) == 1
     assert results[0].dtype == results[1].dtype
-    leaves = [layer.lora_A["default"].weight, expected.lora_A["default"].weight]
-    grads = [torch.autograd.grad(result.sum(), leaf)[0] for result, leaf in zip(results, leaves, strict=True)]
+    grads = [torch.autograd.grad(y.sum(), each.lora_A["default"].weight)[0] for y, each in zip(results, both, strict=True)]
     assert grads[0].dtype == grads[1].dtype == adapter
 
 
 def test_autocast_that_leaves_the_adapter_behind_is_pefts() -> None:
     layer = layer_of(dtype=torch.float64)
-    layer.lora_A.float(), layer.lora_B.float()
+    set_dtypes(torch.float32, torch.float32)(layer)
     with counted_calls() as made, torch.autocast("cpu", torch.bfloat16):
         assert layer.eval()(x_of(torch.float64)).dtype == torch.float64
     assert not made
-    assert "autocast: torch.bfloat16" in next(iter(layer._fastlora_tally.fallbacks))
+    assert "autocast: torch.bfloat16" in next(iter(fallbacks_of(layer)))
 
 
 def test_functorch_transforms_are_pefts() -> None:
     layer = layer_of().eval()
     x = x_of().detach()
-    expected = copy.deepcopy(layer)
-    layers.restore(expected)
-    for transform in (torch.func.vmap, lambda f: torch.func.jacrev(f)):
-        assert torch.equal(transform(layer)(x), transform(expected)(x))
-    assert set(layer._fastlora_tally.fallbacks) == {"a functorch transform (torch.func) is active"}
+    for transform in (torch.func.vmap, torch.func.jacrev):
+        assert torch.equal(transform(layer)(x), transform(pefts(layer))(x))
+    parameters = {name: parameter.detach() for name, parameter in layer.named_parameters()}
+    torch.func.grad(lambda these: torch.func.functional_call(layer, these, (x,)).sum())(parameters)
+    assert set(fallbacks_of(layer)) == {"a functorch transform (torch.func) is active"}
 
 
 def test_forward_mode_and_tracing_are_pefts() -> None:
@@ -82,7 +86,7 @@ def test_forward_mode_and_tracing_are_pefts() -> None:
     assert oracle.relative_error(tangent, layer(x + 1) - layer(x)) <= 4 * oracle.FLOOR[x.dtype, x.dtype]
     traced = torch.jit.trace(layer, x, check_trace=False)
     assert traced(x[:2]).shape == (2, 12)
-    assert dict(layer._fastlora_tally.fallbacks) == {"forward-mode differentiation is active": 1, "torch.jit is tracing": 1}
+    assert fallbacks_of(layer) == {"forward-mode differentiation is active": 1, "torch.jit is tracing": 1}
 
 
 @pytest.mark.parametrize("x", [torch.ones(5, 8).to_sparse(), torch.nested.nested_tensor([torch.ones(2, 8), torch.ones(3, 8)])])
@@ -90,36 +94,42 @@ def test_tensors_that_are_not_dense_are_pefts(x: Tensor) -> None:
     layer = layer_of().eval()
     with counted_calls() as made, warnings.catch_warnings():
         warnings.simplefilter("ignore")  # torch calls its nested and sparse tensors prototypes
-        with contextlib.suppress(RuntimeError, NotImplementedError):  # what torch makes of them is PEFT's affair
+        with contextlib.suppress(RuntimeError, NotImplementedError):  # from PEFT's own operations
             layer(x)
     assert not made
-    assert set(layer._fastlora_tally.fallbacks) == {"x is a Tensor that is not dense"}
+    assert set(fallbacks_of(layer)) == {"x is a Tensor that is not dense"}
 
 
-@pytest.mark.filterwarnings("ignore:an accelerated LoRA layer")
 @pytest.mark.parametrize(
-    ("rows", "grad", "device", "expected"),
+    ("shape", "grad", "device", "expected"),
     [
-        ((64,), False, "meta", True),
-        ((4, 16), False, "meta", True),
-        ((65,), False, "meta", False),
-        ((64,), True, "meta", False),
-        ((64,), False, "cpu", False),
+        ((64, 8), False, "meta", True),
+        ((4, 16, 8), False, "meta", True),
+        ((65, 8), False, "meta", False),
+        ((64, 8), True, "meta", False),
+        ((64, 8), False, "cpu", False),
     ],
 )
-def test_decoding_on_an_accelerator_is_pefts(rows: tuple[int, ...], grad: bool, device: str, expected: bool) -> None:
+def test_decoding_on_an_accelerator_is_pefts(shape: tuple[int, ...], grad: bool, device: str, expected: bool) -> None:
     """The meta device stands for one that is not a CPU."""
     layer = layer_of().to(device)
     with torch.set_grad_enabled(grad):
-        decision = calls.decide(layer, torch.empty(*rows, 8, device=device), (), {})
-    assert (decision == calls.DECODING) == expected
-    assert isinstance(decision, str) == expected
+        decision = calls.decide(layer, torch.empty(shape, device=device), (), {})
+    assert (decision == calls.DECODING) == isinstance(decision, str) == expected
 
 
-def test_more_arguments_than_x_are_pefts() -> None:
+@pytest.mark.parametrize("kwargs", [{}, {"alora_offsets": [3]}], ids=["x", "with offsets"])
+def test_alora_has_one_reason(kwargs: Any) -> None:
+    layer = layer_of(alora_invocation_tokens=[1])
+    assert calls.decide(layer, x_of(), (), kwargs) == "the adapter is a variant (ALoraLinearVariant)"
+
+
+@pytest.mark.parametrize(("args", "kwargs"), [((3,), {}), ((), {"other": 3})])
+def test_more_arguments_than_x_are_pefts(args: Any, kwargs: Any) -> None:
     layer = layer_of()
     with counted_calls() as made, pytest.raises(TypeError):
-        layer(x_of(), 3)
+        layer(x_of(), *args, **kwargs)
     assert not made
-    assert layer(x=x_of(), adapter_names=None, alora_offsets=None).shape == (5, 12)  # nothing more than x
-    assert dict(layer._fastlora_tally.fallbacks) == {"the layer is called with more than x": 1}
+    assert fallbacks_of(layer) == {"the layer is called with more than x": 1}
+    assert layer(x=x_of(), adapter_names=None, alora_offsets=None).shape == (5, 12)
+    assert sum(fallbacks_of(layer).values()) == 1, "None counts as no argument"

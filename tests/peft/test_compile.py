@@ -1,30 +1,37 @@
-"""torch.compile of accelerated layers: one graph where PEFT's is one, and new graphs where what was decided changes."""
+"""torch.compile of accelerated layers: one graph where PEFT's is one, and new graphs when the decision changes."""
 
 from typing import Any
 
 import pytest
+import quantized_layers
 import torch
 import torch._dynamo.testing
 from peft.utils.hotswap import prepare_model_for_compiled_hotswap
-from peft_models import wrap
+from peft_models import FLOOR, accelerated, wrap
 from torch import nn
 
 import fastlora
 from fastlora import oracle
 
-FLOOR = oracle.FLOOR[torch.float32, torch.float32]
 
-
-def one_layer(p: float = 0.2) -> nn.Module:
+@pytest.fixture(autouse=True)
+def fresh() -> None:
+    torch._dynamo.reset()
     torch.manual_seed(0)
-    return wrap(nn.Sequential(nn.Linear(8, 12)), target_modules=["0"], lora_dropout=p)
+
+
+def linear() -> nn.Module:
+    return nn.Sequential(nn.Linear(8, 12))
 
 
 @pytest.mark.parametrize("dynamic", [False, True])
-def test_compiles_whole(dynamic: bool) -> None:
-    torch._dynamo.reset()
-    model = one_layer()
-    fastlora.accelerate(model)
+@pytest.mark.parametrize("kind", [None, "nf4 double", "int8"])
+def test_compiles_whole(kind: str | None, dynamic: bool) -> None:
+    base = linear()
+    if kind is not None:
+        base[0] = quantized_layers.quantize(base[0].weight, kind, base[0].bias)
+        base.is_loaded_in_4bit = base.is_loaded_in_8bit = True
+    model = accelerated(base, target_modules=["0"], lora_dropout=0.2)
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager", dynamic=dynamic)
     weight = model.base_model.model[0].lora_A["default"].weight
     for rows in (5, 7):
@@ -38,9 +45,7 @@ def test_compiles_whole(dynamic: bool) -> None:
 
 
 def test_compiled_fallbacks_are_counted_where_they_are_traced() -> None:
-    torch._dynamo.reset()
-    model = one_layer(0.0)
-    fastlora.accelerate(model)
+    model = accelerated(linear(), target_modules=["0"])
     compiled = torch.compile(model, fullgraph=True, backend="aot_eager")
     x = torch.randn(5, 8)
     fused = compiled(x)
@@ -53,8 +58,7 @@ def test_compiled_fallbacks_are_counted_where_they_are_traced() -> None:
 
 
 def test_accelerating_after_compiling_takes_effect() -> None:
-    torch._dynamo.reset()
-    model = one_layer(0.0)
+    model = wrap(linear(), target_modules=["0"])
     graphs: list[str] = []
 
     def backend(graph: Any, inputs: Any) -> Any:
@@ -68,15 +72,12 @@ def test_accelerating_after_compiling_takes_effect() -> None:
     compiled(x)
     fastlora.decelerate(compiled)
     compiled(x)
-    assert ["LoraLinearFunction" in graph or "autograd_function_apply" in graph for graph in graphs] == [
-        False,
-        True,
-    ]  # the first graph again
+    fused = ["LoraLinearFunction" in graph or "autograd_function_apply" in graph for graph in graphs]
+    assert fused == [False, True]  # the third call runs the first graph
 
 
 def test_scalings_in_tensors_change_without_a_new_graph() -> None:
-    torch._dynamo.reset()
-    model = one_layer(0.0)
+    model = wrap(linear(), target_modules=["0"])
     prepare_model_for_compiled_hotswap(model)
     fastlora.accelerate(model)
     counter = torch._dynamo.testing.CompileCounter()
@@ -90,9 +91,7 @@ def test_scalings_in_tensors_change_without_a_new_graph() -> None:
 
 
 def test_switching_state_recompiles() -> None:
-    torch._dynamo.reset()
-    model = one_layer(0.0)
-    fastlora.accelerate(model)
+    model = accelerated(linear(), target_modules=["0"])
     compiled = torch.compile(model, backend="aot_eager")
     x = torch.randn(5, 8)
     before = compiled(x)

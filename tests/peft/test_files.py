@@ -1,4 +1,4 @@
-"""Adapter files of accelerated models: PEFT writes and reads them as ever, and loading in any order ends in fused calls."""
+"""Adapter files of accelerated models: PEFT writes and reads them, and calls are fused in whatever order they are loaded."""
 
 import json
 from pathlib import Path
@@ -7,7 +7,7 @@ from typing import Any
 import peft
 import pytest
 from peft.utils.hotswap import hotswap_adapter, prepare_model_for_compiled_hotswap
-from peft_models import ATTENTION, FLOOR, assert_fused, build, inputs_of, logits_of, pair, randomise, run, wrap
+from peft_models import ATTENTION, FLOOR, assert_close, assert_fused, build, inputs_of, logits_of, pair, randomise, run, wrap
 from torch import Tensor
 
 import fastlora
@@ -73,5 +73,4 @@ def test_hotswap_with_scalings_in_tensors(tmp_path: Path) -> None:
     for model in (eager, fused):
         layers_of = layers.find(model).values()  # PEFT 0.18 freezes what it pads
         [half.requires_grad_() for layer in layers_of for half in (layer.lora_A, layer.lora_B)]
-    results = [run(model, inputs_of()) for model in (eager, fused)]
-    assert all(oracle.relative_error(tensor, results[0][name]) <= 2 * FLOOR for name, tensor in results[1].items())
+    assert_close(run(fused, inputs_of()), run(eager, inputs_of()))

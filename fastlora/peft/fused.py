@@ -1,0 +1,39 @@
+"""The accelerated layer: PEFT's LoRA linear with another forward."""
+
+from typing import Any
+
+import torch
+from peft.tuners.lora.layer import Linear
+from torch import Tensor, nn
+
+from fastlora.functional import lora_linear
+from fastlora.peft.calls import INTENDED, decide
+from fastlora.peft.report import Tally
+from fastlora.quantized import QuantizedWeight
+
+
+class Fused(nn.Module):
+    """A mixin before a LoRA linear of PEFT. Its forward is `lora_linear` wherever that computes the same.
+
+    There is no constructor: `fastlora.peft.layers.fuse` changes the class of a layer that PEFT made.
+    """
+
+    _fastlora_tally: Tally
+
+    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
+        """x (..., in) -> (..., out), fused or by PEFT: see `fastlora.peft.calls`."""
+        given = decide(self, x, args, kwargs)
+        if isinstance(given, str):
+            _note(self, given)
+            return super().forward(x, *args, **kwargs)
+        y = lora_linear(x, *given[:4], scaling=given.scaling, dropout_p=given.dropout_p)
+        return y.to(x.dtype) if isinstance(given.weight, QuantizedWeight) else y
+
+
+class FusedLinear(Fused, Linear):
+    """`peft.tuners.lora.layer.Linear`, fused."""
+
+
+@torch.compiler.assume_constant_result  # torch.compile runs it while tracing: no graph break, and no guard on the counters
+def _note(layer: Fused, reason: str) -> None:
+    layer._fastlora_tally.note(reason, warn=layer.training and torch.is_grad_enabled() and reason not in INTENDED)
