@@ -11,8 +11,8 @@ from triton.runtime import driver
 
 from fastlora.kernels import steps
 from fastlora.kernels.dropout import lane_limit
-from fastlora.kernels.steps import plan_backward, plan_forward
 from fastlora.kernels.shrink import shrink_kernel
+from fastlora.kernels.steps import plan_backward, plan_forward
 from tools.aot import OfflineDriver
 from tools.cases import TARGETS
 
