@@ -24,7 +24,7 @@ import os
 import re
 import warnings
 from collections.abc import Callable, Mapping
-from dataclasses import asdict, dataclass, fields
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -44,8 +44,6 @@ BALANCE = 184
 #: published for Hopper, 0.85 to 0.98 of cuBLAS, and a little for the LoRA term, whose loads nothing hides.
 ASSUMED_SLOWDOWN = 0.1
 
-_DTYPES = {"float32": torch.float32, "float16": torch.float16, "bfloat16": torch.bfloat16}
-
 
 @dataclass(frozen=True)
 class Problem:
@@ -59,6 +57,12 @@ class Problem:
     r: int
     dropout: bool
     precision: str = "ieee"  # how float32 dots multiply, see `matmul_precision`
+
+    def __str__(self) -> str:
+        """The problem in a line, which is its key in the file: "forward bfloat16 8192 x 4096 -> 4096 r=16 with dropout"."""
+        dtype = "tf32" if self.precision == "tf32" else str(self.dtype).removeprefix("torch.")
+        dropout = " with dropout" if self.dropout else ""
+        return f"{self.direction} {dtype} {self.rows} x {self.in_features} -> {self.out_features} r={self.r}{dropout}"
 
     @property
     def length(self) -> int:
@@ -98,7 +102,11 @@ def candidates(problem: Problem, target: Target) -> list[str]:
 @functools.lru_cache(maxsize=4096)
 def choose(problem: Problem, target: Target) -> str:
     """The choice of one step: the measured one, else the default."""
-    return _measured(target).get(problem) or default_choice(problem, target)
+    choice, default = _measured(target).get(str(problem)), default_choice(problem, target)
+    if choice is None or choice in candidates(problem, target):
+        return choice or default
+    warnings.warn(f"{choice!r} in {path_of(target)} is ignored: {problem} cannot take it", stacklevel=2)
+    return default
 
 
 @functools.lru_cache(maxsize=4096)
@@ -142,13 +150,15 @@ def store(target: Target, results: Mapping[Problem, str]) -> Path:
     """
     if not target.name:
         raise ValueError("target.name is empty: measured choices are stored under the name of a GPU")
-    added = dict(_parse(_record(problem, choice), target) for problem, choice in results.items())
+    for problem, choice in results.items():
+        if choice not in candidates(problem, target):
+            raise ValueError(f"{problem} cannot take the choice {choice!r}")
     path = path_of(target)
     path.parent.mkdir(parents=True, exist_ok=True)
     with path.with_suffix(".lock").open("a") as lock:
         fcntl.flock(lock, fcntl.LOCK_EX)
-        records = [_record(problem, choice) for problem, choice in (stored(target) | added).items()]
-        content = json.dumps({"environment": environment(target), "results": records}, indent=1) + "\n"
+        choices = stored(target) | {str(problem): choice for problem, choice in results.items()}
+        content = json.dumps({"environment": environment(target), "choices": choices}, indent=1) + "\n"
         atomic.write(path, content.encode(), locked=True)
     forget()
     return path
@@ -161,26 +171,25 @@ def forget() -> None:
 
 
 @functools.cache
-def _measured(target: Target) -> dict[Problem, str]:
+def _measured(target: Target) -> dict[str, str]:
     return stored(target) if target.name else {}
 
 
-def stored(target: Target) -> dict[Problem, str]:
-    """What the target's file holds now, as any process left it.  Warns and returns nothing where it cannot be believed."""
-    path = None
+def stored(target: Target) -> dict[str, str]:
+    """The choices in the target's file, by `str(problem)`.  Warns and returns nothing where the file cannot be believed."""
+    path: Path | str = "the cache of measured choices"
     try:
         path = path_of(target)
         data = json.loads(path.read_text("utf-8"))
-        if not isinstance(data, dict) or not isinstance(data.get("results"), list):
-            raise ValueError("it holds no list of results")
+        if not isinstance(data, dict) or not isinstance(data.get("choices"), dict):
+            raise ValueError("it holds no choices")
         if (found := data.get("environment")) != (here := environment(target)):
             raise ValueError(f"it is for {found}, and this is {here}")
-        return dict(_parse(record, target) for record in data["results"])
+        return data["choices"]
     except FileNotFoundError:
         return {}
     except (OSError, ValueError, RuntimeError) as error:  # RuntimeError: no home folder, or lists nested too deep
-        where = path or "the cache of measured choices"
-        warnings.warn(f"{where} is ignored: {error}; `fastlora tune` writes it anew", stacklevel=2)
+        warnings.warn(f"{path} is ignored: {error}; `fastlora tune` writes it anew", stacklevel=2)
         return {}
 
 
@@ -210,30 +219,3 @@ def path_of(target: Target) -> Path:
         shared = os.environ.get("XDG_CACHE_HOME")
         folder = (Path(shared) if shared else Path.home() / ".cache") / "fastlora"
     return folder / f"{readable}-{digest}.json"
-
-
-def _record(problem: Problem, choice: str) -> dict[str, Any]:
-    return asdict(problem) | {"dtype": str(problem.dtype).removeprefix("torch."), "choice": choice}
-
-
-def _parse(record: Any, target: Target) -> tuple[Problem, str]:
-    """The inverse of `_record`.  Raises ValueError for a record that `store` would not write for this target."""
-    names = [field.name for field in fields(Problem)]
-    if not isinstance(record, dict) or record.keys() != {*names, "choice"}:
-        raise ValueError(f"{record!r} is no result: expected {', '.join(names)} and choice")
-    sizes = [record[name] for name in ("rows", "in_features", "out_features", "r")]
-    dtype = _DTYPES.get(record["dtype"]) if isinstance(record["dtype"], str) else None
-    valid = (
-        dtype is not None
-        and all(type(size) is int and size > 0 for size in sizes)
-        and record["rows"] == next_power_of_2(record["rows"])
-        and record["direction"] in ("forward", "backward")
-        and type(record["dropout"]) is bool
-        and record["precision"] in (("ieee", "tf32") if dtype == torch.float32 else ("ieee",))
-    )
-    if not valid or dtype is None:
-        raise ValueError(f"{record!r} is no problem that a step poses")
-    problem = Problem(**{name: record[name] for name in names} | {"dtype": dtype})
-    if record["choice"] not in candidates(problem, target):
-        raise ValueError(f"the choice {record['choice']!r} is none that {problem} can take")
-    return problem, record["choice"]

@@ -137,8 +137,8 @@ def tune(
     outcomes = []
     for problem in problems:
         default = default_choice(problem, target)
-        if problem in before:
-            tuned = Tuned(problem, default, before[problem], kept=True)
+        if str(problem) in before:
+            tuned = Tuned(problem, default, before[str(problem)], kept=True)
         else:
             shape = problem.rows, problem.in_features, problem.out_features
             p = dropout_p if problem.dropout else 0.0
@@ -148,7 +148,7 @@ def tune(
             except torch.OutOfMemoryError as error:
                 tuned = Tuned(problem, default, skipped=f"out of memory: {_first_line(error)}")
             if tuned.choice is None:
-                remark(f"{describe(problem)} is skipped: {tuned.skipped}")
+                remark(f"{problem} is skipped: {tuned.skipped}")
                 if device.type == "cuda":
                     torch.cuda.empty_cache()
             else:
@@ -168,21 +168,21 @@ def _measure(
     remark: Callable[[str], object],
 ) -> Tuned:
     """Check the candidates, then time those that are right.  Raises torch.OutOfMemoryError."""
-    default, name = choices[0], describe(problem)
+    default = choices[0]
     providers = {choice: Provider(choice, of_call(partial(lora_linear, backend=choice))) for choice in choices}
     first = draw(case, device)
     judge = Judge(case, first)
     left_out = {}
     for choice, provider in providers.items():
-        progress(f"{name}: checking {choice}")
+        progress(f"{problem}: checking {choice}")
         if reason := _unsupported_reason(judge, provider):
             left_out[choice] = reason
-            remark(f"{name}: {choice} is left out: {reason}")
+            remark(f"{problem}: {choice} is left out: {reason}")
     del judge  # its float64 results would take memory from what is timed
     right = [choice for choice in choices if choice not in left_out]
     if not right:
         return Tuned(problem, default, left_out=left_out, skipped="no candidate is left")
-    progress(f"{name}: timing {len(right)} candidates")
+    progress(f"{problem}: timing {len(right)} candidates")
     copies = copies_beyond_cache(first.nbytes, device)
     sets = [first, *(draw(case, device, index) for index in range(1, copies))]
     times = timer({choice: steps_of(providers[choice], case, sets)[problem.direction] for choice in right})
@@ -201,13 +201,6 @@ def _unsupported_reason(judge: Judge, provider: Provider) -> str:
     except (TritonError, RuntimeError) as error:  # the compiler's passes fail with RuntimeError
         return f"{type(error).__name__}: {_first_line(error)}"
     return ""
-
-
-def describe(problem: Problem) -> str:
-    """A problem in a line."""
-    dropout = " with dropout" if problem.dropout else ""
-    shape = f"{problem.rows} x {problem.in_features} -> {problem.out_features}"
-    return f"{problem.direction} {oracle.SHORT[problem.dtype]} {shape} r={problem.r}{dropout}"
 
 
 def check_device(device: torch.device) -> Target:

@@ -1,4 +1,22 @@
-"""`fastlora tune`: measure once on this GPU which form of the kernels suits a model's linears, and keep it for later runs."""
+"""For every linear of a model, measure which form of the kernels is fastest on
+this GPU, forward and backward: one fused GEMM and with which tile, or cuBLAS
+accumulating onto the LoRA term, or torch alone. Each candidate is checked
+against float64 before it is timed. The winner replaces the default wherever
+fastlora runs in the same environment: GPU, torch, Triton and fastlora.
+
+A candidate wins only if its 80th percentile is below the default's 20th.
+Results are stored one by one and not measured again: an interrupted run, when
+started anew, continues. Two runs at once keep both. The file lies in
+$FASTLORA_CACHE_DIR, else $XDG_CACHE_HOME/fastlora, else ~/.cache/fastlora.
+Delete it to return to the defaults, or measure again with --again.
+
+examples:
+  fastlora tune --model ./my-llama
+  fastlora tune --model Qwen/Qwen3-8B -M 2048 8192 -r 16 64
+  fastlora tune --model 4096x4096,4096x14336,14336x4096 -M 8192 -p 0.05
+
+exit code: 0 everything is measured, 1 a result is wrong or a problem cannot be
+measured, 2 wrong arguments or no GPU to tune on, 130 interrupted."""
 
 import argparse
 import json
@@ -18,28 +36,6 @@ from fastlora.dropout import threshold
 if TYPE_CHECKING:
     from fastlora.tune import Tuned
 
-DESCRIPTION = """\
-For every linear of a model, measure which form of the kernels is fastest on
-this GPU, forward and backward: one fused GEMM and with which tile, or cuBLAS
-accumulating onto the LoRA term, or torch alone. Each candidate is checked
-against float64 before it is timed. The winner replaces the default wherever
-fastlora runs in the same environment: GPU, torch, Triton and fastlora.
-
-A candidate wins only if its 80th percentile is below the default's 20th.
-Results are stored one by one and not measured again: an interrupted run, when
-started anew, continues. Two runs at once keep both. The file lies in
-$FASTLORA_CACHE_DIR, else $XDG_CACHE_HOME/fastlora, else ~/.cache/fastlora.
-Delete it to return to the defaults, or measure again with --again."""
-
-EPILOG = """\
-examples:
-  fastlora tune --model ./my-llama
-  fastlora tune --model Qwen/Qwen3-8B -M 2048 8192 -r 16 64
-  fastlora tune --model 4096x4096,4096x14336,14336x4096 -M 8192 -p 0.05
-
-exit code: 0 everything is measured, 1 a result is wrong or a problem cannot be
-measured, 2 wrong arguments or no GPU to tune on, 130 interrupted."""
-
 ROWS = tuple(2**power for power in range(9, 15))
 SHAPES = re.compile(r"[1-9]\d*x[1-9]\d*(,[1-9]\d*x[1-9]\d*)*")
 HUB_ID = re.compile(r"(?![\dx,]+$|.*\.json$)\w[\w.-]*(/\w[\w.-]*)?")  # neither a misspelt shape nor a missing file
@@ -50,8 +46,7 @@ def register(subparsers: Any) -> None:
     parser = subparsers.add_parser(
         "tune",
         help="measure which form of the kernels suits a model on this GPU, and keep it",
-        description=DESCRIPTION,
-        epilog=EPILOG,
+        description=__doc__,
         formatter_class=argparse.RawDescriptionHelpFormatter,
     )
     add, number = parser.add_argument, common.positive_int
@@ -198,14 +193,13 @@ def _cells(tuned: "Tuned") -> list[str]:
 
 def _plain(tuned: "Tuned") -> dict[str, Any]:
     """A problem's outcome in JSON's types."""
-    return {
-        **asdict(tuned.problem),
-        "dtype": str(tuned.problem.dtype).removeprefix("torch."),
-        "default": tuned.default,
-        "choice": tuned.choice,
-        "speedup": tuned.speedup and tuned.speedup._asdict(),
-        "seconds": {choice: times._asdict() for choice, times in tuned.seconds.items()},
-        "left_out": tuned.left_out,
-        "skipped": tuned.skipped,
-        "kept": tuned.kept,
-    }
+    fields = asdict(tuned)
+    return (
+        fields.pop("problem")
+        | fields
+        | {
+            "dtype": str(tuned.problem.dtype).removeprefix("torch."),
+            "speedup": tuned.speedup and tuned.speedup._asdict(),
+            "seconds": {choice: times._asdict() for choice, times in tuned.seconds.items()},
+        }
+    )

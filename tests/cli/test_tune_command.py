@@ -103,7 +103,7 @@ def test_the_table(gpu: None, capsys: pytest.CaptureFixture[str]) -> None:
     assert "2.00 (2.00 to 2.00)" in out
     assert "Interpreted GPU" in out
     assert f"4 of 4 problems measured, 4 better than the default. Stored: {dispatch.path_of(NAMED)}\n" in out
-    assert {(problem.rows, choice) for problem, choice in dispatch.stored(NAMED).items()} == {(16, "fused")}
+    assert dispatch.stored(NAMED)["backward float32 16 x 32 -> 48 r=4"] == "fused"
 
 
 def test_json(gpu: None, capsys: pytest.CaptureFixture[str]) -> None:
