@@ -15,10 +15,10 @@ import torch
 from torch import Tensor, nn
 
 import fastlora.peft
+from benches.shapes import MODELS, Decoder
 from fastlora import oracle
 from fastlora.benchmark import WrongResultError, trial
 from fastlora.benchmark.clock import Step, copies_beyond_cache
-from fastlora.benchmark.shapes import MODELS, Decoder
 
 Steps = dict[tuple[str, str], Step]  # by (provider, pass)
 

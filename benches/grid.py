@@ -20,7 +20,7 @@ from dataclasses import dataclass, replace
 
 import torch
 
-from fastlora.benchmark.shapes import MODELS, Linear
+from benches.shapes import MODELS, Linear
 from fastlora.oracle import Case
 
 NAMES = ("quick", "full", "everything", "toy")

@@ -5,7 +5,6 @@ providers.py   what is compared; baselines.py: other implementations
 trial.py       one size, all providers: check, time, count bytes
 memory.py      bytes saved for backward, peak memory
 ceilings.py    what the machine reaches, and the least time a pass could take
-shapes.py      the linears of well-known models
 results.py     rows and their files; plot.py: bar charts
 """
 

@@ -1,4 +1,10 @@
-"""`fastlora bench`: what a LoRA linear costs beside its frozen linear and beside eager LoRA, on this machine."""
+"""Time forward, backward and both of the frozen linear alone (the lower limit),
+eager LoRA, PEFT's own layer, chained addmm_ and fastlora, on the same random
+tensors, in turn. Check each against float64 first. Count the bytes that each
+saves for backward and its peak memory, and measure what a matrix product and a
+copy reach on this machine. On a GPU the clock is CUDA events, and fastlora is
+timed in each of its forms. On a CPU it runs its torch backend. Write bench.csv
+and bench.png."""
 
 import argparse
 import json
@@ -14,13 +20,6 @@ from fastlora.cli import common
 from fastlora.cli.common import three_digits
 from fastlora.environment import environment
 
-DESCRIPTION = """\
-Time forward, backward and both of the frozen linear alone (the lower limit), eager LoRA, PEFT's own layer, chained addmm_ and
-fastlora, on the same random tensors, in turn. Each is checked against float64 first. Count the bytes that each saves for
-backward and its peak memory, and measure what a matrix product and a copy reach on this machine.
-On a GPU the clock is CUDA events, and fastlora is timed in each of its forms; on a CPU it runs its torch backend.
-Writes bench.csv and bench.png."""
-
 #: device type -> (M, K, N, dtype)
 DEFAULTS = {"cpu": (2048, 1024, 1024, "float32"), "cuda": (8192, 4096, 4096, "bfloat16")}
 FILES = ("bench.csv", "bench.png")
@@ -32,7 +31,7 @@ def register(subparsers: Any) -> None:
     sizes = ", ".join(f"{m} x {k} -> {n} in {dtype} on {kind}" for kind, (m, k, n, dtype) in DEFAULTS.items())
     codes = "Exit code: 0 measured, 1 wrong result or no memory, 2 wrong arguments."
     help_ = "time forward and backward against eager LoRA"
-    parser = subparsers.add_parser("bench", help=help_, description=DESCRIPTION, epilog=f"Default size: {sizes}. {codes}")
+    parser = subparsers.add_parser("bench", help=help_, description=__doc__, epilog=f"Default size: {sizes}. {codes}")
     add, number = parser.add_argument, common.positive_int
     add("-M", "--rows", type=number, metavar="M", help="rows of x: tokens in the batch")
     add("-K", "--in-features", type=number, metavar="K", help="width of x")

@@ -1,4 +1,6 @@
-"""`fastlora parity`: forward and every gradient against float64, on every backend that runs here, in one table."""
+"""Compute y, dx, dA, dB and dbias with fastlora.lora_linear and compare each with float64, from the same inputs and the same
+dropout mask. An error passes when it is at most twice that of eager LoRA in the same dtypes, or below the dtype's floor.
+In the drawn cases every dtype, shape, rank, dropout rate and bias setting comes up equally often."""
 
 import argparse
 import json
@@ -25,10 +27,6 @@ BIAS = (True, False)
 BACKENDS = ("fused", "addmm", "torch")
 
 INTERPRETER_HINT = "Triton's interpreter runs its kernels on a CPU: TRITON_INTERPRET=1 fastlora parity"
-DESCRIPTION = """\
-Compute y, dx, dA, dB and dbias with fastlora.lora_linear and compare each with float64, from the same inputs and the same
-dropout mask. An error passes when it is at most twice that of eager LoRA in the same dtypes, or below the dtype's floor.
-In the drawn cases every dtype, shape, rank, dropout rate and bias setting comes up equally often."""
 
 Verdicts = list[tuple[str, oracle.Row]]  # (backend, row)
 
@@ -37,7 +35,7 @@ def register(subparsers: Any) -> None:
     """Add the subcommand to `fastlora`."""
     codes = f"Exit code: 0 every error within its bound, 1 one over it, 2 wrong arguments. {INTERPRETER_HINT}"
     help_ = "check forward and all gradients against float64"
-    parser = subparsers.add_parser("parity", help=help_, description=DESCRIPTION, epilog=codes)
+    parser = subparsers.add_parser("parity", help=help_, description=__doc__, epilog=codes)
     add = parser.add_argument
     add("--cases", type=common.positive_int, default=40, metavar="N", help="cases to draw (default: 40)")
     add("--seed", type=int, default=0, help="seed of the cases, their inputs and their masks (default: 0)")

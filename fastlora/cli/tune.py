@@ -29,8 +29,8 @@ from typing import TYPE_CHECKING, Any
 import torch
 
 from fastlora import oracle
-from fastlora.benchmark.plot import three_digits
 from fastlora.cli import common
+from fastlora.cli.common import three_digits
 from fastlora.dropout import threshold
 
 if TYPE_CHECKING:

@@ -7,10 +7,10 @@ from pathlib import Path
 import pytest
 import torch
 
+from benches.shapes import MODELS
 from fastlora import atomic, benchmark
 from fastlora.benchmark import ceilings, memory, providers, results
 from fastlora.benchmark.clock import quantiles
-from fastlora.benchmark.shapes import MODELS
 from fastlora.oracle import Case
 
 CPU = torch.device("cpu")

@@ -6,8 +6,8 @@ from pathlib import Path
 import pytest
 import torch
 
-from fastlora import choices, environment
-from fastlora.kernels.forms import Choice, Problem
+from fastlora import dispatch, environment
+from fastlora.dispatch import Problem
 from fastlora.kernels.target import Target
 
 GPU = torch.device("cuda")
@@ -58,7 +58,7 @@ def test_a_gpu_is_named_with_its_driver_and_its_tuning_results(empty_cache: Path
     assert (before["device"], before["capability"], before["driver"], before["tuned"]) == (gpu.name, "sm_90", "580.1", None)
     tuned = []
     for form in ("fused", "addmm", "addmm"):
-        choices.store(gpu, {Problem("forward", torch.bfloat16, 8192, 4096, 4096, 16, True): Choice(form)})
+        dispatch.store(gpu, {Problem("forward", torch.bfloat16, 8192, 4096, 4096, 16, True): form})
         tuned.append(environment.environment(GPU)["tuned"])
     assert len({None, *tuned}) == 3
     assert tuned[1] == tuned[2]
