@@ -1,4 +1,4 @@
-"""config.py: every shape has a valid tile on every target, splits cover a reduction, and the streaming kernels fill the chip."""
+"""config.py: every shape has a valid tile on every target, splits cover a reduction, streaming kernels fill the chip."""
 
 import math
 
@@ -114,7 +114,7 @@ def test_streaming_kernels_fill_the_chip(name, rank, adapter):
     ],
 )
 def test_partial_sums_stay_small(M, K, rank, bounds):
-    """Bytes of partial sums, written and read again, per byte of x or dy: at most (S, dS and dB, dA), in bfloat16 on an H200."""
+    """Bytes of partial sums, written and read again, per byte of x or dy: at most (S, dS and dB, dA), on an H200."""
     to_S, of_dy, of_x = streaming(M, K, K, rank, torch.bfloat16, HOPPER)
     for plans, bound in zip(([to_S], of_dy, of_x[:1]), bounds, strict=True):
         results = [result for plan in plans for result in plan.results if result.parts > 1]
