@@ -117,7 +117,7 @@ def _print_tables(rows: Sequence[KernelFacts]) -> None:
         console.print(table)
     console.print(
         "spills: bytes of stack per thread / local loads and stores; shared: bytes; mma: tensor-core instructions; conv: "
-        "layout conversions; instr/elt: instructions that dropout adds per element; narrow: global loads below 8 bytes per thread"
+        "layout conversions; instr/elt: instructions that dropout adds per element; narrow: loads below 8 bytes per thread"
     )
 
 

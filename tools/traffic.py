@@ -1,8 +1,9 @@
 """Count the memory traffic of the package: each element that a kernel loads or stores, by launch and tensor.
 
 The kernels run under Triton's interpreter.  Every launch of the package goes through `fastlora.kernels.launch.launch`, and
-every access of a kernel, descriptors included, through four methods of Triton's InterpreterBuilder.  `counted()` watches both.  Masked elements do not count, nor the part of a descriptor's block outside the tensor: a GPU does not request them.  An
-access outside every tensor of the launch is an error.
+every access of a kernel, descriptors included, through four methods of Triton's InterpreterBuilder.  `counted()` watches both.
+Masked elements do not count, nor the part of a descriptor's block outside the tensor: a GPU does not request them.  An access
+outside every tensor of the launch is an error.
 
 Operations of torch between the kernels, a cuBLAS GEMM, a copy, a cast, are launches too.  Their accesses cannot be counted, so
 they are recorded with their compulsory traffic: each operand once.  The package's own operators are not such operations: what

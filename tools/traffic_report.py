@@ -231,7 +231,7 @@ def _print_tables(measured: Sequence[tuple[TrafficCase, Sequence[StepTraffic]]])
     console.print(
         "KiB at scaled-down shapes: only the ratios carry over to full size. read: all loads, also what GEMM tiles read again "
         "from L2; needed: each byte once per launch; compulsory: each operand of the step once; ratio: (needed + written) / "
-        "compulsory, above 1 through partial results, second passes and LoRA terms written apart; requested: (read + written) / "
+        "compulsory, above 1 through partial sums, second passes and LoRA terms written apart; requested: (read + written) / "
         "compulsory. A launch in parentheses is an operation of torch, counted with each operand once."
     )
 

@@ -24,13 +24,13 @@ from tools.traffic_report import DTYPES, FORMS, TrafficCase, by_step
 MANY = Target(90, 64, INTERPRETER.shared_memory)  # more than there is work for: everything is split
 AMPERE = Target(80, 4, INTERPRETER.shared_memory)  # no tensor descriptors
 OPERANDS = {
-    "aligned": TrafficCase(256, 384, 1024),
-    "split": TrafficCase(256, 512, 320, r=8, target=MANY),
+    "aligned": TrafficCase(128, 256, 512),
+    "split": TrafficCase(192, 512, 128, r=8, target=MANY),
     "ragged": TrafficCase(131, 205, 333, r=5, bias=False),
-    "ragged-split": TrafficCase(263, 517, 391, r=20, dtype="float16+float32", target=MANY),
+    "ragged-split": TrafficCase(135, 517, 135, r=20, dtype="float16+float32", target=MANY),
     "small": TrafficCase(3, 40, 24, r=2, dtype="float32"),
-    "float32-adapters": TrafficCase(256, 384, 1024, dtype="bfloat16+float32"),
-    "two-passes": TrafficCase(192, 256, 320, r=MAX_RANK + 1, target=MANY),
+    "float32-adapters": TrafficCase(128, 256, 512, dtype="bfloat16+float32"),
+    "two-passes": TrafficCase(135, 128, 512, r=MAX_RANK + 1, target=MANY),
     "two-rank-blocks": TrafficCase(72, 144, 136, r=130),
     "no-dropout": TrafficCase(128, 256, 192, dropout_p=0.0),
     "pointers": TrafficCase(128, 256, 192, target=AMPERE),

@@ -7,7 +7,6 @@ scale missing in backward say, can so be planted alone.
 import functools
 import inspect
 from collections.abc import Callable
-from dataclasses import dataclass
 from typing import Any
 
 import pytest
@@ -26,36 +25,6 @@ BACKENDS = ("fused", "addmm", "torch")
 DTYPES = [pytest.param(*pair, id="+".join(oracle.SHORT[dtype] for dtype in pair)) for pair in oracle.FLOOR]
 NAMES = ("x", "weight", "lora_A", "lora_B", "bias")
 right = masked_reference()
-
-
-class _ValueOf(torch.autograd.Function):
-    """The value of one tensor with the gradient of another."""
-
-    @staticmethod
-    def forward(ctx: Any, value: Tensor, carrier: Tensor) -> Tensor:
-        return value.clone()
-
-    @staticmethod
-    def backward(ctx: Any, grad: Tensor) -> tuple[None, Tensor]:
-        return None, grad
-
-
-@dataclass(frozen=True)
-class Mutant:
-    """`forward` gives y, `backward` the gradients; `spoils` are the outputs that must not pass."""
-
-    spoils: set[str]
-    forward: Linear = right
-    backward: Linear = right
-
-    def __call__(self, *tensors: Tensor, **options: Any) -> Tensor:
-        with torch.no_grad():
-            value = self.forward(*tensors, **options)
-        return _ValueOf.apply(value, self.backward(*tensors, **options))
-
-
-def both(spoils: set[str], wrong: Linear) -> Mutant:
-    return Mutant(spoils, wrong, wrong)
 
 
 def given(argument: str, change: Callable[[Any], Any]) -> Linear:
@@ -97,14 +66,41 @@ def last_zero(axis: int) -> Callable[[Tensor], Tensor]:
     return lambda t: torch.cat((t.narrow(axis, 0, t.shape[axis] - 1), 0.0 * t.narrow(axis, -1, 1)), axis)
 
 
-MASKED = {"y", "dx", "dA", "dB"}
 LORA_GRADIENTS = {"dx", "dA", "dB"}
-ROWS_SHIFTED = masked(lambda seed, rows, cols, p: dropout_mask(seed, rows + 1, cols, p)[1:])
+MASKED = {"y"} | LORA_GRADIENTS
+#: Mistakes in both directions -> (outputs that must not pass, the mistaken computation).
+MISTAKES = {
+    "LoRA term dropped": (MASKED, given("lora_B", lambda B: B * 0.0)),
+    "scaling doubled": (MASKED, given("scaling", lambda scaling: scaling * 2)),
+    "scaling halved": (MASKED, given("scaling", lambda scaling: scaling / 2)),
+    "scaling negated": (MASKED, given("scaling", lambda scaling: -scaling)),
+    "scaling left out": (MASKED, given("scaling", lambda scaling: 1.0)),
+    "last rank left out": (MASKED, given("lora_B", last_zero(1))),
+    "last column of x left out": (MASKED, given("x", last_zero(1))),  # a K loop that masks one column too many
+    "bias ignored": ({"y", "dbias"}, given("bias", lambda bias: None)),
+    "bias doubled": ({"y", "dbias"}, given("bias", lambda bias: bias * 2)),
+    "mask shifted by a row": (MASKED, masked(lambda seed, rows, cols, p: dropout_mask(seed, rows + 1, cols, p)[1:])),
+    "mask shifted by a column": (MASKED, masked(lambda seed, rows, cols, p: dropout_mask(seed, rows, cols + 1, p)[:, 1:])),
+    "mask of the next seed": (MASKED, given("seed", lambda seed: seed ^ 1)),
+    "mask inverted": (MASKED, masked(lambda *args: ~dropout_mask(*args))),
+    "mask at twice the rate": (MASKED, masked(lambda *args: dropout_mask(*args[:3], 2 * args[3]))),
+    "mask at a rate of eight bits": (MASKED, masked(lambda *args: dropout_mask(*args[:3], round(args[3] * 256) / 256))),
+    "no dropout": (MASKED, given("dropout_p", lambda p: 0.0)),
+    "1/(1-p) missing": (MASKED, given("scaling", lambda scaling: scaling / keep_scale(P))),
+}
+#: Mutant -> (outputs that must not pass, what gives y, what gives the gradients).
 MUTANTS = {
-    "all gradients zero": Mutant(LORA_GRADIENTS | {"dbias"}, backward=returning(lambda y: y * 0.0)),
-    **{
-        f"{gradient} {what}": Mutant({gradient}, backward=with_gradient(argument, change))
-        for gradient, argument in oracle.ARGUMENT_OF.items()
+    "last row not written": ({"y"}, returning(last_zero(0)), right),  # a store that masks one row too many
+    "NaN in y": ({"y"}, returning(lambda y: y.index_fill(0, torch.tensor([3]), torch.nan)), right),
+    "all gradients zero": (LORA_GRADIENTS | {"dbias"}, right, returning(lambda y: y * 0.0)),
+}
+for name, (spoils, wrong) in MISTAKES.items():
+    MUTANTS[name] = spoils, wrong, wrong
+    MUTANTS[f"{name} in forward"] = spoils & {"y"}, wrong, right
+    MUTANTS[f"{name} in backward"] = spoils - {"y"}, right, wrong
+for gradient, argument in oracle.ARGUMENT_OF.items():
+    MUTANTS |= {
+        f"{gradient} {what}": ({gradient}, right, with_gradient(argument, change))
         for what, change in {
             "zero": torch.zeros_like,
             "negated": torch.neg,
@@ -113,35 +109,7 @@ MUTANTS = {
             "off by a row": lambda grad: grad.roll(1, 0),
             "NaN": lambda grad: grad * torch.nan,
         }.items()
-    },
-    "LoRA term dropped": both(MASKED, given("lora_B", lambda B: B * 0.0)),
-    "LoRA term dropped in forward": Mutant({"y"}, forward=given("lora_B", lambda B: B * 0.0)),
-    "scaling doubled": both(MASKED, given("scaling", lambda scaling: scaling * 2)),
-    "scaling halved": both(MASKED, given("scaling", lambda scaling: scaling / 2)),
-    "scaling negated": both(MASKED, given("scaling", lambda scaling: -scaling)),
-    "scaling left out in backward": Mutant(LORA_GRADIENTS, backward=given("scaling", lambda scaling: 1.0)),
-    "last rank left out": both(MASKED, given("lora_B", last_zero(1))),
-    "last column of x left out": both(MASKED, given("x", last_zero(1))),  # a K loop that masks one column too many
-    "last row not written": Mutant({"y"}, forward=returning(last_zero(0))),  # a store that masks one row too many
-    "NaN in y": Mutant({"y"}, forward=returning(lambda y: y.index_fill(0, torch.tensor([3]), torch.nan))),
-    "bias ignored": both({"y", "dbias"}, given("bias", lambda bias: None)),
-    "bias ignored in forward": Mutant({"y"}, forward=given("bias", lambda bias: None)),
-    "bias doubled": both({"y", "dbias"}, given("bias", lambda bias: bias * 2)),
-    "mask shifted by a row": both(MASKED, ROWS_SHIFTED),
-    "mask shifted by a row in backward": Mutant(LORA_GRADIENTS, backward=ROWS_SHIFTED),
-    "mask shifted by a column": both(MASKED, masked(lambda seed, rows, cols, p: dropout_mask(seed, rows, cols + 1, p)[:, 1:])),
-    "mask of the next seed": both(MASKED, given("seed", lambda seed: seed ^ 1)),
-    "mask inverted": both(MASKED, masked(lambda *arguments: ~dropout_mask(*arguments))),
-    "mask at twice the rate": both(MASKED, masked(lambda seed, rows, cols, p: dropout_mask(seed, rows, cols, 2 * p))),
-    "mask at a rate of eight bits": both(
-        MASKED, masked(lambda seed, rows, cols, p: dropout_mask(seed, rows, cols, round(p * 256) / 256))
-    ),
-    "no dropout": both(MASKED, given("dropout_p", lambda p: 0.0)),
-    "no dropout in backward": Mutant(LORA_GRADIENTS, backward=given("dropout_p", lambda p: 0.0)),
-    "1/(1-p) missing": both(MASKED, given("scaling", lambda scaling: scaling / keep_scale(P))),
-    "1/(1-p) missing in forward": Mutant({"y"}, forward=given("scaling", lambda scaling: scaling / keep_scale(P))),
-    "1/(1-p) missing in backward": Mutant(LORA_GRADIENTS, backward=given("scaling", lambda scaling: scaling / keep_scale(P))),
-}
+    }
 
 
 def _case(dtype: torch.dtype, adapters: torch.dtype) -> Case:
@@ -156,24 +124,27 @@ def _expected(case: Case) -> tuple[oracle.Inputs, dict[str, Any], dict[str, Any]
     return inputs, *results
 
 
-def _spoilt(case: Case, function: Linear) -> set[str]:
-    """The outputs of one draw that do not pass."""
+def _spoilt(case: Case, forward: Linear, backward: Linear) -> set[str]:
+    """The outputs that do not pass when `forward` gives y and `backward` the gradients."""
     inputs, eager, exact = _expected(case)
-    results = oracle.evaluate(function, case, inputs, case.outputs)
+    results = oracle.evaluate(backward, case, inputs, case.outputs)
+    if forward is not backward:
+        results |= oracle.evaluate(forward, case, inputs, ["y"])
     return {name for name in results if not oracle.judge(case, name, results[name], eager[name], exact[name]).passed}
 
 
 @pytest.mark.parametrize(("dtype", "adapters"), DTYPES)
-@pytest.mark.parametrize("backend", [None, *BACKENDS])
-def test_the_unmutated_pass(backend: str | None, dtype: torch.dtype, adapters: torch.dtype) -> None:
-    function = functools.partial(lora_linear, backend=backend) if backend else Mutant(set())
-    assert _spoilt(_case(dtype, adapters), function) == set()
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_the_unmutated_pass(backend: str, dtype: torch.dtype, adapters: torch.dtype) -> None:
+    function = functools.partial(lora_linear, backend=backend)
+    assert _spoilt(_case(dtype, adapters), function, function) == set()
 
 
 @pytest.mark.parametrize(("dtype", "adapters"), DTYPES)
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutant(name: str, dtype: torch.dtype, adapters: torch.dtype) -> None:
-    assert _spoilt(_case(dtype, adapters), MUTANTS[name]) == MUTANTS[name].spoils
+    spoils, forward, backward = MUTANTS[name]
+    assert _spoilt(_case(dtype, adapters), forward, backward) == spoils
 
 
 @pytest.mark.parametrize("dtype", [torch.float16, torch.bfloat16])
@@ -183,7 +154,7 @@ def test_float32_adapters_computed_in_16_bits(dtype: torch.dtype) -> None:
     def hasty(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor, **options: Any) -> Tensor:
         return right(x, weight, lora_A.to(x.dtype), lora_B.to(x.dtype), bias, **options)
 
-    assert _spoilt(_case(dtype, torch.float32), hasty) >= {"dA", "dB"}
+    assert _spoilt(_case(dtype, torch.float32), hasty, hasty) >= {"dA", "dB"}
 
 
 #: step and argument -> (the change of that argument, the outputs it spoils)
@@ -222,4 +193,5 @@ def test_mutated_backend(
 
     monkeypatch.setattr(module, step, mutated)
     monkeypatch.setattr(ops, "_implementation", ops._implementation.__wrapped__)  # which keeps what it has looked up
-    assert _spoilt(_case(dtype, adapters), functools.partial(lora_linear, backend=backend)) == spoils
+    function = functools.partial(lora_linear, backend=backend)
+    assert _spoilt(_case(dtype, adapters), function, function) == spoils

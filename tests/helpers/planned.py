@@ -1,7 +1,7 @@
 """Single launches, planned for their operands and run, and the operands that the tests of each kernel share."""
 
-from dataclasses import dataclass, replace
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -30,8 +30,7 @@ VIEWS = {
 }
 
 
-@dataclass(frozen=True)
-class Operands:
+class Operands(NamedTuple):
     """x (M, K), A (r, K) and a contiguous float32 U (M, r) for one launch on `target`."""
 
     shape: tuple[int, int, int]  # (M, K, r)
@@ -44,10 +43,6 @@ class Operands:
         M, K, r = self.shape
         x, A = (VIEWS[self.view](torch.randn(rows, K).to(dtype)) for rows, dtype in zip((M, r), self.dtypes, strict=True))
         return x, A, torch.randn(M, r)
-
-    def __str__(self) -> str:
-        dtypes = "+".join(oracle.SHORT[dtype] for dtype in self.dtypes)
-        return f"{'x'.join(map(str, self.shape))} {dtypes} {self.view} sm{self.target.capability} of {self.target.sms}"
 
 
 MANY = replace(INTERPRETER, sms=64)  # has more multiprocessors than these launches have work: every reduction is split

@@ -9,7 +9,7 @@ from fastlora.dropout import keep_scale
 
 
 @pytest.mark.parametrize("transposed", [False, True])
-@pytest.mark.parametrize("operands", OPERANDS, ids=str)
+@pytest.mark.parametrize("operands", OPERANDS)
 def test_against_float64(operands, transposed):
     x, A, U = operands.draw()
     result, _ = run_grad_a(x, U, A.dtype, operands.target, transposed=transposed, scaling=0.5)

@@ -5,7 +5,7 @@ import torch
 from planned import OPERANDS, assert_close, far_apart, run_grad_s_and_b
 
 
-@pytest.mark.parametrize("operands", OPERANDS, ids=str)
+@pytest.mark.parametrize("operands", OPERANDS)
 def test_against_float64(operands):
     dy, A, S = operands.draw()
     dS, dB = run_grad_s_and_b(dy, A.t(), S, A.dtype, operands.target, scaling=0.5)

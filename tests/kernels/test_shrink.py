@@ -5,7 +5,7 @@ import torch
 from planned import OPERANDS, assert_close, far_apart, run_shrink
 
 
-@pytest.mark.parametrize("operands", OPERANDS, ids=str)
+@pytest.mark.parametrize("operands", OPERANDS)
 def test_against_float64(operands):
     x, A, _ = operands.draw()
     assert_close(run_shrink(x, A, operands.target, scaling=0.5), 0.5 * x.double() @ A.double().t(), x.dtype)
