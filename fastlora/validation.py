@@ -151,7 +151,7 @@ def check_inputs(
             raise TypeError(f"x is {x.dtype}, but a quantised weight can be made in float32, float16 and bfloat16 only")
         dtypes["weight"] = dtypes["bias"] = dtypes["x"]  # lora_linear casts both to x's dtype
     _check_dtypes("x", dtypes)
-    if frozen.requires_grad:
+    if frozen.requires_grad and not is_transformed():  # lora_linear refuses transforms with an error of their own
         raise ValueError(
             "weight requires grad, but fastlora computes no gradient for the frozen weight: "
             "call weight.requires_grad_(False), or pass weight.detach()"
@@ -190,9 +190,7 @@ def check_linear(linear: nn.Module, fan_in_fan_out: bool) -> tuple[Tensor, Tenso
     if parametrize.is_parametrized(linear) or any(name in linear._parameters for name in ("weight_g", "weight_orig")):
         raise TypeError(f"linear is a {kind} whose weight is parametrised: remove the parametrisation first")
     if is_altered(linear):
-        raise ValueError(
-            f"linear is a {kind} with hooks or a forward of its own, which the new module would not run: remove them first"
-        )
+        raise ValueError(f"linear is a {kind} with hooks or a forward of its own, which would not run: remove them first")
     return cast(tuple[Tensor, Tensor | None], (linear.weight, linear.bias))
 
 
@@ -220,6 +218,11 @@ def _only_moves_x(module: nn.Module) -> bool:
         and getattr(module.forward, "__wrapped__", None) == inner
         and getattr(inner, "__func__", None) is type(module).forward
     )
+
+
+def is_transformed() -> bool:
+    """Whether a transform of torch.func is active. torch.func.grad makes all its arguments require grad, frozen ones too."""
+    return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
 
 
 def autocast_target(tensor: Tensor, autocast_dtype: torch.dtype | None) -> torch.dtype:

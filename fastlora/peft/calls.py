@@ -21,7 +21,7 @@ from fastlora.functional import _autocast_dtype
 from fastlora.peft.base import PLAIN_TENSORS, weight_of
 from fastlora.quantized import QuantizedWeight
 from fastlora.torch_backend import DECODE_ROWS
-from fastlora.validation import FLOAT_DTYPES, HALF_DTYPES, autocast_target, is_altered
+from fastlora.validation import FLOAT_DTYPES, HALF_DTYPES, autocast_target, is_altered, is_transformed
 
 DISABLED = "adapters are disabled"
 MERGED = "adapters are merged"
@@ -79,7 +79,7 @@ def operands(layer: Any) -> Operands | str:
     weight = weight_of(base_layer)
     if isinstance(weight, str):
         return weight
-    if isinstance(weight, Tensor) and weight.requires_grad:
+    if isinstance(weight, Tensor) and weight.requires_grad and not is_transformed():
         return "its base weight is trainable"
     if not weight.device == lora_A.device == lora_B.device:
         return f"its base weight is on {weight.device}, the adapter on {lora_A.device} and {lora_B.device}"
@@ -99,9 +99,9 @@ def unsupported_input(x: Tensor, given: Operands, layer: Any) -> str | None:
         return f"x is a {type(x).__name__} that is not dense"
     if x.device != given.weight.device:
         return f"x is on {x.device}, the base weight on {given.weight.device}"
+    if is_transformed():
+        return "a functorch transform (torch.func) is active"
     if not torch.compiler.is_compiling():
-        if torch._C._are_functorch_transforms_active():
-            return "a functorch transform (torch.func) is active"
         if torch.autograd.forward_ad._current_level >= 0:
             return "forward-mode differentiation is active"
         if torch.jit.is_tracing():

@@ -138,6 +138,12 @@ def test_functorch_transforms(transform):
         TRANSFORMS[transform](lambda a: lora_linear(lora_A=a, **fixed), A)
 
 
+def test_functorch_transform_of_all_arguments():
+    """torch.func.grad makes the frozen weight require grad too. That is not the user's mistake."""
+    with pytest.raises(RuntimeError, match="lora_linear does not support functorch transforms"):
+        torch.func.grad(lambda tensors: lora_linear(**tensors).sum())(arguments())
+
+
 @pytest.mark.after_forward
 @pytest.mark.parametrize("name", ["x", "lora_A", "lora_B", "bias"])
 def test_second_derivative(name):

@@ -73,6 +73,8 @@ def test_functorch_transforms_are_pefts() -> None:
     x = x_of().detach()
     for transform in (torch.func.vmap, torch.func.jacrev):
         assert torch.equal(transform(layer)(x), transform(pefts(layer))(x))
+    parameters = {name: parameter.detach() for name, parameter in layer.named_parameters()}
+    torch.func.grad(lambda these: torch.func.functional_call(layer, these, (x,)).sum())(parameters)
     assert set(fallbacks_of(layer)) == {"a functorch transform (torch.func) is active"}
 
 
