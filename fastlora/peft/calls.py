@@ -128,7 +128,16 @@ def _decodes(x: Tensor) -> bool:
 
 
 def decide(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operands | str:
-    """The operands of a fused call, or the reason why layer(x, *args, **kwargs) runs PEFT's forward."""
+    """The operands of a fused call, or the reason why layer(x, *args, **kwargs) runs PEFT's forward.
+
+    Raises:
+        RuntimeError: torch.fx traces the call.
+    """
+    if isinstance(x, torch.fx.Proxy):
+        raise RuntimeError(
+            "torch.fx cannot trace a LoRA layer, neither an accelerated one nor PEFT's after fastlora.decelerate(model): "
+            "trace model.merge_and_unload(), or use torch.export"
+        )
     if kwargs.get("adapter_names") is not None:
         return MIXED_BATCH
     if _decodes(x):

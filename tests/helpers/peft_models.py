@@ -250,4 +250,4 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 def assert_close(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     assert one.keys() == other.keys()
-    assert all(oracle.relative_error(tensor, other[name]) <= 2 * FLOOR for name, tensor in one.items())
+    assert all(oracle.relative_error(tensor.detach(), other[name].detach()) <= 2 * FLOOR for name, tensor in one.items())

@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from peft_layer import fallbacks_of, layer_of, pefts, set_dtypes, x_of
-from peft_models import counted_calls
-from torch import Tensor
+from peft_models import accelerated, assert_close, counted_calls
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from fastlora import oracle
@@ -87,6 +87,25 @@ def test_forward_mode_and_tracing_are_pefts() -> None:
     traced = torch.jit.trace(layer, x, check_trace=False)
     assert traced(x[:2]).shape == (2, 12)
     assert fallbacks_of(layer) == {"forward-mode differentiation is active": 1, "torch.jit is tracing": 1}
+
+
+def test_torch_fx_is_refused_with_the_way_out() -> None:
+    model = accelerated(nn.Sequential(nn.Linear(8, 12)), target_modules=["0"]).eval()
+    inner = model.base_model.model
+    x = x_of().detach()
+    for module in (inner, inner[0]):
+        with pytest.raises(RuntimeError, match=r"fx cannot trace a LoRA layer.*decelerate.*merge_and_unload.*torch\.export"):
+            torch.fx.symbolic_trace(module)
+    expected = model(x)
+    assert_close({"y": torch.export.export(inner, (x,)).module()(x)}, {"y": expected})
+    assert_close({"y": torch.fx.symbolic_trace(model.merge_and_unload())(x)}, {"y": expected})
+
+
+def test_second_derivatives_are_refused_until_decelerated() -> None:
+    layer = layer_of()
+    with pytest.raises(RuntimeError, match="no second derivative"):
+        torch.autograd.grad(layer(x_of()).sum(), layer.lora_A["default"].weight, create_graph=True)
+    torch.autograd.grad(pefts(layer)(x_of()).sum(), layer.lora_A["default"].weight, create_graph=True, allow_unused=True)
 
 
 @pytest.mark.parametrize("x", [torch.ones(5, 8).to_sparse(), torch.nested.nested_tensor([torch.ones(2, 8), torch.ones(3, 8)])])
