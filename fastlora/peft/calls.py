@@ -87,10 +87,8 @@ def operands(layer: Any) -> Operands | str:
     if isinstance(scaling, Tensor):
         # prepare_model_for_compiled_hotswap makes it, to refill it in place. Reading it on the device avoids a synchronisation.
         lora_B, scaling = (lora_B * scaling).to(lora_B.dtype), 1.0
-    else:
-        scaling = float(scaling)  # PEFT accepts NumPy numbers too
     p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
-    return Operands(weight, lora_A, lora_B, base_layer.bias, scaling, p)
+    return Operands(weight, lora_A, lora_B, base_layer.bias, float(scaling), p)  # PEFT accepts NumPy's numbers too
 
 
 def unsupported_input(x: Tensor, given: Operands, layer: Any) -> str | None:

@@ -48,11 +48,12 @@ def test_only_the_class_changes_and_it_changes_back() -> None:
 def test_accelerating_twice_says_so_and_changes_nothing() -> None:
     model = wrap(build(), target_modules=["q_proj"])
     first = fastlora.accelerate(model)
-    assert str(first) == "fastlora: 2 of 2 LoRA layers accelerated"
+    headline, backend = str(first).splitlines()
+    assert headline == "fastlora: 2 of 2 LoRA layers accelerated"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         again = fastlora.accelerate(model)
-    assert str(again) == f"{first}\n  already accelerated: 2"
+    assert str(again).splitlines() == [headline, "  already accelerated: 2", backend]
     assert again.taken == again.already == first.taken
     assert fastlora.peft.status(model) == first
     assert fastlora.decelerate(model) == 2
@@ -131,13 +132,24 @@ def test_layers_of_other_modules_and_methods_are_left() -> None:
 
 
 def test_report_groups_by_reason() -> None:
-    text = repr(fastlora.peft.Report(("a",), (("b", "why"),), (*((name, "because") for name in "cdefg"), ("h", "so"))))
-    assert text.splitlines() == [
+    left = *((name, "because") for name in "cdefg"), ("h", "so")
+    backends = ("cpu", "torch"), ("cuda", "triton")
+    assert repr(fastlora.peft.Report(("a",), (("b", "why"),), left, backends=backends)).splitlines() == [
         "fastlora: 1 of 8 LoRA layers accelerated",
         "  waiting, why: 1 (b)",
         "  left, because: 5 (c, d, e and 2 more)",
         "  left, so: 1 (h)",
+        "  backend on cpu: torch, which saves memory rather than time on this device",
+        "  backend on cuda: triton",
     ]
+
+
+def test_the_backends_are_those_of_the_layers_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = wrap(build(), target_modules=["q_proj"])
+    assert fastlora.peft.status(model).backends == ()
+    assert fastlora.accelerate(model).backends == (("cpu", fastlora.functional.available_backends("cpu")[0]),)
+    monkeypatch.setattr(layers, "available_backends", lambda device: ("triton", device.type))
+    assert fastlora.peft.status(model).backends == (("cpu", "triton"),)
 
 
 FUNCTIONS = [fastlora.accelerate, fastlora.decelerate, fastlora.peft.status, fastlora.peft.fallbacks]
