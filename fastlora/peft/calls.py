@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from fastlora import quantized
 from fastlora.functional import _autocast_dtype
 from fastlora.peft.base import PLAIN_TENSORS, weight_of
-from fastlora.quantized import QuantizedWeight
 from fastlora.torch_backend import DECODE_ROWS
 from fastlora.validation import FLOAT_DTYPES, HALF_DTYPES, autocast_target, is_altered, is_transformed
 
@@ -38,7 +37,7 @@ INTENDED = frozenset({DISABLED, MERGED, INACTIVE, MIXED_BATCH, UNCAST, DECODING}
 class Operands(NamedTuple):
     """The arguments of `lora_linear` after x: weight (out, in), A (r, in), B (out, r), bias (out,) or None."""
 
-    weight: Tensor | QuantizedWeight
+    weight: Tensor | quantized.QuantizedWeight
     lora_A: Tensor
     lora_B: Tensor
     bias: Tensor | None

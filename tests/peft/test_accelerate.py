@@ -56,7 +56,6 @@ def test_accelerating_twice_says_so_and_changes_nothing() -> None:
     assert str(again).splitlines() == [headline, "  already accelerated: 2", backend]
     assert again.taken == again.already == first.taken
     assert fastlora.peft.status(model) == first
-    assert fastlora.decelerate(model) == 2
 
 
 class Doubling(nn.Linear):
@@ -161,9 +160,8 @@ def test_models_without_lora_layers_are_refused(function: Callable[[Any], Any]) 
         function(build())
     with pytest.raises(TypeError, match=r"model must be an nn\.Module, got str"):
         function("llama")
-    other_method = peft.get_peft_model(build(), peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
     with pytest.raises(ValueError, match="holds no LoRA layer"):
-        function(other_method)
+        function(peft.get_peft_model(build(), peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[])))
 
 
 @pytest.mark.parametrize("function", [*FUNCTIONS, fastlora.peft.register])
