@@ -194,9 +194,7 @@ def check_linear(linear: nn.Module, fan_in_fan_out: bool) -> tuple[Tensor, Tenso
     if parametrize.is_parametrized(linear) or any(name in linear._parameters for name in ("weight_g", "weight_orig")):
         raise TypeError(f"linear is a {kind} whose weight is parametrised: remove the parametrisation first")
     if is_altered(linear):
-        raise ValueError(
-            f"linear is a {kind} with hooks or a forward of its own, which the new module would not run: remove them first"
-        )
+        raise ValueError(f"linear is a {kind} with hooks or a forward of its own, which would not run: remove them first")
     return cast(tuple[Tensor, Tensor | None], (linear.weight, linear.bias))
 
 

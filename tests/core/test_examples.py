@@ -18,7 +18,7 @@ from safetensors.torch import load_file
 
 import fastlora
 from fastlora.autograd import LoraLinearFunction
-from fastlora.peft import layers
+from fastlora.peft import fused
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
 
@@ -73,7 +73,7 @@ def test_runs(script: str, count: int, run: Run, fused_calls: list[str]) -> None
 
 FAULTS = {
     "no layer is taken": (fastlora, "accelerate", lambda model: fastlora.peft.Report((), (), ())),
-    "a call falls back": (layers, "decide", lambda *args: "by this test"),
+    "a call falls back": (fused, "decide", lambda *args: "by this test"),
 }
 
 
