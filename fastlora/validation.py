@@ -172,9 +172,8 @@ def check_frozen(weight: Tensor, bias: Tensor | None, adapter_dtype: torch.dtype
         dtypes["bias"] = bias.dtype
         out_features = weight.shape[1] if fan_in_fan_out else weight.shape[0]
         if bias.shape[0] != out_features:
-            raise ValueError(
-                f"bias must be ({out_features},) for a weight {tuple(weight.shape)} with {fan_in_fan_out=}, got {tuple(bias.shape)}"
-            )
+            stored = f"{tuple(weight.shape)} with {fan_in_fan_out=}"
+            raise ValueError(f"bias must be ({out_features},) for a weight {stored}, got {tuple(bias.shape)}")
         if bias.device != weight.device:
             raise ValueError(f"bias is on {bias.device}, but weight is on {weight.device}")
     _check_dtypes("weight", dtypes)

@@ -1,4 +1,4 @@
-"""torch.compile and torch.export with lengths that change: as many graphs as nn.Linear needs, as padded fine-tuning wants it."""
+"""torch.compile and torch.export with changing lengths: as many graphs as nn.Linear needs, as padded fine-tuning wants it."""
 
 from collections.abc import Callable
 
