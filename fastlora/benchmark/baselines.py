@@ -11,7 +11,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlora import reference
+from fastlora import oracle, reference
 
 
 def frozen_linear(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, **_: float) -> Tensor:
@@ -25,26 +25,22 @@ def eager_lora(*tensors: Any, scaling: float, dropout_p: float) -> Tensor:
     return reference.lora_linear(*tensors, scaling=scaling, dropout=dropout)
 
 
-def peft_layer(
-    weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, *, scaling: float, dropout_p: float
-) -> nn.Module:
-    """A `peft.tuners.lora.layer.Linear` with these tensors, in training mode.
+def peft_layer(weights: oracle.Weights, scaling: float, dropout_p: float) -> nn.Module:
+    """A `peft.tuners.lora.layer.Linear` with these weights, in training mode.
 
     Raises:
         ImportError: PEFT is not installed.
     """
     import peft
 
-    with torch.device("meta"):
-        base = nn.Linear(weight.shape[1], weight.shape[0], bias=bias is not None)
-    r = lora_A.shape[0]
-    config = peft.LoraConfig(r=r, lora_alpha=r, lora_dropout=dropout_p, target_modules=["linear"])
+    weight, lora_A, lora_B, bias = weights
+    base = nn.Linear(weight.shape[1], weight.shape[0], device="meta")
+    config = peft.LoraConfig(r=len(lora_A), lora_dropout=dropout_p, target_modules=["linear"])
     layer: Any = peft.inject_adapter_in_model(config, nn.ModuleDict({"linear": base})).linear
-    for module, tensor in ((base, weight), (layer.lora_A["default"], lora_A), (layer.lora_B["default"], lora_B)):
-        del module.weight  # a parameter, which could be replaced by another parameter only
-        module.weight = tensor
-    if bias is not None:
-        base.bias = nn.Parameter(bias, requires_grad=False)
+    A, B = layer.lora_A["default"], layer.lora_B["default"]
+    for module, name, tensor in ((base, "weight", weight), (base, "bias", bias), (A, "weight", lora_A), (B, "weight", lora_B)):
+        delattr(module, name)  # a parameter, which only another parameter could replace
+        setattr(module, name, tensor)
     layer.scaling["default"] = scaling
     return layer.train()
 

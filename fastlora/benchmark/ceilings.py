@@ -8,7 +8,7 @@ No implementation overlaps both perfectly, so 100 % is out of reach where they t
 """
 
 import itertools
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
@@ -20,22 +20,15 @@ REPEATS = 10
 SIZES = {"cpu": (1024, 64 << 20), "cuda": (8192, 1 << 30)}
 
 
-@dataclass(frozen=True)
-class Ceilings:
-    """Measured rates: operations per second of a square GEMM in `dtype`, bytes read plus written per second of a copy."""
+class Ceilings(NamedTuple):
+    """Measured rates: of a square GEMM in 10¹² operations a second, of a copy in 10⁹ bytes read or written a second."""
 
-    dtype: torch.dtype
-    gemm: float
-    copy: float
+    gemm_tflops: float
+    copy_gbps: float
 
     def floor(self, case: oracle.Case, pass_: str) -> float:
         """The least seconds that the pass can take on this machine; rank 0 is the frozen linear alone."""
-        return max(operations(case, pass_) / self.gemm, compulsory_bytes(case, pass_) / self.copy)
-
-    @property
-    def facts(self) -> dict[str, float]:
-        """The rates in the units of the tables."""
-        return {"gemm_tflops": self.gemm / 1e12, "copy_gbps": self.copy / 1e9}
+        return max(operations(case, pass_) / (1e12 * self.gemm_tflops), compulsory_bytes(case, pass_) / (1e9 * self.copy_gbps))
 
 
 def operations(case: oracle.Case, pass_: str) -> int:
@@ -66,4 +59,4 @@ def measure_ceilings(dtype: torch.dtype, device: torch.device) -> Ceilings:
     turn = itertools.cycle(pairs)
     steps = {"gemm": lambda: torch.mm(*next(turn)), "copy": lambda: target.copy_(source)}
     best = {name: min(times) for name, times in measure(steps, device, REPEATS).items()}
-    return Ceilings(dtype, 2 * size**3 / best["gemm"], 2 * nbytes / best["copy"])
+    return Ceilings(2 * size**3 / best["gemm"] / 1e12, 2 * nbytes / best["copy"] / 1e9)

@@ -44,40 +44,26 @@ def torch_mask(function: Callable[[Tensor, float], Tensor], dtype: torch.dtype) 
     return lambda rows, cols, p, device: function(torch.ones(rows, cols, dtype=dtype, device=device), p) != 0
 
 
-def _native_dropout(x: Tensor, p: float) -> Tensor:
-    """On a CPU its mask differs from F.dropout's."""
-    return torch.native_dropout(x, p, True)[0]
-
-
 @dataclass(frozen=True)
 class Provider:
     """A way to compute the linear: bind(weights, scaling, dropout_p)(x) -> y.
 
     The bound function draws its mask from torch's default generator, as in training.  From the same state of the generator,
     mask(rows, cols, p, device) returns the mask that it draws; keep_scale(p) is the factor on kept elements.  With both, the
-    oracle can judge the very function that is timed.  `adapted` is False for the frozen linear alone, y = x Wᵀ + bias.
+    oracle can judge the very function that is timed.  `outputs` are y and the gradients that its backward computes.
     """
 
     name: str
     bind: Callable[[oracle.Weights, float, float], Forward]
     mask: Mask = fastlora_mask
     keep_scale: Callable[[float], float] = dropout.keep_scale
-    adapted: bool = True
+    outputs: tuple[str, ...] = ("y", "dx", "dA", "dB")
     compiled: bool = False
-
-    @property
-    def outputs(self) -> tuple[str, ...]:
-        """y and the gradients that its backward computes."""
-        return ("y", "dx", "dA", "dB") if self.adapted else ("y", "dx")
 
 
 def of_call(call: Callable[..., Tensor]) -> Callable[[oracle.Weights, float, float], Forward]:
     """`bind` of call(x, weight, lora_A, lora_B, bias, *, scaling, dropout_p)."""
     return lambda weights, scaling, dropout_p: lambda x: call(x, *weights, scaling=scaling, dropout_p=dropout_p)
-
-
-def _bind_peft(weights: oracle.Weights, scaling: float, dropout_p: float) -> Forward:
-    return baselines.peft_layer(*weights, scaling=scaling, dropout_p=dropout_p)
 
 
 def compiled(provider: Provider, name: str, compiler: str) -> Provider:
@@ -102,16 +88,16 @@ def providers_for(case: oracle.Case, device: torch.device, *, compiler: str | No
     """
     mask = torch_mask(F.dropout, case.adapters)
     rivals = [
-        Provider(FROZEN, of_call(baselines.frozen_linear), adapted=False),
+        Provider(FROZEN, of_call(baselines.frozen_linear), outputs=("y", "dx")),
         Provider(EAGER, of_call(baselines.eager_lora), mask, baselines.keep_scale),
         Provider("fastlora", of_call(lora_linear)),
     ]
     if importlib.util.find_spec("peft") is not None:
-        rivals.append(Provider("PEFT", _bind_peft, mask, baselines.keep_scale))
+        rivals.append(Provider("PEFT", baselines.peft_layer, mask, baselines.keep_scale))
     if compiler:
         rivals += [compiled(rival, f"compiled {rival.name.removesuffix(' LoRA')}", compiler) for rival in rivals[1:]]
     if case.adapters == case.dtype:
-        native = torch_mask(_native_dropout, case.dtype)
+        native = torch_mask(lambda x, p: torch.native_dropout(x, p, True)[0], case.dtype)  # on a CPU, not F.dropout's mask
         rivals.append(Provider("chained addmm_", of_call(baselines.chained_addmm), native, baselines.keep_scale))
     if device.type == "cuda" and "triton" in available_backends(device):
         rivals += [Provider(f"fastlora {form}", of_call(partial(lora_linear, backend=form))) for form in ("fused", "addmm")]

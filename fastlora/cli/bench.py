@@ -15,7 +15,7 @@ from typing import Any
 import torch
 
 from fastlora import benchmark, oracle
-from fastlora.benchmark import ceilings, clock, plot, providers, results
+from fastlora.benchmark import ceilings, clock, providers, results
 from fastlora.cli import common
 from fastlora.cli.common import three_digits
 from fastlora.environment import environment
@@ -66,7 +66,7 @@ def run(args: argparse.Namespace) -> int:
         return common.refuse("bench", str(error))
     try:
         with common.progress(len(rivals) + clock.WARMUP + args.repeats) as step:
-            measurements = benchmark.run(rivals, case, args.device, repeats=args.repeats, progress=step)
+            rows, _ = benchmark.run(rivals, case, args.device, repeats=args.repeats, progress=step)
             rates = ceilings.measure_ceilings(case.dtype, args.device)
     except RuntimeError as error:
         expected = isinstance(error, benchmark.WrongResultError | torch.OutOfMemoryError)
@@ -74,11 +74,12 @@ def run(args: argparse.Namespace) -> int:
             raise
         common.consoles()[1].print(str(error), style="red", markup=False, soft_wrap=True)
         return 1
-    rows = results.linear_rows(measurements, case, rates)
-    facts = {**results.facts_of(case), "repeats": args.repeats, "seed": args.seed, **rates.facts, **environment(args.device)}
+    rows = results.linear_rows(rows, case, rates)
+    asked = {**results.facts_of(case), "repeats": args.repeats, "seed": args.seed}
+    facts = {**asked, **rates._asdict(), **environment(args.device)}
     csv, png = (args.output / name for name in FILES)
     results.write_csv([{**row, **facts} for row in rows], csv)
-    plot.bars(rows, f"LoRA linear, {results.title(facts)}", _conditions(facts), png)
+    results.plot(rows, _conditions(facts), png)
     if args.json:
         print(json.dumps({"facts": facts, "rows": rows, "files": [str(csv), str(png)]}, indent=2))
     else:

@@ -104,6 +104,13 @@ def test_a_run_stops_with_its_budget_and_resumes(benches: Benches, tmp_path: Pat
     suite.linear(first, "fastlora", "forward")
     suite.deadline = 0.0
     suite.linear(first, "eager LoRA", "backward")
+    written = path.read_text()
+    with monkeypatch.context() as patch:
+        patch.setattr("fastlora.atomic.os.fsync", lambda file: (_ for _ in ()).throw(KeyboardInterrupt))
+        with pytest.raises(KeyboardInterrupt):
+            suite.close()
+    assert path.read_text() == written
+    assert list(tmp_path.iterdir()) == [path]
     with pytest.raises(not_measured, match="budget is spent"):
         suite.linear(second, "fastlora", "forward")
     assert any("not reached" in line for line in suite.summary())
