@@ -1,7 +1,7 @@
 """Times LoRA linears side by side. Every provider is checked against float64 before it is timed.
 
 clock.py       `measure`: interleaved steps, device time; `fastlora tune` uses it too
-providers.py   what is compared; baselines.py: other implementations
+providers.py   what is compared
 trial.py       one size, all providers: check, time, count bytes
 memory.py      bytes saved for backward, peak memory
 ceilings.py    what the machine reaches, and the least time a pass could take

@@ -21,7 +21,7 @@ from fastlora import oracle
 from fastlora.benchmark.ceilings import compulsory_bytes
 from fastlora.benchmark.clock import WARMUP, CudaClock, Prepared, Step, copies_beyond_cache, device_clock, measure, quantiles
 from fastlora.benchmark.memory import peak_bytes, saved_bytes, total_bytes
-from fastlora.benchmark.providers import EAGER, FROZEN, Provider
+from fastlora.benchmark.providers import COMPILED, EAGER, FROZEN, Provider
 
 PASSES = ("forward", "backward", "forward + backward")
 
@@ -172,7 +172,7 @@ def run(
     needed = compulsory_bytes(case, "forward") * (1 + 8 // case.dtype.itemsize)  # and again in float64
     if needed > (memory := total_bytes(device)):
         raise torch.OutOfMemoryError(f"{case} needs at least {needed >> 30:,} GiB; {device} has {memory >> 30:,} GiB")
-    if any(provider.compiled for provider in rivals):
+    if any(provider.name in COMPILED for provider in rivals):
         torch.compiler.reset()  # what was compiled for other cases counts against the limit of recompilations
     first = draw(case, device)
     judge = Judge(case, first)

@@ -10,7 +10,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlora import benchmark, oracle
-from fastlora.benchmark import baselines, clock, providers, trial
+from fastlora.benchmark import clock, providers, trial
 from fastlora.benchmark.providers import of_call
 from fastlora.oracle import Case
 
@@ -43,14 +43,14 @@ def test_under_torch_compile_each_is_judged_with_the_mask_of_the_compiled_graph(
     here = [name for name in providers.NAMES if name not in ("fastlora fused", "fastlora addmm")]
     assert [provider.name for provider in rivals] == here
     for provider in rivals:
-        if provider.compiled:
+        if provider.name in providers.COMPILED:
             judge.verify(provider)
             with pytest.raises(trial.WrongResultError, match="is wrong on"):
                 judge.verify(replace(provider, mask=other_mask))
 
 
 def wrong(change: Any) -> dict[str, Any]:
-    return {"bind": of_call(lambda *tensors, **options: change(baselines.eager_lora(*tensors, **options)))}
+    return {"bind": of_call(lambda *tensors, **options: change(providers.eager_lora(*tensors, **options)))}
 
 
 @pytest.mark.parametrize(
@@ -58,10 +58,10 @@ def wrong(change: Any) -> dict[str, Any]:
     [
         {"mask": other_mask},
         {"keep_scale": lambda p: 1.0},
-        {"bind": of_call(baselines.frozen_linear)},
+        {"bind": of_call(providers.frozen_linear)},
         wrong(lambda y: y * 1.01),
         wrong(Tensor.double),
-        {"bind": of_call(lambda x, *rest, **options: baselines.eager_lora(x.detach(), *rest, **options))},
+        {"bind": of_call(lambda x, *rest, **options: providers.eager_lora(x.detach(), *rest, **options))},
     ],
     ids=["mask", "scale", "no adapter", "factor", "dtype", "no gradient"],
 )
