@@ -138,34 +138,24 @@ class Row:
         return self.error <= self.bound
 
 
-def draw(
-    case: Case,
-    *,
-    index: int = 0,
-    device: torch.device | str = "cpu",
-    views: Mapping[str, View] | None = None,
-    on_device: bool = False,
-) -> Inputs:
+def draw(case: Case, *, index: int = 0, device: torch.device | str = "cpu", views: Mapping[str, View] | None = None) -> Inputs:
     """Set number `index` of random inputs for the case.
 
     x, dy and bias are standard normal, W and A have variance 1/K, B has variance 1/r: both terms of y are of order one.
 
     Args:
-        device: where the tensors live.
+        device: where the tensors are drawn.  The values depend on its kind.
         views: name of a tensor of Inputs -> a function that returns the tensor to use instead, `{"x": lambda x: x[::2]}` say.
             The view of x may change the number of rows and of dimensions.
-        on_device: generate on `device`: faster for large inputs on a GPU, but the values depend on the kind of device.
     """
     m, k, n = case.shape
-    source = torch.device(device if on_device else "cpu")
-    generator = torch.Generator(source).manual_seed((case.seed * 1_000_003 + index) % 2**63)
+    generator = torch.Generator(device).manual_seed((case.seed * 1_000_003 + index) % 2**63)
 
     def normal(name: str, shape: tuple[int, ...], dtype: torch.dtype, fan_in: int = 1) -> Tensor:
-        tensor = torch.randn(shape, generator=generator, device=source).div_(math.sqrt(max(fan_in, 1)))
-        tensor = tensor.to(device=device, dtype=dtype)
+        tensor = torch.randn(shape, generator=generator, device=device).div_(math.sqrt(max(fan_in, 1))).to(dtype)
         return views[name](tensor) if views and name in views else tensor
 
-    seed = int(torch.randint(-(2**63), 2**63 - 1, (1,), generator=generator, device=source))
+    seed = int(torch.randint(-(2**63), 2**63 - 1, (1,), generator=generator, device=device))
     x = normal("x", (m, k), case.dtype)
     return Inputs(
         x=x,

@@ -9,7 +9,6 @@ the last pass of a provider has bytes.  A value that was not measured is None.
 """
 
 import itertools
-import statistics
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import replace
 from typing import Any
@@ -35,7 +34,7 @@ class WrongResultError(RuntimeError):
 
 def draw(case: oracle.Case, device: torch.device, index: int = 0) -> oracle.Inputs:
     """Set number `index` of the case, drawn on `device`; x, A and B require gradients."""
-    inputs = oracle.draw(case, index=index, device=device, on_device=True)
+    inputs = oracle.draw(case, index=index, device=device)
     for tensor in (inputs.x, inputs.lora_A, inputs.lora_B):
         tensor.requires_grad_()
     return inputs
@@ -127,16 +126,16 @@ def timed(
     """
     clock = device_clock(device)
     seconds = measure(steps, device, clock=clock, **options)
-    medians = {key: statistics.median(times) for key, times in seconds.items()}
+    spread = {key: quantiles(times) for key, times in seconds.items()}
     last = dict(iter(steps))  # by provider
     rows = []
     for (provider, pass_), step in steps.items():
-        p20, median, p80 = quantiles(seconds[provider, pass_])
+        p20, median, p80 = spread[provider, pass_]
         row = {"provider": provider, "pass": pass_, "median_ms": median * 1e3, "p20_ms": p20 * 1e3, "p80_ms": p80 * 1e3}
-        row |= {column: median / medians[other, pass_] for column, other in ratios.items()}
+        row |= {column: median / spread[other, pass_].median for column, other in ratios.items()}
         row |= dict.fromkeys(("launch_ms", "saved_bytes", "peak_bytes"))
         if isinstance(clock, CudaClock):
-            row["launch_ms"] = statistics.median(clock.launches[provider, pass_][WARMUP:]) * 1e3
+            row["launch_ms"] = quantiles(clock.launches[provider, pass_][WARMUP:]).median * 1e3
         if last[provider] == pass_:
             row["saved_bytes"] = None if parameters is None else saved_bytes(step, parameters)
             row["peak_bytes"] = peak_bytes(step, device)
