@@ -23,8 +23,7 @@ HERE = ["frozen linear", "eager LoRA", "PEFT", "chained addmm_", "fastlora"]
 def small(monkeypatch: pytest.MonkeyPatch) -> None:
     """Small ceilings, and inputs that need not exceed the cache."""
     monkeypatch.setattr(ceilings, "SIZES", {"cpu": (64, 1 << 20)})
-    for module in (trial, ceilings):
-        monkeypatch.setattr(module, "copies_beyond_cache", lambda nbytes, device: 2)
+    monkeypatch.setattr(trial, "copies_beyond_cache", lambda nbytes, device: 2)
 
 
 def test_the_table_and_the_files(tmp_path: Path, capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:

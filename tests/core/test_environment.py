@@ -53,7 +53,7 @@ def test_a_gpu_is_named_with_its_driver_and_its_tuning_results(empty_cache: Path
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr("fastlora.kernels.target.target_of", lambda device: gpu)
-    monkeypatch.setattr(environment, "_output", lambda *command: "580.1\n580.1" if command[0] == "nvidia-smi" else None)
+    monkeypatch.setattr(environment, "_first_line", lambda *command: "580.1" if command[0] == "nvidia-smi" else None)
     before = environment.environment(GPU)
     assert (before["device"], before["capability"], before["driver"], before["tuned"]) == (gpu.name, "sm_90", "580.1", None)
     tuned = []
