@@ -47,7 +47,7 @@ def test_the_figures_of_the_page():
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
 @pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_every_form_and_valid_tile_is_a_candidate(capability, dtype):
+def test_every_form_and_valid_tile_is_a_candidate_and_comes_back(capability, dtype):
     gpu = Target(capability, 100, 166912 if capability == 80 else 232448, "GPU")
     for direction, dropout, width in product(("forward", "backward"), (False, True), (4096, 4095)):
         problem = Problem(direction, dtype, 8192, width, 2048, 16, dropout)
@@ -56,6 +56,10 @@ def test_every_form_and_valid_tile_is_a_candidate(capability, dtype):
         descriptors = capability >= 90 and (width % 8 == 0 or (dtype == torch.float32 and width % 4 == 0))
         tiles = {f"fused/{tile}" for tile in valid_tiles(dtype, "ieee", gpu, descriptors)}
         assert {first, *others} == {"fused", "addmm", *tiles} | (set() if dropout else {"torch"})
+        assert len({first, *others}) == 1 + len(others)
+        for choice in (first, *others):
+            store(gpu, {problem: choice})
+            assert choose(problem, gpu) == choice == dispatch.stored(gpu)[str(problem)]
 
 
 def test_without_a_file_or_a_name_the_default_holds(empty_cache):
@@ -64,18 +68,6 @@ def test_without_a_file_or_a_name_the_default_holds(empty_cache):
     with pytest.raises(ValueError, match=r"target\.name is empty"):
         store(INTERPRETER, {})
     assert not empty_cache.exists()
-
-
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_every_choice_comes_back(dtype):
-    """As this process and another one see it."""
-    for dropout, direction in product((False, True), ("forward", "backward")):
-        problem = Problem(direction, dtype, 512, 1024, 2048, 100, dropout)
-        everything = candidates(problem, GPU)
-        assert len(set(everything)) == len(everything) >= 5
-        for choice in everything:
-            store(GPU, {problem: choice})
-            assert choose(problem, GPU) == choice == dispatch.stored(GPU)[str(problem)]
 
 
 def test_stores_add_up_and_write_no_default():

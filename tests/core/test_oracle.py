@@ -13,21 +13,15 @@ def truth(*tensors, **options):
     return oracle.masked_reference()(*tensors, **options)
 
 
-@pytest.mark.parametrize(
-    "views",
-    [
-        {"x": lambda x: x[::2]},
-        {"x": lambda x: x.t().contiguous().t()},
-        {"x": lambda x: x[:1].expand(6, -1)},
-        {"x": lambda x: x.view(3, 4, -1)},
-        {"weight": lambda w: w.t().contiguous().t(), "dy": lambda dy: dy[:, :1].expand_as(dy)},
-        {"lora_A": lambda a: torch.cat([a, a])[a.shape[0] :], "lora_B": lambda b: b.repeat_interleave(2, 1)[:, ::2]},
-    ],
-    ids=["every other row", "transposed", "expanded", "three dimensions", "weight and dy", "adapters"],
-)
-def test_strided_inputs_reach_the_function_as_they_are(views):
-    case = Case((12, 10, 14), rank=3, dropout_p=0.5)
-    seen = {}
+def test_views_reach_the_function_as_they_are():
+    views = {
+        "x": lambda x: x.view(3, 4, -1)[:, :1].expand(3, 4, 10),
+        "weight": lambda w: w.t().contiguous().t(),
+        "lora_B": lambda b: b[:, ::2],
+    }
+    views["lora_A"] = lambda a: a[::2]
+    views["dy"] = lambda dy: dy[:, :1].expand_as(dy)
+    case, seen = Case((12, 10, 14), rank=4, dropout_p=0.5), {}
 
     def spy(x, weight, lora_A, lora_B, bias, **options):
         seen.update(x=x, weight=weight, lora_A=lora_A, lora_B=lora_B)
@@ -37,12 +31,7 @@ def test_strided_inputs_reach_the_function_as_they_are(views):
 
     oracle.assert_parity(case, spy, views=views)
     inputs = oracle.draw(case, views=views)
-    assert all(seen[argument].stride() == getattr(inputs, argument).stride() for argument in views)
-
-
-@pytest.mark.parametrize("shape", [(0, 8, 8), (4, 0, 8), (4, 8, 0), (1, 1, 1)])
-def test_empty_and_single_elements(shape):
-    oracle.assert_parity(Case(shape, rank=2), truth)
+    assert {name: tensor.stride() for name, tensor in seen.items()} == {n: getattr(inputs, n).stride() for n in views}
 
 
 def test_only_wanted_gradients_are_asked_for():
@@ -115,23 +104,6 @@ def test_relative_error():
     for result in (torch.tensor([math.nan, 4.0]), torch.tensor([math.inf, 4.0]), torch.ones(3)):
         assert oracle.relative_error(result, ref) == math.inf
     assert oracle.relative_error(torch.full((2,), 1e-30), torch.zeros(2)) == math.inf
-
-
-def test_small_outputs_are_pooled_over_draws():
-    """A 1 x 1 output in 16 bits is drawn 256 times, always other numbers; a large one, or one in float32, once."""
-    seen = []
-
-    def spy(*tensors, **options):
-        seen.append(tensors[0].detach())
-        return truth(*tensors, **options)
-
-    oracle.check(Case((1, 4, 1), rank=2, dtype=torch.bfloat16), spy)
-    assert len(seen) == oracle.POOLED_ELEMENTS
-    assert len({tuple(x.flatten().tolist()) for x in seen}) == len(seen)
-    for once in (Case((16, 16, 256), rank=16, dtype=torch.bfloat16), Case((1, 4, 1), rank=2)):
-        seen.clear()
-        oracle.check(once, spy)
-        assert len(seen) == 1
 
 
 def test_one_lucky_number_decides_nothing():
