@@ -70,7 +70,7 @@ class LoraLinearFunction(torch.autograd.Function):
         if torch.is_grad_enabled() and not torch.compiler.is_compiling():
             raise RuntimeError(
                 "lora_linear has no second derivative: its backward was called with create_graph=True; "
-                "use fastlora.reference.lora_linear where one is needed"
+                "use fastlora.reference.lora_linear where one is needed, or fastlora.decelerate(model) for a PEFT model"
             )
         need_dx, _, need_dA, need_dB, need_dbias = ctx.needs_input_grad[:5]
         dx = dA = dB = dbias = None

@@ -6,7 +6,9 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlora.dropout import keep_scale, threshold
+from fastlora.dropout import draw_seed, keep_scale, threshold
+from fastlora.functional import dropout_mask
+from fastlora.modules import FusedLoraLinear
 
 
 def lora_linear(
@@ -52,3 +54,20 @@ def lora_linear(
             raise ValueError(f"keep_mask must be a bool tensor of shape {expected} when dropout_p={dropout_p}, got {shape}")
         dropped = torch.where(keep_mask.reshape(x.shape), dropped * keep_scale(dropout_p), 0.0)
     return (base + F.linear(F.linear(dropped, lora_A), lora_B) * scaling).to(base.dtype)
+
+
+class EagerLoraLinear(FusedLoraLinear):
+    """FusedLoraLinear on `lora_linear` above: separate torch operations, each of which saves its own tensors for backward.
+
+    The same generator state gives the same dropout mask as in FusedLoraLinear.
+    """
+
+    def forward(self, x: Tensor) -> Tensor:
+        """(..., in) -> (..., out)."""
+        if self.merged or self.lora_A is None or self.lora_B is None:
+            return super().forward(x)
+        p, mask = self.lora_dropout if self.training else 0.0, None
+        if threshold(p):
+            mask = dropout_mask(draw_seed(x.device), x[..., 0].numel(), x.shape[-1], p)
+        tensors = x, self._W(), self.lora_A, self.lora_B, self.bias
+        return lora_linear(*tensors, scaling=self.scaling, dropout_p=p, keep_mask=mask)

@@ -172,9 +172,8 @@ def check_frozen(weight: Tensor, bias: Tensor | None, adapter_dtype: torch.dtype
         dtypes["bias"] = bias.dtype
         out_features = weight.shape[1] if fan_in_fan_out else weight.shape[0]
         if bias.shape[0] != out_features:
-            raise ValueError(
-                f"bias must be ({out_features},) for a weight {tuple(weight.shape)} with {fan_in_fan_out=}, got {tuple(bias.shape)}"
-            )
+            stored = f"{tuple(weight.shape)} with {fan_in_fan_out=}"
+            raise ValueError(f"bias must be ({out_features},) for a weight {stored}, got {tuple(bias.shape)}")
         if bias.device != weight.device:
             raise ValueError(f"bias is on {bias.device}, but weight is on {weight.device}")
     _check_dtypes("weight", dtypes)
@@ -194,9 +193,7 @@ def check_linear(linear: nn.Module, fan_in_fan_out: bool) -> tuple[Tensor, Tenso
     if parametrize.is_parametrized(linear) or any(name in linear._parameters for name in ("weight_g", "weight_orig")):
         raise TypeError(f"linear is a {kind} whose weight is parametrised: remove the parametrisation first")
     if is_altered(linear):
-        raise ValueError(
-            f"linear is a {kind} with hooks or a forward of its own, which the new module would not run: remove them first"
-        )
+        raise ValueError(f"linear is a {kind} with hooks or a forward of its own, which would not run: remove them first")
     return cast(tuple[Tensor, Tensor | None], (linear.weight, linear.bias))
 
 

@@ -5,6 +5,9 @@ import triton
 import triton.language as tl
 from triton import knobs
 
+from fastlora.kernels.target import Target
+from fastlora.kernels.tensor_spec import TensorSpec
+
 TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 
@@ -60,13 +63,12 @@ def dot_mixed(a, b, acc, PRECISION: tl.constexpr, HI_LO: tl.constexpr):
 
 
 @triton.jit
-def lora_dot(u, v, acc, alpha, PRECISION: tl.constexpr, OPERAND: tl.constexpr):
+def lora_dot(u, v, acc, alpha, PRECISION: tl.constexpr, OPERAND: tl.constexpr, HI_LO: tl.constexpr):
     """acc + alpha · u v for a float32 u, with products of operands in OPERAND, the GEMM's dtype.
 
-    A v in OPERAND is exact and u is rounded to it, as eager torch rounds S and dS.  Beside a 16-bit GEMM eager keeps float32
-    adapters and S in float32: then u = u_hi + u_lo, v = v_hi + v_lo, and three dots leave out u_lo v_lo alone.
+    A v in OPERAND is exact and u is rounded to it, as eager torch rounds S and dS.  With HI_LO u = u_hi + u_lo and
+    v = v_hi + v_lo are float32, and three dots leave out u_lo v_lo alone.
     """
-    HI_LO: tl.constexpr = v.dtype == tl.float32 and OPERAND != tl.float32
     u, inverse, scale = into_range(u * alpha, OPERAND)
     v, inverse_v, scale_v = into_range(v, OPERAND)
     u_hi, v_hi = round_to(u, OPERAND), round_to(v, OPERAND)
@@ -92,6 +94,7 @@ def lora_tile(
     BLOCK_R: tl.constexpr,
     PRECISION: tl.constexpr,
     OPERAND: tl.constexpr,
+    HI_LO: tl.constexpr,
 ):
     """alpha · U V of one tile of C, float32, by `lora_dot`: U (M, R) float32, V (R, N)."""
     acc = tl.zeros((rows.shape[0], cols.shape[0]), tl.float32)
@@ -101,8 +104,16 @@ def lora_tile(
         u = tl.load(U + rows[:, None] * R + ranks[None, :], mask=u_mask, other=0.0)
         v_mask = (ranks[:, None] < R) & (cols[None, :] < N)
         v = tl.load(V + ranks[:, None].to(cols.dtype) * stride_vr + cols[None, :] * stride_vn, mask=v_mask, other=0.0)
-        acc = lora_dot(u, v, acc, alpha, PRECISION, OPERAND)
+        acc = lora_dot(u, v, acc, alpha, PRECISION, OPERAND, HI_LO)
     return acc
+
+
+def lora_hi_lo(V: TensorSpec | None, dtype: torch.dtype, target: Target) -> bool:
+    """Whether `lora_dot` splits its operands: V is float32 beside a 16-bit GEMM, where eager torch keeps V and S in float32.
+
+    Not on 10.x: Triton gives each of the three dots an accumulator, 1024 of 512 columns of tensor memory (3.7.1, compiled).
+    """
+    return V is not None and V.dtype.itemsize > dtype.itemsize and not target.has_tensor_memory
 
 
 def matmul_precision(dtype: torch.dtype) -> str:

@@ -17,7 +17,7 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastlora.kernels import launch
 from fastlora.kernels.config import GemmConfig, cdiv, gemm_config, lora_tile_config, rank_block
-from fastlora.kernels.dot import TRITON_DTYPES, dot, lora_tile, round_to
+from fastlora.kernels.dot import TRITON_DTYPES, dot, lora_hi_lo, lora_tile, round_to
 from fastlora.kernels.dropout import packed_mask
 from fastlora.kernels.launch import Plan, Result
 from fastlora.kernels.target import Target
@@ -75,6 +75,7 @@ def gemm_kernel(
     HAS_BIAS: tl.constexpr,
     HAS_MASK: tl.constexpr,
     HAS_PRODUCT: tl.constexpr,
+    LORA_HI_LO: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
     Q_TRANSPOSED: tl.constexpr,
     EVEN_K: tl.constexpr,
@@ -88,7 +89,7 @@ def gemm_kernel(
         rows, cols = first_m + tl.arange(0, BLOCK_M), first_n + tl.arange(0, BLOCK_N)
         offs_m = rows.to(tl.int64) if USE_INT64 else rows
         offs_n = cols.to(tl.int64) if USE_INT64 else cols
-        acc = lora_tile(U, V, offs_m, offs_n, M, N, stride_vr, stride_vn, alpha, R, BLOCK_R, PRECISION, DTYPE)
+        acc = lora_tile(U, V, offs_m, offs_n, M, N, stride_vr, stride_vn, alpha, R, BLOCK_R, PRECISION, DTYPE, LORA_HI_LO)
         if HAS_MASK:
             acc = tl.where(keep_from_bits(bits, rows, first_n, M, row_bytes, BLOCK_M, BLOCK_N), acc, 0.0)
         if HAS_BIAS:
@@ -164,6 +165,7 @@ def plan_gemm(
         "HAS_BIAS": bias is not None,
         "HAS_MASK": masked,
         "HAS_PRODUCT": P is not None,
+        "LORA_HI_LO": lora_hi_lo(V, dtype, target),
         "DESCRIPTORS": bool(described),
         "Q_TRANSPOSED": transposed,
         "EVEN_K": K % config.block_k == 0,

@@ -12,7 +12,7 @@ from torch import Tensor
 from fastlora.dropout import keep_scale
 from fastlora.kernels import launch
 from fastlora.kernels.config import cdiv, rank_block, split_steps, stream_config
-from fastlora.kernels.dot import TRITON_DTYPES, dot_mixed, lora_dot, lora_tile, round_to
+from fastlora.kernels.dot import TRITON_DTYPES, dot_mixed, lora_dot, lora_hi_lo, lora_tile, round_to
 from fastlora.kernels.dropout import keep_tile, keep_words, lane_limit, packed_mask, store_bytes
 from fastlora.kernels.launch import Plan, Result
 from fastlora.kernels.target import Target
@@ -47,12 +47,14 @@ def grad_a_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    DX_BLOCK_R: tl.constexpr,
+    DX_R: tl.constexpr,
     DTYPE: tl.constexpr,
     HAS_DROPOUT: tl.constexpr,
     PACK: tl.constexpr,
     WITH_DX: tl.constexpr,
     HI_LO: tl.constexpr,
+    LORA_HI_LO: tl.constexpr,
+    WAIT_FOR_DOT: tl.constexpr,
     USE_INT64: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
@@ -92,18 +94,32 @@ def grad_a_kernel(
         if WITH_DX:
             if rank_block == 0:
                 if R <= BLOCK_R:
-                    dx_tile = lora_dot(u_tile, v_tile, tl.zeros((BLOCK_M, BLOCK_K), tl.float32), keep_scale, PRECISION, DTYPE)
+                    zeros = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+                    dx_tile = lora_dot(u_tile, v_tile, zeros, keep_scale, PRECISION, DTYPE, LORA_HI_LO)
                 else:
                     dx_tile = lora_tile(
-                        U, V, offs_m, offs_k, M, K, stride_vr, stride_vk, keep_scale, R, DX_BLOCK_R, PRECISION, DTYPE
+                        U,
+                        V,
+                        offs_m,
+                        offs_k,
+                        M,
+                        K,
+                        stride_vr,
+                        stride_vk,
+                        keep_scale,
+                        R,
+                        DX_R,
+                        PRECISION,
+                        DTYPE,
+                        LORA_HI_LO,
                     )
                 if HAS_DROPOUT:
                     dx_tile = tl.where(keep, dx_tile, 0.0)
                 tl.store(dx + offs_m[:, None].to(tl.int64) * K + offs_k[None, :], round_to(dx_tile, DTYPE), mask=x_mask)
         acc = dot_mixed(tl.trans(x_tile), u_tile, acc, PRECISION, HI_LO)
-        if PRECISION == "tf32":
+        if WAIT_FOR_DOT:
             # This select makes Triton wait for the wgmma.  Without it the copy of a later U lands in the buffer that the wgmma
-            # still reads (sm_90, Triton 3.6 and 3.7); only in tf32 is U itself an operand of wgmma.
+            # still reads (Triton 3.6 and 3.7); only in tf32 is U itself an operand of wgmma.
             acc = tl.where(cols[:, None] < K, acc, 0.0)
     out += pid_m.to(tl.int64) * R * K
     out_mask = (cols[:, None] < K) & (ranks[None, :] < R)
@@ -144,12 +160,14 @@ def plan_grad_a(
         "BLOCK_M": config.block_m,
         "BLOCK_K": config.block_k,
         "BLOCK_R": config.block_r,
-        "DX_BLOCK_R": rank_block(r, DX_RANKS),
+        "DX_R": rank_block(r, DX_RANKS),
         "DTYPE": TRITON_DTYPES[x.dtype],
         "HAS_DROPOUT": dropout,
         "PACK": pack,
         "WITH_DX": with_dx,
         "HI_LO": dtype == torch.float32,
+        "LORA_HI_LO": with_dx and lora_hi_lo(V, x.dtype, target),
+        "WAIT_FOR_DOT": precision == "tf32" and target.has_register_operands,
         "USE_INT64": needs_int64(x, U, V, TensorSpec.new(r, K, dtype=dtype)),
         "PRECISION": precision,
         "num_warps": config.num_warps,

@@ -31,6 +31,11 @@ class Target:
         return 90 <= self.capability < 120
 
     @property
+    def has_register_operands(self) -> bool:
+        """wgmma reads its first operand from registers, or the second from shared memory, while the warps go on (9.x)."""
+        return self.has_wgmma and not self.has_tensor_memory
+
+    @property
     def has_tensor_memory(self) -> bool:
         """Accumulators live in tensor memory (10.x).  They pass through registers whenever they are scaled or masked."""
         return 100 <= self.capability < 120

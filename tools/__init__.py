@@ -1,1 +1,1 @@
-"""Developers' tools: what the checkout needs and the installed package does not."""
+"""Tools for developers.  The checkout has them; the installed package does not."""

@@ -1,9 +1,8 @@
-"""Compile the package's real launches for a GPU that is not there.
+"""Compile the kernels that the package launches, without a GPU.
 
-Every launch of the package goes through `fastlora.kernels.launch.launch`. Inside `offline(capability)` that function is handed
-kernels that compile where they would run, for the very arguments of the launch: Triton's own `warmup` derives the signature,
-the divisibility of pointers and integers, the arguments equal to one and the tensor descriptors, so nothing is restated here.
-The tensors may live on the meta device; results land in Triton's on-disk cache.
+Every launch of the package goes through `fastlora.kernels.launch.launch`.  Inside `offline(capability)` a launch compiles its
+kernel instead of running it.  Triton's `warmup` specialises the kernel on the arguments of the launch, as a real launch would.
+Tensors may be on the meta device.  Compiled kernels go to Triton's cache on disk.
 """
 
 from collections.abc import Callable, Iterator
@@ -20,7 +19,7 @@ from fastlora.kernels import launch as launching
 
 
 class OfflineDriver:
-    """Stands where Triton's CUDA driver would, and knows only which GPU to compile for."""
+    """Replaces Triton's CUDA driver.  It knows only which GPU to compile for."""
 
     def __init__(self, capability: int) -> None:
         self._capability = capability
@@ -29,7 +28,7 @@ class OfflineDriver:
         return GPUTarget("cuda", self._capability, 32)
 
     def get_current_device(self) -> int:
-        """The capability: Triton keys a kernel's compiled variants by the device, and here these differ by nothing else."""
+        """The capability, so that Triton keeps the kernels of different capabilities apart."""
         return self._capability
 
     def get_current_stream(self, device: int) -> int:
@@ -37,8 +36,8 @@ class OfflineDriver:
 
 
 @dataclass(frozen=True)
-class Launch:
-    """One launch the package asked for, and the kernel compiled for it; options are num_warps, num_stages and their like."""
+class Compiled:
+    """A launch of the package and the kernel compiled for it.  options: num_warps, num_stages and so on."""
 
     kernel: str
     constexprs: dict[str, Any]
@@ -47,9 +46,9 @@ class Launch:
 
 
 class _Compiling:
-    """A kernel that compiles where it would run: `kernel[grid](*args, **options)` adds to `launches`."""
+    """A kernel that compiles instead of running: `kernel[grid](*args, **options)` appends to `launches`."""
 
-    def __init__(self, kernel: JITFunction[Any], launches: list[Launch]) -> None:
+    def __init__(self, kernel: JITFunction[Any], launches: list[Compiled]) -> None:
         self._kernel = kernel
         self._launches = launches
 
@@ -59,18 +58,19 @@ class _Compiling:
             names = self._kernel.arg_names
             constexprs = {name: value for name, value in keywords.items() if name in names}
             options = {name: value for name, value in keywords.items() if name not in names}
-            self._launches.append(Launch(self._kernel.__name__, constexprs, options, compiled))
+            self._launches.append(Compiled(self._kernel.__name__, constexprs, options, compiled))
 
         return run
 
 
 @contextmanager
-def offline(capability: int) -> Iterator[list[Launch]]:
-    """Compile for `capability` (80, 90, ...) whatever is launched inside; yields the list the launches go to, in order.
+def offline(capability: int) -> Iterator[list[Compiled]]:
+    """Compile every launch inside for `capability` (80, 90, ...).  Yields the list of the launches, in order.
 
-    Raises what Triton raises for a kernel it cannot compile, and RuntimeError for a kernel decorated under TRITON_INTERPRET=1.
+    Raises:
+        RuntimeError: a kernel was imported under TRITON_INTERPRET=1.  Triton's own errors pass through.
     """
-    launches: list[Launch] = []
+    launches: list[Compiled] = []
     launch = launching.launch
 
     def compile_launch(plan: launching.Plan, *args: Any) -> None:
@@ -78,7 +78,7 @@ def offline(capability: int) -> Iterator[list[Launch]]:
             raise RuntimeError(f"{plan.kernel} cannot be compiled: import the kernels in a process without TRITON_INTERPRET")
         launch(replace(plan, kernel=_Compiling(plan.kernel, launches), compiled={}), *args)
 
-    # Reading `driver.active` would look for a GPU, so what was active is kept by its private name.
+    # Reading the public `driver.active` looks for a GPU.
     active = driver._active
     launching.launch = compile_launch
     driver.set_active(OfflineDriver(capability))

@@ -1,7 +1,8 @@
-"""What the gated kernels may cost, as recorded for each version of Triton in tests/compile/budgets.json.
+"""What the gated kernels may cost, for each version of Triton: tests/compile/budgets.json.
 
-A Triton wheel holds its whole compiler and compiles the same code to the same instructions, so a budget is what was measured
-when it was recorded (`python -m tools.compile_report --record`). Whoever makes a kernel dearer records anew, and says why.
+A Triton wheel holds its whole compiler, so the same code always gives the same instructions.  A budget is therefore the cost
+that was measured when it was recorded (`python -m tools.compile_report --record`).  A change that raises a cost records new
+budgets and says why.
 """
 
 import functools
@@ -12,21 +13,21 @@ from pathlib import Path
 
 import triton
 
-from tools.measure import Row
+from tools.measure import KernelFacts
 
 BUDGETS = Path(__file__).parents[1] / "tests" / "compile" / "budgets.json"
 
 
-def cost(row: Row) -> dict[str, float]:
-    """What is budgeted: layout conversions, narrow loads, and instructions per masked element rounded up to a half."""
+def cost(row: KernelFacts) -> dict[str, float]:
+    """The budgeted costs: layout conversions, narrow loads, and instructions per masked element, rounded up to a half."""
     costs: dict[str, float] = {"conversions": row.conversions, "narrow_loads": row.sass.narrow_loads}
     if row.per_masked_element is not None:
         costs["per_masked_element"] = math.ceil(2 * row.per_masked_element) / 2
     return costs
 
 
-def over_budget(row: Row, budget: Mapping[str, float]) -> list[str]:
-    """Where a row costs more than its budget; a cost the budget does not name is over it."""
+def over_budget(row: KernelFacts, budget: Mapping[str, float]) -> list[str]:
+    """The costs of a kernel that exceed its budget.  A cost that the budget does not name exceeds it."""
     return [
         f"{name}: {value:g}, the recorded budget is {budget.get(name, 'none')}"
         for name, value in cost(row).items()
@@ -36,12 +37,12 @@ def over_budget(row: Row, budget: Mapping[str, float]) -> list[str]:
 
 @functools.cache
 def recorded() -> dict[str, dict[str, float]]:
-    """Budgets for the installed Triton by `Row.key`; empty for a version that none were recorded for."""
+    """Budgets for the installed Triton by `KernelFacts.key`.  Empty for a version without records."""
     return _read().get(triton.__version__, {})
 
 
-def record(rows: Iterable[Row]) -> None:
-    """Make what the rows cost the budgets of the installed Triton."""
+def record(rows: Iterable[KernelFacts]) -> None:
+    """Store the costs of the kernels as the budgets of the installed Triton."""
     budgets = _read() | {triton.__version__: {row.key: cost(row) for row in rows}}
     entries = (
         (version, _object((key, json.dumps(value)) for key, value in costs.items())) for version, costs in budgets.items()
@@ -51,7 +52,7 @@ def record(rows: Iterable[Row]) -> None:
 
 
 def _object(members: Iterable[tuple[str, str]]) -> str:
-    """A JSON object with a line for each member, which diffs well."""
+    """A JSON object with one line per member, for readable diffs."""
     return "{\n" + ",\n".join(f"{json.dumps(key)}: {value}" for key, value in members) + "\n}"
 
 

@@ -1,4 +1,4 @@
-"""What is compiled: the steps with their operands on the meta device, and the GPUs they are compiled for."""
+"""The steps to compile, with operands on the meta device, and the GPUs to compile for."""
 
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
@@ -15,9 +15,9 @@ from fastlora.kernels.launch import Result
 from fastlora.kernels.sums import plan_sum, sum_partials
 from fastlora.kernels.target import Target
 
-# The two directions in both forms of `fastlora.kernels.steps`, the mask alone, and the sum of partial results.
+# Both directions in both forms of `fastlora.kernels.steps`, the packed mask alone, and the sum of partial results.
 STEPS = ("forward", "backward", "addmm-forward", "addmm-backward", "mask", "sum")
-# The dtypes of x, W and of the adapters; "ieee" and "tf32" are the two positions of torch's switch for float32 products.
+# (dtype of x and W, dtype of A and B).  "ieee" and "tf32" are the settings of torch's switch for float32 products.
 DTYPES = {
     "float16": (torch.float16, torch.float16),
     "bfloat16": (torch.bfloat16, torch.bfloat16),
@@ -27,14 +27,14 @@ DTYPES = {
     "float16+float32": (torch.float16, torch.float32),
 }
 RANKS = (8, 16, 64, 128)
-# An A100, an H200 and a B200; shared memory is the most one block may have, in bytes.
+# An A100, an H200 and a B200.  shared_memory: the most bytes that one block may use.
 TARGETS = {
     80: Target(capability=80, sms=108, shared_memory=163 * 1024),
     90: Target(capability=90, sms=132, shared_memory=227 * 1024),
     100: Target(capability=100, sms=148, shared_memory=227 * 1024),
 }
-# (M, in, out). "ragged" widths leave no tensor descriptor and no vector load; "wide" needs 64-bit offsets; "short" and "tiny"
-# get smaller tiles.
+# (M, in, out).  "ragged" rules out tensor descriptors and vector loads, "wide" needs 64-bit offsets, "short" and "tiny" get
+# smaller tiles.
 SHAPES = {
     "aligned": (8192, 4096, 4096),
     "ragged": (8191, 4095, 4093),
@@ -46,8 +46,8 @@ DROPOUT = 0.1
 
 
 @dataclass(frozen=True, order=True)
-class Case:
-    """One step for operands of one dtype, rank and shape on one GPU: keys of the tables above, and any rank of at least 1."""
+class CompileCase:
+    """One step for one dtype, rank, GPU and shape: keys of the tables above, and any rank of at least 1."""
 
     step: str
     dtype: str
@@ -63,7 +63,7 @@ class Case:
         return TARGETS[self.capability]
 
     def run(self, dropout_p: float) -> None:
-        """Run the step on meta tensors: only its launches matter, and who watches `launch` sees them."""
+        """Run the step on meta tensors.  It computes nothing; `launch` sees its launches."""
         M, K, N = SHAPES[self.shape]
         base, adapter = DTYPES[self.dtype]
         x, weight, bias, dy = _meta(M, K, dtype=base), _meta(N, K, dtype=base), _meta(N, dtype=base), _meta(M, N, dtype=base)
@@ -84,14 +84,14 @@ class Case:
                 pack_bits(plan_pack_bits((M, K)), seed, dropout_p)
 
 
-def every_case(ranks: Iterable[int] = RANKS, shapes: Iterable[str] = ("aligned",)) -> list[Case]:
-    """Both directions and forms in every dtype for every GPU; the mask alone and the sum of partial results once for each."""
-    whole = [Case(*key) for key in product(STEPS[:4], DTYPES, ranks, TARGETS, shapes)]
-    return whole + [Case(step, "bfloat16", 16, capability) for step in ("mask", "sum") for capability in TARGETS]
+def every_case(ranks: Iterable[int] = RANKS, shapes: Iterable[str] = ("aligned",)) -> list[CompileCase]:
+    """Both directions and forms in every dtype for every GPU, and once for each GPU the packed mask and the sum."""
+    whole = [CompileCase(*key) for key in product(STEPS[:4], DTYPES, ranks, TARGETS, shapes)]
+    return whole + [CompileCase(step, "bfloat16", 16, capability) for step in ("mask", "sum") for capability in TARGETS]
 
 
-def gated_cases() -> list[Case]:
-    """What the tests compile: each dtype, rank, GPU and shape at least once in both directions and forms, not their product."""
+def gated_cases() -> list[CompileCase]:
+    """What the tests compile: each dtype, rank, GPU and shape at least once in both directions and forms."""
     keys = [("bfloat16", rank, 90, "aligned") for rank in RANKS]
     keys += [(dtype, 16, 90, "aligned") for dtype in DTYPES if dtype != "bfloat16"]
     keys += [("bfloat16", rank, capability, "aligned") for rank in (16, 128) for capability in (80, 100)]
@@ -101,8 +101,8 @@ def gated_cases() -> list[Case]:
         ("float32-tf32", 16, 100, "aligned"),
     ]
     keys += [("bfloat16", 16, 90, shape) for shape in SHAPES if shape != "aligned"]
-    whole = [Case(step, *key) for key in keys for step in STEPS[:4]]
-    return whole + [Case(step, "bfloat16", 16, 90) for step in ("mask", "sum")]
+    whole = [CompileCase(step, *key) for key in keys for step in STEPS[:4]]
+    return whole + [CompileCase(step, "bfloat16", 16, 90) for step in ("mask", "sum")]
 
 
 def _meta(*sizes: int, dtype: torch.dtype) -> Tensor:

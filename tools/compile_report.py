@@ -1,4 +1,4 @@
-"""Print what the compiler made of every kernel; no GPU is needed. `python -m tools.compile_report --help`"""
+"""Print registers, spills and costs of every compiled kernel, without a GPU.  `python -m tools.compile_report --help`"""
 
 import argparse
 import dataclasses
@@ -15,22 +15,22 @@ from rich.progress import track
 from rich.table import Table
 
 from tools.budgets import BUDGETS, over_budget, record, recorded
-from tools.cases import DTYPES, RANKS, SHAPES, STEPS, TARGETS, Case, every_case, gated_cases
-from tools.measure import PRODUCTS, Row, faults, measure
+from tools.cases import DTYPES, RANKS, SHAPES, STEPS, TARGETS, CompileCase, every_case, gated_cases
+from tools.measure import PRODUCTS, KernelFacts, faults, measure
 
 KERNELS = sorted({kernel for kernels in PRODUCTS for kernel in kernels})
 WIDTH_IN_A_FILE = 160
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Compile, print, and return the exit status: 1 when a kernel is at fault, over its budget or does not compile."""
+    """Compile and print.  Return 1 when a kernel has a fault, exceeds its budget or does not compile, else 0."""
     parser = _parser()
     options = parser.parse_args(arguments)
     if os.environ.get("TRITON_INTERPRET", "0") != "0":
         parser.error("TRITON_INTERPRET is set: interpreted kernels cannot be compiled")
     cases = gated_cases() if options.gated or options.record else _selected(options)
     if not cases:
-        parser.error("no case is left: --step, --dtype, --rank, --capability and --shape select nothing")
+        parser.error("--step, --dtype, --rank, --capability and --shape select no case")
     messages = Console(stderr=True)
     rows, complaints = _measure(cases, options.jobs, messages)
     if options.record:
@@ -51,23 +51,23 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m tools.compile_report",
-        description="Compile the kernels of fastlora for GPUs that need not be there and print what came out. Triton caches "
-        "what it compiles, so a second run is quick.",
+        description="Compile the kernels of fastlora without a GPU and print what the compiler made of them. Triton caches "
+        "compiled kernels, so a second run is fast.",
     )
     parser.add_argument("--kernel", nargs="+", choices=KERNELS, help="print only these kernels")
     parser.add_argument("--step", nargs="+", choices=STEPS, default=STEPS)
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="of x and W; after '+' of A and B")
-    parser.add_argument("--rank", nargs="+", type=int, default=RANKS, help="any (default: 8 16 64 128)")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=list(DTYPES), help="of x and W; after '+', of A and B")
+    parser.add_argument("--rank", nargs="+", type=int, default=RANKS, help="default: 8 16 64 128")
     parser.add_argument("--capability", nargs="+", type=int, choices=TARGETS, default=list(TARGETS))
     parser.add_argument("--shape", nargs="+", choices=SHAPES, default=["aligned"], help="of the operands (default: aligned)")
-    parser.add_argument("--gated", action="store_true", help="compile what the tests compile, whatever the filters above")
-    parser.add_argument("--record", action="store_true", help="as --gated, and make what is measured the tests' budget")
+    parser.add_argument("--gated", action="store_true", help="compile what the tests compile; ignores the filters above")
+    parser.add_argument("--record", action="store_true", help="as --gated, and store the costs as the budgets of the tests")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
-    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one a core)")
+    parser.add_argument("--jobs", type=int, default=os.cpu_count(), help="processes (default: one per core)")
     return parser
 
 
-def _selected(options: argparse.Namespace) -> list[Case]:
+def _selected(options: argparse.Namespace) -> list[CompileCase]:
     return [
         case
         for case in every_case(options.rank, options.shape)
@@ -75,11 +75,11 @@ def _selected(options: argparse.Namespace) -> list[Case]:
     ]
 
 
-def _measure(cases: Sequence[Case], jobs: int, messages: Console) -> tuple[list[Row], list[str]]:
-    """The rows of all cases in their order, and a line for each case that did not compile."""
-    rows: dict[Case, list[Row]] = {}
+def _measure(cases: Sequence[CompileCase], jobs: int, messages: Console) -> tuple[list[KernelFacts], list[str]]:
+    """(the kernels of all cases, in the order of the cases; a message for each case that did not compile)."""
+    rows: dict[CompileCase, list[KernelFacts]] = {}
     errors = []
-    # Spawned, not forked: torch has threads, and a forked process would inherit their locks without them.
+    # Spawn, not fork: a forked process inherits the locks of torch's threads but not the threads.
     with ProcessPoolExecutor(jobs, multiprocessing.get_context("spawn")) as pool:
         futures = {pool.submit(measure, case): case for case in cases}
         for future in track(as_completed(futures), "compiling", len(futures), console=messages):
@@ -91,18 +91,18 @@ def _measure(cases: Sequence[Case], jobs: int, messages: Console) -> tuple[list[
     return [row for case in cases for row in rows.get(case, [])], errors
 
 
-def _complaints(row: Row) -> list[str]:
+def _complaints(row: KernelFacts) -> list[str]:
     budget = recorded().get(row.key)
     return faults(row) + (over_budget(row, budget) if budget is not None else [])
 
 
-def _as_dict(row: Row) -> dict[str, object]:
+def _as_dict(row: KernelFacts) -> dict[str, object]:
     fields = dataclasses.asdict(row)
     return fields.pop("case") | fields | fields.pop("sass") | {"complaints": _complaints(row)}
 
 
-def _print_tables(rows: Sequence[Row]) -> None:
-    """A table for each capability and shape; a kernel at fault is red."""
+def _print_tables(rows: Sequence[KernelFacts]) -> None:
+    """One table per capability and shape.  A kernel with a complaint is red."""
     console = Console() if sys.stdout.isatty() else Console(width=WIDTH_IN_A_FILE)
     for capability, shape in sorted({(row.case.capability, row.case.shape) for row in rows}):
         M, K, N = SHAPES[shape]
@@ -116,12 +116,12 @@ def _print_tables(rows: Sequence[Row]) -> None:
                 table.add_row(*_cells(row), style="red" if _complaints(row) else None)
         console.print(table)
     console.print(
-        "spills: bytes of stack a thread / local loads and stores; shared: bytes; mma: tensor-core instructions; conv: layout "
-        "conversions; instr/elt: instructions that dropout adds an element; narrow: global loads under 8 bytes a thread"
+        "spills: bytes of stack per thread / local loads and stores; shared: bytes; mma: tensor-core instructions; conv: "
+        "layout conversions; instr/elt: instructions that dropout adds per element; narrow: loads below 8 bytes per thread"
     )
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: KernelFacts) -> list[str]:
     sass, config = row.sass, row.config
     tile = " ".join(f"{name.removeprefix('BLOCK_')}{size}" for name, size in config.items() if name.startswith("BLOCK"))
     cost = "" if row.per_masked_element is None else f"{row.per_masked_element:.1f}"

@@ -1,8 +1,8 @@
-"""CPU time of a call apart from the kernels it launches, without a GPU. `python -m tools.host_time --help`
+"""CPU time of a call without its kernels.  No GPU is needed.  `python -m tools.host_time --help`
 
-The inputs are so small that a matrix product takes a microsecond, and the Triton launches do nothing: what is left of
-fastlora's time is its own Python, autograd, the operators and the vendor's GEMM calls.  Eager LoRA and PEFT keep all their
-operations.  On a GPU each launch adds its own time to either side: `launch_ms` of `pytest benches` has it all.
+The inputs are so small that a matrix product takes a microsecond, and Triton launches do nothing.  What remains of fastlora's
+time is its Python code, autograd, the operators and the GEMM calls of torch.  Eager LoRA and PEFT run all their operations.
+On a GPU every launch adds time on both sides: `launch_ms` of `pytest benches` includes it.
 """
 
 import argparse
@@ -17,7 +17,7 @@ from dataclasses import replace
 from functools import partial
 
 if __name__ == "__main__":
-    os.environ["TRITON_INTERPRET"] = "1"  # read once, when kernels are imported; lets the launchers take CPU tensors
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it once, when kernels are imported; launches then take CPU tensors
 
 import torch
 from rich.console import Console
@@ -29,22 +29,22 @@ from fastlora.benchmark.providers import Provider, of_call, providers_for
 from fastlora.benchmark.trial import draw, trained
 from fastlora.kernels import launch as launching
 
-BATCH, SEQUENCE, IN, OUT, RANK = 2, 8, 64, 64, 16  # x as a transformer calls its linears: (batch, sequence, in)
-CALLS = 20  # a timing, long against the clock's tick
+BATCH, SEQUENCE, IN, OUT, RANK = 2, 8, 64, 64, 16  # x is (batch, sequence, in), as in a transformer
+CALLS = 20  # per timing: long against the resolution of the clock
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Time, print, and return the exit status."""
+    """Time and print.  Return the exit status."""
     parser = argparse.ArgumentParser(prog="python -m tools.host_time", description=__doc__)
     parser.add_argument("-p", "--dropout", type=float, default=0.1, help="dropout rate (default: 0.1)")
-    parser.add_argument("--rounds", type=int, default=50, help="timings of each provider, in turn (default: 50)")
+    parser.add_argument("--rounds", type=int, default=50, help="timings of each provider, taken in turn (default: 50)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of a table")
     options = parser.parse_args(arguments)
     results = measure(options.dropout, options.rounds)
     if options.json:
         json.dump(results, sys.stdout, indent=1)
         return 0
-    table = Table(title=f"µs of CPU time a call, x {BATCH, SEQUENCE, IN}, r = {RANK}, p = {options.dropout:g}, float32")
+    table = Table(title=f"µs of CPU time per call, x {BATCH, SEQUENCE, IN}, r = {RANK}, p = {options.dropout:g}, float32")
     for column in ("provider", "forward", "forward + backward"):
         table.add_column(column, justify="left" if column == "provider" else "right")
     for name, times in results.items():
@@ -54,7 +54,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def measure(dropout_p: float, rounds: int) -> dict[str, dict[str, float]]:
-    """Seconds of CPU time of each provider's forward and forward + backward: the median of `rounds` timings."""
+    """provider -> {"forward", "forward + backward"} -> seconds of CPU time per call: the median of `rounds` timings."""
     device = torch.device("cpu")
     torch.set_num_threads(1)
     case = oracle.Case((BATCH * SEQUENCE, IN, OUT), RANK, dropout_p=dropout_p, bias=False)
@@ -91,7 +91,7 @@ def _steps(provider: Provider, case: oracle.Case) -> dict[str, Callable[[], obje
 
 @contextmanager
 def launches_doing_nothing() -> Iterator[None]:
-    """Every launch of the package returns at once."""
+    """Inside, launches of the package do nothing."""
     launch = launching.launch
     launching.launch = lambda plan, *args: None
     try:

@@ -1,14 +1,14 @@
-"""Measure one case: compile its step without dropout and with, read the machine code, and say what is wrong with it."""
+"""Measure one case: compile its step without and with dropout, read the machine code, and report faults."""
 
 from dataclasses import dataclass
 from math import prod
 from typing import Any
 
-from tools.aot import Launch, offline
-from tools.cases import DROPOUT, Case
+from tools.aot import Compiled, offline
+from tools.cases import DROPOUT, CompileCase
 from tools.sass import Sass, read_cubin
 
-# What the launches of a step produce, in order, by the kernels they run; sums of partial results are a step of their own.
+# kernels that a step launches, in order -> what they compute.  Sums of partial results are measured as a step of their own.
 PRODUCTS = {
     ("shrink", "gemm"): ("S", "y"),
     ("grad_b", "grad_a", "gemm"): ("dS dB", "dA", "dx"),
@@ -19,7 +19,7 @@ PRODUCTS = {
     ("shrink", "grad_a", "grad_a"): ("dS", "dB", "dA dx"),
     (): (),
 }
-# The block of elements that a program masks at a time.
+# The tile that a program masks at a time.
 MASKED_TILE = {
     "S": ("BLOCK_M", "BLOCK_K"),
     "dA": ("BLOCK_M", "BLOCK_K"),
@@ -31,18 +31,22 @@ TENSOR_MEMORY_COLUMNS = 512
 
 
 @dataclass(frozen=True)
-class Row:
-    """One compiled kernel of a case.
+class KernelFacts:
+    """What is known of one compiled kernel of a case.
 
-    config: its tile and options. shared: bytes a program. tensor_memory: columns (capability 100). dots: whether it multiplies
-    matrices. conversions: `ttg.convert_layout` operations, each a trip through shared memory or a shuffle.
-
-    per_masked_element: the instructions of a thread that dropout adds, by the elements it masks:
-    (instructions with dropout - instructions without) / (elements of a masked tile / threads of a program). Static counts of
-    the whole kernel; None without dropout, and where the tile differs between the two.
+    Attributes:
+        product: what it computes, a value of PRODUCTS.
+        config: tile sizes, num_warps and num_stages.
+        shared: bytes of shared memory per program.
+        tensor_memory: columns (capability 100).
+        dots: whether it multiplies matrices.
+        conversions: `ttg.convert_layout` operations.  Each goes through shared memory or shuffles.
+        per_masked_element: instructions that dropout adds per masked element, from static counts of the whole kernel:
+            (instructions with dropout - instructions without) · threads of a program / elements of a masked tile.
+            None without dropout, and where dropout changes the tile.
     """
 
-    case: Case
+    case: CompileCase
     dropout: bool
     product: str
     kernel: str
@@ -59,8 +63,8 @@ class Row:
         return f"{self.case} {self.product}{' dropout' if self.dropout else ''}"
 
 
-def measure(case: Case) -> list[Row]:
-    """The kernels of a case without dropout, then those that differ with it. On a cold cache a kernel takes seconds."""
+def measure(case: CompileCase) -> list[KernelFacts]:
+    """The kernels of a case without dropout, then those that dropout changes.  On a cold cache a kernel takes seconds."""
     plain, masked = _compile(case, 0.0), _compile(case, DROPOUT)
     rows = {product: _row(case, False, product, launch) for product, launch in plain.items()}
     same = [product for product in plain if masked[product].compiled.hash == plain[product].compiled.hash]
@@ -68,7 +72,7 @@ def measure(case: Case) -> list[Row]:
     return [*rows.values(), *differing]
 
 
-def _compile(case: Case, dropout_p: float) -> dict[str, Launch]:
+def _compile(case: CompileCase, dropout_p: float) -> dict[str, Compiled]:
     with offline(case.capability) as launches:
         case.run(dropout_p)
     if case.step != "sum":
@@ -77,7 +81,7 @@ def _compile(case: Case, dropout_p: float) -> dict[str, Launch]:
     return dict(zip(PRODUCTS[kernels], launches, strict=True))
 
 
-def _row(case: Case, dropout: bool, product: str, launch: Launch, plain: Row | None = None) -> Row:
+def _row(case: CompileCase, dropout: bool, product: str, launch: Compiled, plain: KernelFacts | None = None) -> KernelFacts:
     assembly, metadata = launch.compiled.asm, launch.compiled.metadata
     config = {name: value for name, value in launch.constexprs.items() if name.startswith("BLOCK")}
     config |= {name: launch.options[name] for name in ("num_warps", "num_stages")}
@@ -87,7 +91,7 @@ def _row(case: Case, dropout: bool, product: str, launch: Launch, plain: Row | N
         elements = prod(config[name] for name in MASKED_TILE[product])
         threads = THREADS_PER_WARP * config["num_warps"]
         per_masked_element = (sass.instructions - plain.sass.instructions) * threads / elements
-    return Row(
+    return KernelFacts(
         case=case,
         dropout=dropout,
         product=product,
@@ -102,14 +106,14 @@ def _row(case: Case, dropout: bool, product: str, launch: Launch, plain: Row | N
     )
 
 
-def faults(row: Row) -> list[str]:
-    """Why the kernel of a row must not ship, whatever its budget; empty when nothing is wrong."""
+def faults(row: KernelFacts) -> list[str]:
+    """Faults that no budget allows.  Empty when there is none."""
     found = []
     sass, target = row.sass, row.case.target
     if sass.stack or sass.local:
-        found.append(f"spills: {sass.stack} bytes of stack a thread, {sass.local} loads and stores of local memory")
+        found.append(f"spills: {sass.stack} bytes of stack per thread, {sass.local} loads and stores of local memory")
     if sass.atomics:
-        found.append(f"{sass.atomics} atomics: two runs may differ")
+        found.append(f"{sass.atomics} atomics: results may differ between runs")
     if row.shared > target.shared_memory:
         found.append(f"shared memory: {row.shared} bytes, the device has {target.shared_memory}")
     if row.tensor_memory > TENSOR_MEMORY_COLUMNS:

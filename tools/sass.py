@@ -1,7 +1,7 @@
-"""Facts read from a cubin: registers, stack, and the machine instructions (SASS) that matter to a tensor-core kernel.
+"""Read a cubin: registers, stack, and counts of machine instructions (SASS).
 
-`cuobjdump` from the Triton wheel disassembles the cubin, so no CUDA toolkit and no GPU are needed. Triton's own `asm["sass"]`
-is not used: it stops at four-digit addresses, that is after 4096 instructions.
+The Triton wheel brings `cuobjdump`, which disassembles a cubin without a CUDA toolkit or a GPU.  Triton's `asm["sass"]` is not
+used: it stops after 4096 instructions, at the last four-digit address.
 """
 
 import re
@@ -22,12 +22,16 @@ _NARROW_LOAD = re.compile(r"(?:LDG|LDGSTS)\b(?!.*\.(?:64|128|256))")
 
 @dataclass(frozen=True)
 class Sass:
-    """Counts over one cubin; instruction counts are static and leave out the NOPs that pad the code.
+    """Counts over one cubin.  Instruction counts are static and leave out NOPs, which pad the code.
 
-    registers: 32-bit registers per thread. stack: bytes per thread. local: loads and stores of local memory (LDL, STL).
-    tensor_core: matrix instructions of any generation (HMMA, HGMMA, UTC*MMA). hgmma: Hopper's among them.
-    narrow_loads: loads of global memory that bring a thread fewer than 8 bytes.
-    atomics: updates of global memory, in an order that is not fixed.
+    Attributes:
+        registers: 32-bit registers per thread.
+        stack: bytes per thread.
+        local: loads and stores of local memory (LDL, STL).
+        tensor_core: matrix instructions of any generation (HMMA, HGMMA, UTC*MMA).
+        hgmma: those of Hopper (HGMMA).
+        atomics: atomic updates of global memory.  Their order is not fixed.
+        narrow_loads: loads of global memory of fewer than 8 bytes per thread.
     """
 
     registers: int
@@ -41,7 +45,11 @@ class Sass:
 
 
 def read_cubin(cubin: bytes) -> Sass:
-    """Disassemble a cubin that holds one kernel and count; raises ValueError when it holds none or more."""
+    """Disassemble a cubin of one kernel and count.
+
+    Raises:
+        ValueError: the cubin holds no kernel, or more than one.
+    """
     with tempfile.NamedTemporaryFile(suffix=".cubin") as file:
         file.write(cubin)
         file.flush()

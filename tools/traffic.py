@@ -1,13 +1,13 @@
-"""Count what the package moves: every element that a kernel loads and stores under Triton's interpreter, by tensor and launch.
+"""Count the memory traffic of the package: each element that a kernel loads or stores, by launch and tensor.
 
-Every launch of the package goes through `fastlora.kernels.launch.launch`, and every access of an interpreted kernel through
-four methods of Triton's InterpreterBuilder, descriptors included; inside `counted()` both are watched.  Only unmasked elements
-count, and of a descriptor's block only what lies within the tensor: what a GPU asks of its caches.  An access outside every
-tensor of its launch is an error.
+The kernels run under Triton's interpreter.  Every launch of the package goes through `fastlora.kernels.launch.launch`, and
+every access of a kernel, descriptors included, through four methods of Triton's InterpreterBuilder.  `counted()` watches both.
+Masked elements do not count, nor the part of a descriptor's block outside the tensor: a GPU does not request them.  An access
+outside every tensor of the launch is an error.
 
-Operations of torch between the kernels are launches too: a GEMM of the vendor's library, a copy, a cast.  Inside them nothing
-can be counted, so they are recorded with their compulsory traffic: each operand once.  Into the package's own operators the
-count goes on.
+Operations of torch between the kernels, a cuBLAS GEMM, a copy, a cast, are launches too.  Their accesses cannot be counted, so
+they are recorded with their compulsory traffic: each operand once.  The package's own operators are not such operations: what
+they run is counted.
 """
 
 from collections.abc import Callable, Iterator, Sequence
@@ -27,13 +27,13 @@ from fastlora import ops
 from fastlora.kernels import launch as launching
 
 ALLOCATIONS = {"empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", "new_empty_strided"}
-# What the package's own operators run.
+# The package's own operators -> what they run.
 STEPS: dict[Any, Callable[..., Any]] = {ops.LORA_LINEAR: ops.forward, ops.LORA_LINEAR_BACKWARD: ops.backward}
-OVERWRITING = {"copy_", "fill_", "zero_"}  # in place, without reading what was there
+OVERWRITING = {"copy_", "fill_", "zero_"}  # they write in place without reading
 
 
 class Operand:
-    """One tensor of a launch: how often each of its elements was loaded and stored."""
+    """One tensor of a launch, with the number of loads and stores of each element."""
 
     def __init__(self, name: str, tensor: Tensor) -> None:
         self.name = name
@@ -59,7 +59,7 @@ class Operand:
 
     @property
     def bytes_needed(self) -> int:
-        """Bytes loaded at least once: what is left of bytes_loaded when a cache serves every repetition."""
+        """Bytes loaded at least once: the loads of a launch with a perfect cache."""
         return int(np.count_nonzero(self._loads)) * self.itemsize
 
     @property
@@ -67,7 +67,7 @@ class Operand:
         return int(self._stores.sum()) * self.itemsize
 
     def holds(self, first: int, last: int) -> bool:
-        """Whether the elements at two addresses, and thus all between them, lie between the tensor's first and last element."""
+        """Whether both addresses lie between the tensor's first and last element."""
         return self.address <= first and last < self.address + self._loads.size * self.itemsize
 
     def count(self, addresses: np.ndarray, stored: bool) -> None:
@@ -78,8 +78,8 @@ class Operand:
 
 
 @dataclass
-class Launch:
-    """One launch.  `counted`: of a kernel, whose accesses were counted; otherwise of torch, with its compulsory traffic."""
+class CountedLaunch:
+    """One launch of a kernel, with counted accesses, or (`counted` False) one operation of torch, with compulsory traffic."""
 
     kernel: str
     grid: tuple[int, ...]
@@ -92,7 +92,7 @@ class Launch:
         return next(operand for operand in self.operands if operand.name == name)
 
     def total(self, quantity: str) -> int:
-        """bytes_loaded, bytes_needed or bytes_stored of all operands."""
+        """The sum of bytes_loaded, bytes_needed or bytes_stored over the operands."""
         return sum(getattr(operand, quantity) for operand in self.operands)
 
     def count(self, pointers: np.ndarray, mask: np.ndarray, stored: bool) -> None:
@@ -107,13 +107,15 @@ class Launch:
 
 
 @contextmanager
-def counted() -> Iterator[list[Launch]]:
-    """Count whatever is launched inside; yields the list the launches go to, in order.
+def counted() -> Iterator[list[CountedLaunch]]:
+    """Count every launch inside.  Yields the list of the launches, in order.
 
-    Raises RuntimeError for a kernel that is not interpreted, ValueError for arguments that share memory, and what Triton makes
-    of the IndexError of an access outside a launch's tensors.
+    Raises:
+        RuntimeError: a kernel is not interpreted.
+        ValueError: two arguments of a launch share memory.
+        InterpreterError: an access lies outside the tensors of its launch.
     """
-    launches: list[Launch] = []
+    launches: list[CountedLaunch] = []
     operations = _Operations(launches)
     launch = launching.launch
 
@@ -124,7 +126,7 @@ def counted() -> Iterator[list[Launch]]:
         if 0 not in plan.grid:
             constexprs = {name: value for name, value in plan.options.items() if name in kernel.arg_names}
             name = kernel.__name__.removesuffix("_kernel")
-            launches.append(Launch(name, plan.grid, _operands(kernel.arg_names, args), True, constexprs))
+            launches.append(CountedLaunch(name, plan.grid, _operands(kernel.arg_names, args), True, constexprs))
         with operations.paused():
             launch(plan, *args)
 
@@ -168,16 +170,16 @@ def _operands(names: Sequence[str], args: Sequence[Any]) -> list[Operand]:
 
 
 class _Operations(TorchDispatchMode):
-    """Records the operations of torch that run something on a device: all but views and allocations."""
+    """Records the operations of torch that do work on a device: all but views and allocations."""
 
-    def __init__(self, launches: list[Launch]) -> None:
+    def __init__(self, launches: list[CountedLaunch]) -> None:
         super().__init__()
         self._launches = launches
         self._paused = False
 
     @contextmanager
     def paused(self) -> Iterator[None]:
-        """For what the interpreter itself asks of torch."""
+        """Inside, nothing is recorded: the interpreter itself uses torch."""
         self._paused = True
         try:
             yield
@@ -195,12 +197,12 @@ class _Operations(TorchDispatchMode):
         name = func._schema.name.removeprefix("aten::")
         is_view = any(out.alias_info is not None and not out.alias_info.is_write for out in func._schema.returns)
         if not self._paused and not is_view and name not in ALLOCATIONS:
-            self._launches.append(Launch(name, (), _compulsory(func._schema, args, kwargs, result), False))
+            self._launches.append(CountedLaunch(name, (), _compulsory(func._schema, args, kwargs, result), False))
         return result
 
 
 def _compulsory(schema: Any, args: tuple[Any, ...], kwargs: dict[str, Any], result: Any) -> list[Operand]:
-    """The operands of an operation: each input loaded once, each output stored once, what is updated in place both."""
+    """The operands of an operation: inputs are loaded once, outputs stored once, tensors updated in place both."""
     operands = []
     values = dict(zip((argument.name for argument in schema.arguments), args, strict=False)) | kwargs
     for argument in schema.arguments:

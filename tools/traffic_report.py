@@ -1,4 +1,4 @@
-"""What the kernels move, counted under Triton's interpreter on a CPU. `python -m tools.traffic_report --help`"""
+"""Memory traffic of the kernels, counted under Triton's interpreter on a CPU.  `python -m tools.traffic_report --help`"""
 
 import argparse
 import dataclasses
@@ -9,7 +9,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 if __name__ == "__main__":
-    os.environ["TRITON_INTERPRET"] = "1"  # read once, when kernels are imported
+    os.environ["TRITON_INTERPRET"] = "1"  # Triton reads it once, when kernels are imported
 
 import torch
 import triton
@@ -20,7 +20,7 @@ from rich.table import Table
 from fastlora.kernels import steps
 from fastlora.kernels.steps import FORMS
 from fastlora.kernels.target import INTERPRETER, Target
-from tools.traffic import Launch, counted
+from tools.traffic import CountedLaunch, counted
 
 DTYPES = {
     "bfloat16": (torch.bfloat16, torch.bfloat16),
@@ -29,8 +29,7 @@ DTYPES = {
     "float16+float32": (torch.float16, torch.float32),
     "float32": (torch.float32, torch.float32),
 }
-# The step of each launch, by the kernels of a pass in order; a sum of partial results, and so that of dB, belongs to the step
-# before it.
+# kernels of a pass, in order -> the step of each.  A sum of partial results belongs to the step before it, that of dB to dA.
 STEPS = {
     ("shrink", "gemm"): ("S", "y"),
     ("shrink", "gemm", "addmm_"): ("S", "y", "y"),
@@ -39,16 +38,16 @@ STEPS = {
     ("shrink", "grad_a", "grad_a", "gemm"): ("dS dB", "dS dB", "dA", "dx"),
     ("shrink", "grad_a", "grad_a", "addmm_"): ("dS dB", "dS dB", "dA", "dx"),
 }
-# (M, in, out), scaled down because a program takes the interpreter milliseconds: square, ragged (neither descriptors nor whole
-# tiles), and of few rows.
+# (M, in, out): square, ragged (no descriptors, partial tiles), few rows.  They are small because the interpreter takes
+# milliseconds per program.
 SHAPES = ((512, 1024, 1024), (509, 1023, 1021), (32, 1024, 1024))
-SMS, FULL_SIZE = 132, 8192 * 4096  # an H200 has so many multiprocessors for so many elements of x
+SMS, FULL_SIZE = 132, 8192 * 4096  # multiprocessors of an H200, and elements of x at full size
 WIDTH_IN_A_FILE = 140
 
 
 @dataclass(frozen=True)
-class Case:
-    """A LoRA linear: x (M, K), W (N, K), rank r; dtype is a key of DTYPES, form how the GEMM steps are done."""
+class TrafficCase:
+    """A LoRA linear: x (M, K), W (N, K), rank r.  dtype is a key of DTYPES, form one of FORMS."""
 
     M: int
     K: int
@@ -60,8 +59,8 @@ class Case:
     bias: bool = True
     target: Target = INTERPRETER
 
-    def run(self) -> tuple[list[Launch], list[Launch]]:
-        """(launches of forward, launches of backward) on random operands."""
+    def run(self) -> tuple[list[CountedLaunch], list[CountedLaunch]]:
+        """(launches of forward, launches of backward), on random operands."""
         base, adapter = DTYPES[self.dtype]
         draw = torch.Generator().manual_seed(0)
 
@@ -80,7 +79,7 @@ class Case:
         return forward, backward
 
     def compulsory(self) -> dict[str, tuple[int, int]]:
-        """Bytes that each step must (read, write): every operand once, no partial result and no prefilled term."""
+        """step -> bytes that it must (read, write): every operand once.  No partial results, no LoRA term written apart."""
         base, adapter = DTYPES[self.dtype]
         M, K, N, r, e, a = self.M, self.K, self.N, self.r, base.itemsize, adapter.itemsize
         S = dS = M * r * 4
@@ -96,11 +95,18 @@ class Case:
 
 
 @dataclass(frozen=True)
-class Row:
-    """One step.  read, written: bytes that its launches asked for.  needed: of those read, each once for every launch.
-    compulsory: what the step must move at least.  A kernel in parentheses is torch's, taken at its compulsory traffic."""
+class StepTraffic:
+    """The traffic of one step, in bytes.
 
-    case: Case
+    Attributes:
+        kernels: its launches.  One in parentheses is an operation of torch, with its compulsory traffic.
+        read: what the launches load.
+        needed: what they load, each byte once per launch.
+        written: what they store.
+        compulsory: the least that the step must move.
+    """
+
+    case: TrafficCase
     step: str
     kernels: tuple[str, ...]
     read: int
@@ -118,14 +124,14 @@ class Row:
 
 
 def scaled_target(M: int, K: int) -> Target:
-    """A Hopper GPU with as few multiprocessors as give each the share of x that it has at full size."""
+    """A Hopper GPU with so few multiprocessors that each has the same share of x as at full size."""
     return Target(90, max(1, round(SMS * M * K / FULL_SIZE)), INTERPRETER.shared_memory)
 
 
-def by_step(launches: Sequence[Launch]) -> dict[str, list[Launch]]:
-    """The launches of a pass, by step in order; raises KeyError when they are not those of STEPS."""
+def by_step(launches: Sequence[CountedLaunch]) -> dict[str, list[CountedLaunch]]:
+    """step -> its launches, in order.  Raises KeyError when the launches of the pass are not in STEPS."""
     steps = iter(STEPS[tuple(launch.kernel for launch in launches if launch.kernel != "sum_partials")])
-    groups: dict[str, list[Launch]] = {}
+    groups: dict[str, list[CountedLaunch]] = {}
     step = ""
     for launch in launches:
         step = step if launch.kernel == "sum_partials" else next(steps)
@@ -133,11 +139,11 @@ def by_step(launches: Sequence[Launch]) -> dict[str, list[Launch]]:
     return groups
 
 
-def rows(case: Case) -> list[Row]:
+def rows(case: TrafficCase) -> list[StepTraffic]:
     compulsory = case.compulsory()
     forward, backward = case.run()
     return [
-        Row(
+        StepTraffic(
             case=case,
             step=step,
             kernels=tuple(launch.kernel if launch.counted else f"({launch.kernel})" for launch in launches),
@@ -155,7 +161,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
     messages = Console(stderr=True)
     shapes = options.shape or SHAPES
     cases = [
-        Case(M, K, N, r, dtype, options.dropout, form, target=scaled_target(M, K))
+        TrafficCase(M, K, N, r, dtype, options.dropout, form, target=scaled_target(M, K))
         for M, K, N in shapes
         for form in options.form
         for dtype in options.dtype
@@ -172,14 +178,14 @@ def main(arguments: Sequence[str] | None = None) -> int:
 def _parser() -> argparse.ArgumentParser:
     parser = argparse.ArgumentParser(
         prog="python -m tools.traffic_report",
-        description="Run the kernels of fastlora under Triton's interpreter, count every load and store, and hold each step "
-        "against the traffic it cannot avoid. Shapes are scaled down, and the GPU's multiprocessors with them.",
+        description="Run the kernels of fastlora under Triton's interpreter, count every load and store, and compare each step "
+        "with the traffic that it cannot avoid. Shapes and the number of multiprocessors are scaled down together.",
     )
     parser.add_argument("--shape", nargs="+", type=_shape, metavar="M,K,N", help="x (M, K), W (N, K) (default: three)")
-    parser.add_argument("--rank", nargs="+", type=_positive, default=[16], help="any (default: 16)")
-    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16"], help="of x and W; after '+' of A and B")
+    parser.add_argument("--rank", nargs="+", type=_positive, default=[16], help="default: 16")
+    parser.add_argument("--dtype", nargs="+", choices=DTYPES, default=["bfloat16"], help="of x and W; after '+', of A and B")
     parser.add_argument("--dropout", type=_rate, default=0.1, help="probability (default: 0.1)")
-    parser.add_argument("--form", nargs="+", choices=FORMS, default=FORMS, help="of the GEMM steps (default: all)")
+    parser.add_argument("--form", nargs="+", choices=FORMS, default=FORMS, help="of the steps (default: all)")
     parser.add_argument("--json", action="store_true", help="print JSON instead of tables")
     return parser
 
@@ -201,16 +207,16 @@ def _shape(text: str) -> tuple[int, int, int]:
     return M, K, N
 
 
-# What argparse calls a value that does not convert.
+# argparse names a bad value by its type's name.
 _positive.__name__, _rate.__name__, _shape.__name__ = "whole number of at least 1", "probability", "shape M,K,N"
 
 
-def _as_dict(row: Row) -> dict[str, object]:
+def _as_dict(row: StepTraffic) -> dict[str, object]:
     fields = dataclasses.asdict(row)
     return fields.pop("case") | fields | {"ratio": row.ratio, "requested_ratio": row.requested_ratio}
 
 
-def _print_tables(measured: Sequence[tuple[Case, Sequence[Row]]]) -> None:
+def _print_tables(measured: Sequence[tuple[TrafficCase, Sequence[StepTraffic]]]) -> None:
     console = Console() if sys.stdout.isatty() else Console(width=WIDTH_IN_A_FILE)
     for case, counts in measured:
         operands = f"x ({case.M}, {case.K}), W ({case.N}, {case.K}), r = {case.r}, {case.dtype}, p = {case.dropout_p:g}"
@@ -223,14 +229,14 @@ def _print_tables(measured: Sequence[tuple[Case, Sequence[Row]]]) -> None:
             table.add_row(*_cells(row))
         console.print(table)
     console.print(
-        "KiB that interpreted kernels load and store, at scaled-down shapes: only the ratios carry over. read: as requested, "
-        "with what a GEMM's tiles read again and L2 serves; needed: each byte once a launch; compulsory: each operand of the "
-        "step once; ratio: (needed + written) / compulsory, above 1 by partial results, second passes and prefilled terms; "
-        "requested: (read + written) / compulsory. A launch in parentheses is torch's: taken at each operand once."
+        "KiB at scaled-down shapes: only the ratios carry over to full size. read: all loads, also what GEMM tiles read again "
+        "from L2; needed: each byte once per launch; compulsory: each operand of the step once; ratio: (needed + written) / "
+        "compulsory, above 1 through partial sums, second passes and LoRA terms written apart; requested: (read + written) / "
+        "compulsory. A launch in parentheses is an operation of torch, counted with each operand once."
     )
 
 
-def _cells(row: Row) -> list[str]:
+def _cells(row: StepTraffic) -> list[str]:
     sizes = (f"{size / 1024:,.1f}" for size in (row.read, row.needed, row.written, row.compulsory))
     return [row.step, " ".join(row.kernels), *sizes, f"{row.ratio:.2f}", f"{row.requested_ratio:.2f}"]
 

@@ -1,6 +1,7 @@
 """What the subcommands share: argument types, tables, progress, and a clear message where an extra is missing."""
 
 import argparse
+import json
 import math
 import re
 import sys
@@ -20,19 +21,26 @@ PIPE_WIDTH = 160  # columns; a pipe has no width of its own
 SECONDS_BETWEEN_LINES = 10.0  # of progress, where stderr is not a terminal
 
 
-def positive_int(text: str) -> int:
-    """An int >= 1."""
-    if not text.isdecimal() or int(text) < 1:
-        raise argparse.ArgumentTypeError(f"must be an integer >= 1, got {text!r}")
-    return int(text)
+def number(kind: type, expected: str, holds: Callable[[Any], bool]) -> Callable[[str], Any]:
+    """An argparse type: a number of `kind` for which `holds` is true.  `expected` describes these numbers; NaN is never one."""
+
+    def parse(text: str) -> Any:
+        with suppress(ValueError):
+            if holds(kind(text)):
+                return kind(text)
+        raise argparse.ArgumentTypeError(f"must be {expected}, got {text!r}")
+
+    return parse
 
 
-def probability(text: str) -> float:
-    """A number in [0, 1]; NaN is not."""
-    with suppress(ValueError):
-        if 0.0 <= float(text) <= 1.0:
-            return float(text)
-    raise argparse.ArgumentTypeError(f"must be a number in [0, 1], got {text!r}")
+def at_least(least: int) -> Callable[[str], Any]:
+    """An argparse type: an integer >= `least`."""
+    return number(int, f"an integer >= {least}", lambda value: value >= least)
+
+
+positive_int = at_least(1)
+positive = number(float, "a finite number > 0", lambda value: 0 < value < math.inf)
+probability = number(float, "a number in [0, 1]", lambda value: 0 <= value <= 1)
 
 
 def device(text: str) -> torch.device:
@@ -76,13 +84,27 @@ def three_digits(value: float) -> str:
     return f"{value:.{max(0, 2 - math.floor(math.log10(value)))}f}" if value else "0"
 
 
+def to_json(value: object) -> str:
+    """Indented JSON; NaN and infinity become null, because JSON has neither, and what JSON does not know becomes its str()."""
+    finite = json.loads(json.dumps(value, default=str), parse_constant=lambda constant: None)
+    return json.dumps(finite, indent=2)
+
+
 @contextmanager
-def progress(total: int) -> Iterator[Callable[[str], None]]:
-    """Yields what to call after each of `total` steps: it moves a bar, or prints a line to stderr now and then."""
-    from rich.progress import Progress
+def progress(total: int, silent: bool = False) -> Iterator[Callable[[str], None]]:
+    """Yields what to call after each of `total` steps: it moves a bar, or prints a line to stderr now and then.
+
+    With `silent` nothing is shown.
+    """
+    from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+    from rich.table import Column
 
     _, stderr = consoles()
-    with Progress(console=stderr, transient=True, disable=not stderr.is_terminal) as bar:
+    stderr.quiet = silent
+    rest = Column(ratio=1, no_wrap=True)  # only the text is cut in a narrow terminal
+    text = TextColumn("{task.description}", markup=False, table_column=rest)
+    columns = BarColumn(bar_width=20), MofNCompleteColumn(), TimeRemainingColumn(), text
+    with Progress(*columns, console=stderr, expand=True, transient=True, disable=not stderr.is_terminal) as bar:
         task, last = bar.add_task("starting", total=total), time.monotonic()
 
         def step(what: str) -> None:
@@ -90,7 +112,7 @@ def progress(total: int) -> Iterator[Callable[[str], None]]:
             bar.update(task, advance=1, description=what)
             if not stderr.is_terminal and time.monotonic() - last > SECONDS_BETWEEN_LINES:
                 last = time.monotonic()
-                stderr.print(f"{bar.tasks[0].completed:.0f} of {total}: {what}", markup=False)
+                stderr.print(f"{bar.tasks[0].completed:.0f} of {total}: {what}", markup=False, soft_wrap=True)
 
         yield step
 

@@ -14,7 +14,6 @@ The distance is the root mean square over the steps: unlike the maximum, it does
 """
 
 import math
-import statistics
 from functools import partial
 from typing import Any
 
@@ -22,7 +21,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlora import oracle
-from fastlora.dropout import draw_seed, threshold
+from fastlora.dropout import draw_seed
 from fastlora.finetune.model import next_token_loss
 from fastlora.modules import FusedLoraLinear
 
@@ -30,45 +29,38 @@ OUTPUTS = ("y", "dx", "dA", "dB")
 
 
 def check_layers(model: nn.Module, ids: Tensor, seed: int) -> dict[str, list[oracle.Row]]:
-    """The verdicts on OUTPUTS of every LoRA layer, by its name, for the tensors of one training step on `ids`.
+    """The verdicts on OUTPUTS of every LoRA layer that the loss depends on, by its name, from one training step on `ids`.
 
-    A layer has no verdict when the loss does not depend on it.  Of several calls of a layer, the first one counts.
+    Of several calls of a layer, the first one counts.
     """
-    layers = {name: module for name, module in model.named_modules() if isinstance(module, FusedLoraLinear)}
-    met: dict[str, tuple[Tensor, Tensor]] = {}  # x and dy
+    met: dict[nn.Module, tuple[Tensor, Tensor]] = {}  # x and dy
 
-    def watch(name: str, layer: nn.Module, args: tuple[Tensor], y: Tensor) -> None:
-        if y.requires_grad:  # the gradient of the first call comes last, and stays
-            y.register_hook(lambda dy: met.__setitem__(name, (args[0].detach(), dy)))
+    def watch(layer: nn.Module, args: tuple[Tensor], y: Tensor) -> None:
+        if isinstance(layer, FusedLoraLinear) and y.requires_grad:
+            y.register_hook(lambda dy: met.__setitem__(layer, (args[0].detach(), dy)))  # the first call comes last, and stays
 
-    handles = [layer.register_forward_hook(partial(watch, name)) for name, layer in layers.items()]
-    model.train()
     torch.manual_seed(seed)
-    next_token_loss(model, ids).mean().backward()
+    with nn.modules.module.register_module_forward_hook(watch):
+        next_token_loss(model.train(), ids).mean().backward()
     model.zero_grad()
-    for handle in handles:
-        handle.remove()
-    return {name: _judge(layer, *met[name], seed) if name in met else [] for name, layer in layers.items()}
+    return {name: _judge(layer, *met[layer], seed) for name, layer in model.named_modules() if layer in met}
 
 
 def disturb(model: nn.Module, verdicts: dict[str, list[oracle.Row]], seed: int) -> None:
     """Make `model` the control: from now on each judged output gets noise, as large, relative to it, as its row's bound."""
     generator = torch.Generator(next(model.parameters()).device).manual_seed(seed)
     for name, rows in verdicts.items():
-        if rows:
-            layer: Any = model.get_submodule(name)
-            y, dx, dA, dB = (partial(_add_noise, row.bound, generator) for row in rows)
-            layer.lora_A.register_hook(dA)
-            layer.lora_B.register_hook(dB)
-            layer.register_forward_pre_hook(partial(_hook_dx, dx))
-            layer.register_forward_hook(lambda layer, args, result, add_noise=y: add_noise(result))
+        layer: Any = model.get_submodule(name)
+        y, dx, dA, dB = (partial(_add_noise, row.bound, generator) for row in rows)
+        layer.lora_A.register_hook(dA)
+        layer.lora_B.register_hook(dB)
+        layer.register_forward_pre_hook(partial(_hook_dx, dx))
+        layer.register_forward_hook(lambda layer, args, result, add_noise=y: add_noise(result))
 
 
 def distance(curve: list[float], other: list[float]) -> float:
-    """The root mean square over steps of the difference of two loss curves; infinite when either is not finite."""
-    if not all(map(math.isfinite, (*curve, *other))):
-        return math.inf
-    return statistics.fmean((a - b) ** 2 for a, b in zip(curve, other, strict=True)) ** 0.5
+    """The root mean square over steps of the difference of two loss curves; infinite or NaN when a loss is."""
+    return math.dist(curve, other) / math.sqrt(len(curve))
 
 
 def curve_bound(control: list[float], eager: list[float], dtype: torch.dtype) -> float:
@@ -79,7 +71,7 @@ def curve_bound(control: list[float], eager: list[float], dtype: torch.dtype) ->
 def _judge(layer: Any, x: Tensor, dy: Tensor, seed: int) -> list[oracle.Row]:
     x, A, B, bias, p = x.requires_grad_(), layer.lora_A, layer.lora_B, layer.bias, layer.lora_dropout
     torch.manual_seed(seed)
-    mask_seed = int(draw_seed(x.device)) if threshold(p) else 0
+    mask_seed = int(draw_seed(x.device))
     torch.manual_seed(seed)
     y = layer(x)
     result = y.detach(), *torch.autograd.grad(y, (x, A, B), dy, allow_unused=True)

@@ -56,10 +56,9 @@ def tokenize_corpus(corpus: dict[str, str], tokenize: Tokenize, seq_len: int) ->
     tokens = {name: torch.tensor(list(tokenize(text)), dtype=torch.int64) for name, text in corpus.items()}
     adapt, held_out = len(tokens["adapt"]), len(tokens["held_out"])
     if adapt < seq_len or held_out < 2 * seq_len:
-        raise ValueError(
-            f"--text: {adapt} tokens to train on and {held_out} held out are too few for seq_len={seq_len}: "
-            f"expected at least {seq_len} and {2 * seq_len}; give more text or a smaller --seq-len"
-        )
+        found = f"{adapt} tokens to train on and {held_out} held out are too few for seq_len={seq_len}"
+        least = f"expected at least {seq_len} and {2 * seq_len}"
+        raise ValueError(f"--text: {found}: {least}; give more text or a smaller --seq-len")
     return tokens | {"held_out": tokens["held_out"].unfold(0, seq_len, seq_len)}
 
 
@@ -72,8 +71,7 @@ def batches(stream: Tensor, batch_size: int, seq_len: int, seed: int) -> Iterato
 
 
 def _read(path: Path) -> Iterator[str]:
-    inside = (file for file in sorted(path.rglob("*")) if file.suffix in TEXT_SUFFIXES and file.is_file())
-    files = list(inside) if path.is_dir() else [path]
+    files = sorted(f for f in path.rglob("*") if f.suffix in TEXT_SUFFIXES and f.is_file()) if path.is_dir() else [path]
     if not files:
         raise ValueError(f"--text: the folder {str(path)!r} holds no {', '.join(TEXT_SUFFIXES)} file")
     for file in files:

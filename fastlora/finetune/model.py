@@ -2,9 +2,9 @@
 
 import copy
 from argparse import Namespace
+from functools import partial
 
 import torch
-import torch.nn.functional as F
 import transformers
 from torch import Tensor, nn
 
@@ -14,60 +14,51 @@ from fastlora.injection.inject import inject
 from fastlora.modules import FusedLoraLinear
 
 BYTES = 256  # the vocabulary of a model without a tokenizer: UTF-8 bytes
-HEAD_SIZE = 32
 
 
-def load_tokenizer(args: Namespace) -> Tokenize:
-    """The tokenizer in the model's folder, or UTF-8 bytes when there is none.
+def load_base(args: Namespace) -> tuple[nn.Module, Tokenize]:
+    """The model in the folder, in `args.dtype`, and its tokenizer; or a new small Llama, untrained and in float32.
+
+    The tokens are UTF-8 bytes for the small Llama and for a folder without a tokenizer.
 
     Raises ValueError when the folder holds no model, or its model has too small a vocabulary for bytes or a context below
     seq_len.
     """
-    folder = args.model
-    if folder is None:
-        return str.encode
-    if not (folder / "config.json").is_file():
-        raise ValueError(f"--model: {str(folder)!r} is not a Hugging Face model folder: it holds no config.json")
-    config = transformers.AutoConfig.from_pretrained(folder, local_files_only=True)
-    context = getattr(config, "max_position_embeddings", None)
-    if context is not None and args.seq_len > context:
-        raise ValueError(f"--seq-len: got {args.seq_len}, expected at most the {context} positions of {str(folder)!r}")
-    if any(folder.glob("tokenizer*")) or (folder / "vocab.json").is_file():
-        tokenizer = transformers.AutoTokenizer.from_pretrained(folder, local_files_only=True)
-        return lambda text: tokenizer(text, add_special_tokens=False, verbose=False)["input_ids"]
-    if config.vocab_size < BYTES:
-        raise ValueError(
-            f"--model: {str(folder)!r} holds no tokenizer, and its vocabulary of {config.vocab_size} is too small for bytes"
+    if args.model is None:
+        torch.manual_seed(args.seed)
+        config = transformers.LlamaConfig(
+            vocab_size=BYTES,
+            hidden_size=args.hidden_size,
+            intermediate_size=args.hidden_size * 8 // 3 // 16 * 16,
+            num_hidden_layers=args.layers,
+            num_attention_heads=args.hidden_size // 32,
+            max_position_embeddings=max(args.seq_len, 2048),
         )
-    return str.encode
-
-
-def load_base(args: Namespace) -> nn.Module:
-    """The model in the folder, in `args.dtype`, or a new small Llama, untrained and in float32."""
+        return transformers.LlamaForCausalLM(config).to(args.device), str.encode
+    folder = repr(str(args.model))
+    tokenize: Tokenize = str.encode
+    if not (args.model / "config.json").is_file():
+        raise ValueError(f"--model: {folder} is not a Hugging Face model folder: it holds no config.json")
+    config = transformers.AutoConfig.from_pretrained(args.model, local_files_only=True)
+    context = getattr(config, "max_position_embeddings", None) or args.seq_len
+    if args.seq_len > context:
+        raise ValueError(f"--seq-len: got {args.seq_len}, expected at most the {context} positions of {folder}")
+    if any(args.model.glob("tokenizer*")) or (args.model / "vocab.json").is_file():
+        tokenizer = transformers.AutoTokenizer.from_pretrained(args.model, local_files_only=True)
+        tokenize = partial(tokenizer.encode, add_special_tokens=False, verbose=False)
+    elif config.vocab_size < BYTES:
+        raise ValueError(f"--model: {folder} has no tokenizer and its vocabulary of {config.vocab_size} is too small for bytes")
     transformers.utils.logging.disable_progress_bar()
-    if args.model is not None:
-        dtype = DTYPES[args.dtype]
-        model = transformers.AutoModelForCausalLM.from_pretrained(args.model, local_files_only=True, dtype=dtype)
-        return model.to(args.device)
-    torch.manual_seed(args.seed)
-    config = transformers.LlamaConfig(
-        vocab_size=BYTES,
-        hidden_size=args.hidden_size,
-        intermediate_size=args.hidden_size * 8 // 3 // 16 * 16,
-        num_hidden_layers=args.layers,
-        num_attention_heads=args.hidden_size // HEAD_SIZE,
-        max_position_embeddings=max(args.seq_len, 2048),
-    )
-    return transformers.LlamaForCausalLM(config).to(args.device)
+    load = transformers.AutoModelForCausalLM.from_pretrained
+    return load(args.model, local_files_only=True, dtype=DTYPES[args.dtype]).to(args.device), tokenize
 
 
 def with_adapters(base: nn.Module, args: Namespace, layer: type[FusedLoraLinear]) -> nn.Module:
     """A copy of `base` that shares its weights, with LoRA linears of class `layer`; every class gets the same initial A."""
     model = copy.deepcopy(base, memo={id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())})
     torch.manual_seed(args.seed)
-    rates = {"lora_alpha": args.alpha, "lora_dropout": args.dropout}
-    dtype = DTYPES[args.adapter_dtype]
-    inject(model, target_modules=args.target_modules, r=args.r, **rates, adapter_dtype=dtype, layer=layer)
+    lora = partial(inject, lora_alpha=args.alpha, lora_dropout=args.dropout, adapter_dtype=DTYPES[args.adapter_dtype])
+    lora(model, target_modules=args.target_modules, r=args.r, layer=layer)
     for module in model.modules():
         if isinstance(module, layer):
             module.backend = args.backend
@@ -77,4 +68,4 @@ def with_adapters(base: nn.Module, args: Namespace, layer: type[FusedLoraLinear]
 def next_token_loss(model: nn.Module, ids: Tensor) -> Tensor:
     """Cross-entropy of the next tokens in nats, in float32, averaged over each row: ids (batch, seq_len) -> (batch,)."""
     logits = model(input_ids=ids).logits[:, :-1].float()
-    return F.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").mean(dim=1)
+    return nn.functional.cross_entropy(logits.transpose(1, 2), ids[:, 1:], reduction="none").mean(dim=1)

@@ -20,6 +20,7 @@ from fastlora.peft.report import Report
 __all__ = ["Report", "accelerate", "decelerate", "fallbacks", "register", "status"]
 
 OLDEST_PEFT = "0.18"
+INSTALL = f"pip install 'peft>={OLDEST_PEFT}'"  # works in a clone as well as beside an installed fastlora
 
 
 def accelerate(model: nn.Module) -> Report:
@@ -119,7 +120,7 @@ def _load(name: str) -> Any:
         import peft
         from packaging.version import Version
     except ImportError as error:
-        raise ImportError('accelerating PEFT models needs peft: pip install "fastlora[hf]"') from error
+        raise ImportError(f"accelerating PEFT models needs peft, which is missing: {INSTALL}") from error
     if Version(peft.__version__) < Version(OLDEST_PEFT):
-        raise ImportError(f"accelerating PEFT models needs peft >= {OLDEST_PEFT}, but peft {peft.__version__} is installed")
+        raise ImportError(f"accelerating PEFT models needs a newer peft, got {peft.__version__}: {INSTALL}")
     return importlib.import_module(f"fastlora.peft.{name}")

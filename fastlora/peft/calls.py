@@ -19,7 +19,6 @@ from torch import Tensor, nn
 from fastlora import quantized
 from fastlora.functional import _autocast_dtype
 from fastlora.peft.base import PLAIN_TENSORS, weight_of
-from fastlora.quantized import QuantizedWeight
 from fastlora.torch_backend import DECODE_ROWS
 from fastlora.validation import FLOAT_DTYPES, HALF_DTYPES, autocast_target, is_altered, is_transformed
 
@@ -38,7 +37,7 @@ INTENDED = frozenset({DISABLED, MERGED, INACTIVE, MIXED_BATCH, UNCAST, DECODING}
 class Operands(NamedTuple):
     """The arguments of `lora_linear` after x: weight (out, in), A (r, in), B (out, r), bias (out,) or None."""
 
-    weight: Tensor | QuantizedWeight
+    weight: Tensor | quantized.QuantizedWeight
     lora_A: Tensor
     lora_B: Tensor
     bias: Tensor | None
@@ -87,10 +86,8 @@ def operands(layer: Any) -> Operands | str:
     if isinstance(scaling, Tensor):
         # prepare_model_for_compiled_hotswap makes it, to refill it in place. Reading it on the device avoids a synchronisation.
         lora_B, scaling = (lora_B * scaling).to(lora_B.dtype), 1.0
-    else:
-        scaling = float(scaling)  # PEFT accepts NumPy numbers too
     p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
-    return Operands(weight, lora_A, lora_B, base_layer.bias, scaling, p)
+    return Operands(weight, lora_A, lora_B, base_layer.bias, float(scaling), p)  # PEFT accepts NumPy's numbers too
 
 
 def unsupported_input(x: Tensor, given: Operands, layer: Any) -> str | None:
@@ -128,7 +125,16 @@ def _decodes(x: Tensor) -> bool:
 
 
 def decide(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operands | str:
-    """The operands of a fused call, or the reason why layer(x, *args, **kwargs) runs PEFT's forward."""
+    """The operands of a fused call, or the reason why layer(x, *args, **kwargs) runs PEFT's forward.
+
+    Raises:
+        RuntimeError: torch.fx traces the call.
+    """
+    if isinstance(x, torch.fx.Proxy):
+        raise RuntimeError(
+            "torch.fx cannot trace a LoRA layer, neither an accelerated one nor PEFT's after fastlora.decelerate(model): "
+            "trace model.merge_and_unload(), or use torch.export"
+        )
     if kwargs.get("adapter_names") is not None:
         return MIXED_BATCH
     if _decodes(x):

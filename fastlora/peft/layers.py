@@ -7,6 +7,7 @@ from typing import Any
 from peft.tuners.lora.layer import Linear, LoraLayer
 from torch import nn
 
+from fastlora.functional import available_backends
 from fastlora.peft.base import weight_of
 from fastlora.peft.calls import operands
 from fastlora.peft.fused import Fused, FusedLinear
@@ -56,7 +57,9 @@ def describe(layers: Mapping[str, Any], already: tuple[str, ...] = ()) -> Report
             waiting.append((name, given))
         else:
             taken.append(name)
-    return Report(tuple(taken), tuple(waiting), tuple(left), already)
+    devices = {layer.base_layer.weight.device for layer in layers.values() if is_fused(layer)}
+    backends = sorted({(device.type, available_backends(device)[0]) for device in devices})
+    return Report(tuple(taken), tuple(waiting), tuple(left), already, tuple(backends))
 
 
 def fuse(layer: Any, warned: set[str]) -> None:

@@ -15,12 +15,14 @@ class Report:
     waiting: (name, reason) of accelerated layers whose calls run PEFT's forward as long as the adapters are as they are now.
     left: (name, reason) of layers that are not accelerated.
     already: names of the layers that an earlier `accelerate` took. They are in `taken` or `waiting` too.
+    backends: (type of device, backend) that accelerated layers run on by default.
     """
 
     taken: tuple[str, ...]
     waiting: tuple[tuple[str, str], ...] = ()
     left: tuple[tuple[str, str], ...] = ()
     already: tuple[str, ...] = ()
+    backends: tuple[tuple[str, str], ...] = ()
 
     def __repr__(self) -> str:
         total = len(self.taken) + len(self.waiting) + len(self.left)
@@ -34,6 +36,9 @@ class Report:
         for reason, names in groups.items():
             more = f" and {len(names) - NAMES_SHOWN} more" if len(names) > NAMES_SHOWN else ""
             lines.append(f"{reason}: {len(names)} ({', '.join(names[:NAMES_SHOWN])}{more})")
+        for device, backend in self.backends:
+            note = ", which saves memory rather than time on this device" if backend == "torch" else ""
+            lines.append(f"  backend on {device}: {backend}{note}")
         return "\n".join(lines)
 
 

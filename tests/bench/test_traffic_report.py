@@ -1,4 +1,4 @@
-"""The counts are right where they are known, and so are the report, the partial sums and what is saved for backward."""
+"""The counts of tools/traffic.py are right where they are known, and so is the report of tools/traffic_report.py."""
 
 import json
 import os
@@ -10,16 +10,12 @@ import pytest
 import torch
 import triton
 import triton.language as tl
-from planned import run_grad_a, run_grad_s_and_b, run_shrink
 from triton.runtime.errors import InterpreterError
 
-from fastlora import lora_linear
 from fastlora.kernels import launch as launching
-from fastlora.kernels.grad_b import MAX_RANK
-from fastlora.kernels.sums import sum_partials_kernel
 from fastlora.kernels.target import INTERPRETER, Target
-from tools.traffic import Launch, counted
-from tools.traffic_report import FORMS, Case, main, rows
+from tools.traffic import CountedLaunch, counted
+from tools.traffic_report import FORMS, TrafficCase, main, rows
 
 ROOT = Path(__file__).parents[2]
 
@@ -41,7 +37,7 @@ def planted_kernel(x, out, size, BLOCK: tl.constexpr, FAULT: tl.constexpr):
         tl.store(out + index, values, mask=index < size)
 
 
-def planted(fault: str, x: torch.Tensor, out: torch.Tensor) -> Launch:
+def planted(fault: str, x: torch.Tensor, out: torch.Tensor) -> CountedLaunch:
     with counted() as launches:
         options = {"BLOCK": 16, "FAULT": fault, "num_warps": 1, "num_stages": 1}
         launching.launch(launching.Plan(planted_kernel, (2,), (), options), x, out, x.numel())
@@ -91,10 +87,12 @@ def test_compiled_kernels_are_refused():
 
 @pytest.mark.parametrize("form", FORMS)
 def test_unsplit_traffic_is_compulsory(form):
-    """Where one program covers a reduction and one tile a product, nothing moves but the operands of each step; in the prefill
-    form also the rank-r terms, written by one launch and read by the next."""
+    """One program covers each reduction and one tile each product: only the operands of each step move.
+
+    In the form "addmm" the LoRA terms move as well: one launch writes them and the next reads them.
+    """
     M, K, N, r, e = 32, 64, 48, 16, 2
-    case = Case(M, K, N, r, form=form, target=Target(90, 1, INTERPRETER.shared_memory))
+    case = TrafficCase(M, K, N, r, form=form, target=Target(90, 1, INTERPRETER.shared_memory))
     more = dict.fromkeys(("S", "y", "dS dB", "dA", "dx"), 0)
     if form == "addmm":
         more["y"] = 2 * M * N * e
@@ -102,68 +100,6 @@ def test_unsplit_traffic_is_compulsory(form):
         more["dx"] = M * K * e - M * r * 4 - r * K * e
     moved = {row.step: row.needed + row.written - row.compulsory for row in rows(case)}
     assert moved == more
-
-
-# Of the bytes of x or dy that a step streams, what it writes of partial sums and reads again at full size, in bfloat16 on an
-# H200: at most (S, dS dB, dA).  L2 (50 MB) holds them; the rest of the chip waits for them all the same.
-PARTIAL_SUMS = {
-    (8192, 4096, 16): (1 / 16, 1 / 4, 1 / 8),
-    (8192, 4096, 32): (1 / 8, 3 / 4, 1 / 4),
-    (8192, 14336, 16): (1 / 16, 1 / 4, 1 / 16),
-    (32768, 4096, 16): (0, 1 / 4, 1 / 16),
-    (8192, 4096, 64): (1 / 4, 0, 1 / 4),
-    (2048, 4096, 16): (1 / 8, 5 / 8, 1 / 4),
-    (512, 2048, 128): (2, 0, 2),
-}
-
-
-@pytest.mark.parametrize("size", PARTIAL_SUMS)
-def test_partial_sums_stay_small(size, monkeypatch):
-    """The launches alone, on the meta device: that each partial sum is written once and read once is asserted above."""
-    M, K, r = size
-    target = Target(90, 132, 232448)
-
-    def meta(*shape, dtype=torch.bfloat16):
-        return torch.empty(shape, dtype=dtype, device="meta")
-
-    x, A, B, U = meta(M, K), meta(r, K), meta(K, r), meta(M, r, dtype=torch.float32)
-    fractions = []
-    for step in (
-        lambda: run_shrink(x, A, target),
-        lambda: run_grad_s_and_b(x, B, U, torch.bfloat16, target) if r <= MAX_RANK else None,
-        lambda: run_grad_a(x, U, torch.bfloat16, target),
-    ):
-        partials = []
-
-        def watch(plan, *args, partials=partials):
-            if plan.kernel is sum_partials_kernel:
-                partials += [tensor for tensor in (args[0], args[2]) if tensor is not None]
-
-        monkeypatch.setattr(launching, "launch", watch)
-        step()
-        fractions.append(2 * sum(tensor.numel() * 4 for tensor in partials) / (M * K * 2))
-    assert all(fraction <= stated for fraction, stated in zip(fractions, PARTIAL_SUMS[size], strict=True)), fractions
-
-
-@pytest.mark.parametrize("adapter", [torch.bfloat16, torch.float32])
-@pytest.mark.parametrize("form", FORMS)
-def test_saved_for_backward(form, adapter):
-    """x, S in float32 and the seed: no dropped copy of x, no mask."""
-    M, K, N, r = 48, 64, 80, 4
-    x, weight = torch.randn(M, K).bfloat16().requires_grad_(), torch.randn(N, K).bfloat16()
-    A, B = (torch.randn(*shape).to(adapter).requires_grad_() for shape in ((r, K), (N, r)))
-    saved = {}
-
-    def pack(tensor):
-        storage = tensor.untyped_storage()
-        saved[storage.data_ptr()] = storage.nbytes()
-        return tensor
-
-    with torch.autograd.graph.saved_tensors_hooks(pack, lambda tensor: tensor):
-        lora_linear(x, weight, A, B, scaling=2.0, dropout_p=0.1, backend=form)
-    parameters = {tensor.untyped_storage().data_ptr() for tensor in (weight, A, B)}
-    assert parameters <= set(saved)
-    assert sum(size for key, size in saved.items() if key not in parameters) == M * K * 2 + M * r * 4 + 8
 
 
 def test_report(capsys):

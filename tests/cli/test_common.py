@@ -1,7 +1,10 @@
 """What the subcommands share: refused arguments, missing extras, figures, progress, Ctrl-C, `python -m fastlora`."""
 
+import json
+import math
 import subprocess
 import sys
+from pathlib import Path
 from typing import Any
 
 import pytest
@@ -37,10 +40,14 @@ def test_wrong_usage(arguments: str, message: str, capsys: pytest.CaptureFixture
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize("command", ["bench", "parity"])
-def test_without_rich_it_names_the_extra(command: str, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setitem(sys.modules, "rich", None)
-    with pytest.raises(SystemExit, match=r'rich is not installed: pip install "fastlora\[cli\]"'):
+@pytest.mark.parametrize(
+    ("command", "module", "extra"), [("bench", "rich", "cli"), ("parity", "rich", "cli"), ("finetune", "transformers", "hf")]
+)
+def test_a_missing_module_is_named_with_its_extra(
+    command: str, module: str, extra: str, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setitem(sys.modules, module, None)
+    with pytest.raises(SystemExit, match=rf'{module} is not installed: pip install "fastlora\[{extra}\]"'):
         cli.main([command])
 
 
@@ -51,16 +58,34 @@ def test_three_digits_without_an_exponent(value: float, text: str) -> None:
     assert common.three_digits(value) == text
 
 
-@pytest.mark.parametrize(("seconds", "lines"), [(-1.0, ["1 of 2: first", "2 of 2: second"]), (1000.0, [])])
+@pytest.mark.parametrize(
+    ("seconds", "silent", "lines"),
+    [(-1.0, False, ["1 of 2: [first]", "2 of 2: second"]), (1000.0, False, []), (-1.0, True, [])],
+)
 def test_where_stderr_is_no_terminal_progress_is_an_occasional_line(
-    seconds: float, lines: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+    seconds: float, silent: bool, lines: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
 ) -> None:
     monkeypatch.setattr(common, "SECONDS_BETWEEN_LINES", seconds)
-    with common.progress(2) as step:
-        step("first")
+    with common.progress(2, silent=silent) as step:
+        step("[first]")
         step("second")
     captured = capsys.readouterr()
     assert captured.err.splitlines() == lines
+    assert not captured.out
+
+
+@pytest.mark.parametrize("silent", [False, True])
+def test_in_a_terminal_progress_is_a_bar(
+    silent: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.setenv("FORCE_COLOR", "1")  # rich then takes the pipe for a terminal
+    monkeypatch.setenv("COLUMNS", "60")
+    with common.progress(2, silent=silent) as step:
+        step("[first]")
+        step("second, " + 9 * "very " + "long")
+    captured = capsys.readouterr()
+    assert [part in captured.err for part in ("━", "2/2", "second, very", "long")] == [not silent] * 3 + [False]
+    assert (captured.err == "") == silent
     assert not captured.out
 
 
@@ -75,6 +100,15 @@ def test_an_interrupt_exits_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
     assert cli.main(["parity"]) == 130
 
 
-def test_the_package_is_the_command() -> None:
-    done = subprocess.run([sys.executable, "-m", "fastlora", "--version"], capture_output=True, text=True, check=True)
-    assert done.stdout.startswith("fastlora ")
+@pytest.mark.parametrize(("option", "words"), [("--version", ["fastlora "]), ("--help", cli.COMMANDS)])
+def test_the_package_is_the_command(option: str, words: list[str]) -> None:
+    done = subprocess.run([sys.executable, "-m", "fastlora", option], capture_output=True, text=True, check=True)
+    assert all(word in done.stdout for word in words)
+
+
+def test_json_has_null_for_what_is_not_finite() -> None:
+    assert json.loads(common.to_json({"a": math.nan, "b": [math.inf, 1.5], "c": Path("d")})) == {
+        "a": None,
+        "b": [None, 1.5],
+        "c": "d",
+    }

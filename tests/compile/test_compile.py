@@ -1,4 +1,4 @@
-"""The kernels, compiled for GPUs that need not be there: no spill, memory that exists, tensor cores, costs within budget."""
+"""The kernels compiled without a GPU: no spills, shared memory that exists, tensor cores, costs within budget."""
 
 from dataclasses import astuple
 
@@ -9,13 +9,13 @@ from planned import run_gemm
 from fastlora.kernels.config import GemmConfig, gemm_candidates
 from tools.aot import offline
 from tools.budgets import over_budget, recorded
-from tools.cases import TARGETS, Case, gated_cases
+from tools.cases import TARGETS, CompileCase, gated_cases
 from tools.measure import faults, measure
 from tools.sass import read_cubin
 
 
 @pytest.mark.parametrize("case", gated_cases(), ids=str)
-def test_kernels(case: Case) -> None:
+def test_kernels(case: CompileCase) -> None:
     rows = measure(case)
     assert rows
     complaints = [f"{row.key}: {fault}" for row in rows for fault in faults(row)]
@@ -32,8 +32,8 @@ def test_kernels(case: Case) -> None:
         if config.is_valid(TARGETS[capability], torch.bfloat16, "ieee", descriptors=True)
     ],
 )
-def test_tiles_that_a_tuner_may_choose(capability: int, config: GemmConfig) -> None:
-    """Every valid tile of the GEMM, forward and masked backward, within registers and shared memory."""
+def test_tiles_of_the_tuner(capability: int, config: GemmConfig) -> None:
+    """Every valid tile of the GEMM fits in registers and shared memory, in forward and in the masked backward."""
     target = TARGETS[capability]
 
     def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:

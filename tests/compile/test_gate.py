@@ -1,4 +1,4 @@
-"""The compile tests bite: kernels with a planted fault are seen for what they are, and a row at fault is refused."""
+"""The compile tests see planted faults: in machine code, and in the facts of a kernel."""
 
 from dataclasses import replace
 
@@ -10,8 +10,8 @@ import triton.language as tl
 from fastlora.kernels import launch
 from tools.aot import offline
 from tools.budgets import cost, over_budget
-from tools.cases import Case
-from tools.measure import Row, faults, measure
+from tools.cases import CompileCase
+from tools.measure import KernelFacts, faults, measure
 from tools.sass import Sass, read_cubin
 
 
@@ -35,16 +35,15 @@ def product(capability: int, m: int, n: int, dtype: torch.dtype = torch.bfloat16
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])
-def test_tensor_cores_are_seen(capability: int) -> None:
-    assert product(capability, 64, 64).tensor_core
-    assert not product(capability, 64, 64, torch.float32).tensor_core
-
-
-def test_hgmma_is_seen() -> None:
-    assert product(90, 64, 64).hgmma
-    half_a_tile = product(90, 32, 64)
+def test_instructions_are_seen(capability: int) -> None:
+    """Tensor cores, wgmma for tiles of at least 64 rows on capability 90, and atomics."""
+    plain, half_a_tile = product(capability, 64, 64), product(capability, 32, 64)
+    assert plain.tensor_core
     assert half_a_tile.tensor_core
-    assert not half_a_tile.hgmma
+    assert (plain.hgmma > 0, half_a_tile.hgmma) == (capability == 90, 0)
+    assert not product(capability, 64, 64, torch.float32).tensor_core
+    assert not plain.atomics
+    assert product(capability, 64, 64, atomic=True).atomics
 
 
 @pytest.mark.parametrize("capability", [80, 90])
@@ -55,16 +54,10 @@ def test_spills_are_seen(capability: int) -> None:
     assert spills.local
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
-def test_atomics_are_seen(capability: int) -> None:
-    assert not product(capability, 64, 64).atomics
-    assert product(capability, 64, 64, atomic=True).atomics
-
-
 @pytest.fixture(scope="module")
-def gemm() -> Row:
+def gemm() -> KernelFacts:
     """dx of a bfloat16 step for capability 90, with dropout."""
-    return measure(Case("backward", "bfloat16", 16, 90))[-1]
+    return measure(CompileCase("backward", "bfloat16", 16, 90))[-1]
 
 
 PLANTS = {
@@ -79,20 +72,20 @@ PLANTS = {
 
 
 @pytest.mark.parametrize("fault", PLANTS)
-def test_faults_are_named(gemm: Row, fault: str) -> None:
+def test_faults_are_named(gemm: KernelFacts, fault: str) -> None:
     assert gemm.product == "dx"
     assert faults(gemm) == []
     assert [fault in found for found in faults(PLANTS[fault](gemm))] == [True]
 
 
-def test_float32_products_without_tensor_cores_are_allowed(gemm: Row) -> None:
+def test_float32_products_without_tensor_cores_are_allowed(gemm: KernelFacts) -> None:
     scalar = replace(gemm, sass=replace(gemm.sass, tensor_core=0, hgmma=0))
     assert faults(replace(scalar, case=replace(gemm.case, dtype="float32-ieee"))) == []
     assert faults(replace(scalar, case=replace(gemm.case, dtype="float32-tf32")))
 
 
 @pytest.mark.parametrize("name", ["conversions", "narrow_loads", "per_masked_element"])
-def test_a_lower_budget_is_exceeded(gemm: Row, name: str) -> None:
+def test_a_lower_budget_is_exceeded(gemm: KernelFacts, name: str) -> None:
     budget = cost(gemm)
     assert over_budget(gemm, budget) == []
     assert len(over_budget(gemm, budget | {name: budget[name] - 0.5})) == 1

@@ -1,4 +1,4 @@
-"""A launch from a plan that has seen its kernel before hands Triton's launcher exactly what the first one did."""
+"""The second launch of a plan hands Triton's launcher exactly the arguments of the first."""
 
 from collections.abc import Iterator
 from typing import Any
@@ -23,7 +23,7 @@ Calls = list[tuple[Any, ...]]
 
 @pytest.fixture
 def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Calls]:
-    """What reaches the launchers that Triton made: nothing runs, the kernels are compiled for capability 90."""
+    """The calls of Triton's launchers.  Nothing runs; the kernels are compiled for capability 90."""
     calls: Calls = []
 
     def load(self: CompiledKernel) -> None:
@@ -43,12 +43,12 @@ def launched(monkeypatch: pytest.MonkeyPatch) -> Iterator[Calls]:
 
 
 def comparable(argument: Any) -> Any:
-    """Fresh tensors have other addresses; what a launcher reads of them is the same."""
+    """What a launcher reads of an argument, less the address of its data."""
     if isinstance(argument, torch.Tensor):
         return argument.dtype, tuple(argument.shape), argument.stride(), argument.device
     if hasattr(argument, "block_shape"):
         return comparable(argument.base), tuple(argument.shape), tuple(argument.strides), tuple(argument.block_shape)
-    if isinstance(argument, LazyDict):  # what a profiler's hook would be told
+    if isinstance(argument, LazyDict):  # for the hooks of a profiler
         return argument.data
     return argument
 

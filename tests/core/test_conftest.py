@@ -1,4 +1,4 @@
-"""The suite's own promises: uninitialised memory shows, and each process runs Triton in the mode it was asked for."""
+"""What the tests rely on: memory that nobody wrote is NaN, and a process runs Triton in one mode."""
 
 import os
 import subprocess
@@ -39,19 +39,13 @@ def test_package_allocations_are_poisoned(expression: str, module: str, dtype: t
 
 
 def test_other_allocations_are_left_alone(monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*args: object) -> None:
-        raise AssertionError("filled an allocation made outside the package")
-
-    monkeypatch.setattr(torch.Tensor, "fill_", refuse)
+    monkeypatch.setattr(torch.Tensor, "fill_", None)  # the poison needs it
     for expression in ALLOCATIONS:
         assert allocate(expression, "fastlorax", torch.float32).shape == (3, 5)
 
 
-def test_this_process_interprets() -> None:
+def test_each_process_has_one_mode() -> None:
     assert os.environ["TRITON_INTERPRET"] == "1"
-
-
-def test_modes_do_not_mix() -> None:
     command = [sys.executable, "-m", "pytest", "--collect-only", "tests/compile", "tests/core/test_conftest.py"]
     run = subprocess.run(command, cwd=ROOT, capture_output=True, text=True, check=False)
     assert run.returncode == pytest.ExitCode.USAGE_ERROR

@@ -20,10 +20,10 @@ from fastlora import (
     save_adapter,
     unload,
 )
-from fastlora.finetune.eager import EagerLoraLinear
 from fastlora.modules import FusedLoraLinear
 from fastlora.quantized import quantize, weight_of
 from fastlora.quantized_module import FusedLoraLinear4bit
+from fastlora.reference import EagerLoraLinear
 
 
 def plain(dtype: torch.dtype = torch.float32, bias: bool = True) -> nn.Linear:

@@ -24,6 +24,7 @@ T5 = {"vocab_size": 64, "d_model": 32, "d_kv": 16, "d_ff": 48, "num_layers": 2, 
 
 FLOOR = oracle.FLOOR[torch.float32, torch.float32]  # 2 * FLOOR: two results that are each within it of the truth
 ATTENTION = ["q_proj", "v_proj"]
+Steps = Callable[[nn.Module], Any]
 
 #: kind -> (class in transformers, options of its config). The models have no dropout: only the adapters draw random numbers.
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
@@ -207,18 +208,14 @@ def pair(**options: Any) -> tuple[nn.Module, nn.Module]:
 
 
 @torch.no_grad()
-def both(
-    eager: nn.Module, fused: nn.Module, steps: Callable[[nn.Module], Any] = lambda model: None, **options: Any
-) -> list[Tensor]:
+def both(eager: nn.Module, fused: nn.Module, steps: Steps = lambda model: None, **options: Any) -> list[Tensor]:
     """The logits of both models after `steps`."""
     for model in (eager, fused):
         steps(model)
     return [logits_of(model, **options) for model in (eager, fused)]
 
 
-def assert_fused(
-    eager: nn.Module, fused: nn.Module, steps: Callable[[nn.Module], Any] = lambda model: None, layers_run: int = 4
-) -> Tensor:
+def assert_fused(eager: nn.Module, fused: nn.Module, steps: Steps = lambda model: None, layers_run: int = 4) -> Tensor:
     """The logits of `fused` after `steps`: PEFT's within the oracle's floor, with that many fused calls."""
     with counted_calls() as made:
         expected, result = both(eager, fused, steps)
@@ -227,9 +224,7 @@ def assert_fused(
     return result
 
 
-def assert_same(
-    eager: nn.Module, fused: nn.Module, reason: str, steps: Callable[[nn.Module], Any] = lambda model: None, **options: Any
-) -> Tensor:
+def assert_same(eager: nn.Module, fused: nn.Module, reason: str, steps: Steps = lambda model: None, **options: Any) -> Tensor:
     """The logits of `fused` after `steps`: PEFT's bit for bit, by PEFT's forward, for this reason."""
     with counted_calls() as made:
         expected, result = both(eager, fused, steps, **options)
@@ -250,4 +245,4 @@ def equal(one: dict[str, Tensor], other: dict[str, Tensor]) -> bool:
 
 def assert_close(one: dict[str, Tensor], other: dict[str, Tensor]) -> None:
     assert one.keys() == other.keys()
-    assert all(oracle.relative_error(tensor, other[name]) <= 2 * FLOOR for name, tensor in one.items())
+    assert all(oracle.relative_error(tensor.detach(), other[name].detach()) <= 2 * FLOOR for name, tensor in one.items())

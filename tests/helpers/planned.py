@@ -1,10 +1,12 @@
-"""One launch at a time, planned for its operands and run, for the tests that look at a single kernel."""
+"""Single launches, planned for their operands and run, and the operands that the tests of each kernel share."""
 
-from typing import Any
+from dataclasses import replace
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
+from fastlora import oracle
 from fastlora.kernels.dot import matmul_precision
 from fastlora.kernels.dropout import pack_bits, plan_pack_bits
 from fastlora.kernels.gemm import gemm, plan_gemm
@@ -14,6 +16,53 @@ from fastlora.kernels.shrink import plan_shrink, shrink
 from fastlora.kernels.sums import plan_sum, sum_partials
 from fastlora.kernels.target import INTERPRETER, Target
 from fastlora.kernels.tensor_spec import TensorSpec
+
+DTYPES = list(oracle.FLOOR)  # (dtype of x, dtype of the adapter)
+
+#: Views of a (rows, cols) matrix with the same shape and values, each unlike a freshly allocated one.
+VIEWS = {
+    "contiguous": lambda t: t,
+    "every other row": lambda t: torch.stack((t, t), 1).flatten(0, 1)[::2],
+    "every other column": lambda t: torch.stack((t, t), 2).flatten(1)[:, ::2],
+    "transposed": lambda t: t.t().contiguous().t(),
+    "offset": lambda t: torch.cat((t.flatten()[:1], t.flatten()))[1:].view(t.shape) if t.numel() else t,
+    "within a wider row": lambda t: torch.cat((t, t), 1)[:, : t.shape[1]],
+}
+
+
+class Operands(NamedTuple):
+    """x (M, K), A (r, K) and a contiguous float32 U (M, r) for one launch on `target`."""
+
+    shape: tuple[int, int, int]  # (M, K, r)
+    dtypes: tuple[torch.dtype, torch.dtype] = (torch.float32, torch.float32)
+    view: str = "contiguous"
+    target: Target = INTERPRETER
+
+    def draw(self) -> tuple[Tensor, Tensor, Tensor]:
+        """(x, A, U): standard normal."""
+        M, K, r = self.shape
+        x, A = (VIEWS[self.view](torch.randn(rows, K).to(dtype)) for rows, dtype in zip((M, r), self.dtypes, strict=True))
+        return x, A, torch.randn(M, r)
+
+
+MANY = replace(INTERPRETER, sms=64)  # has more multiprocessors than these launches have work: every reduction is split
+AMPERE = Target(80, 4, 166912)
+SHAPES = [(1, 1, 1), (3, 700, 2), (150, 40, 32), (0, 8, 3), (8, 0, 3)]  # tiny, few rows, several tiles, empty
+OPERANDS = [Operands((37, 131, 5), dtypes, view) for dtypes in DTYPES for view in VIEWS]
+OPERANDS += [Operands((135, 264, 16), dtypes, target=target) for dtypes in DTYPES for target in (MANY, AMPERE)]
+OPERANDS += [Operands(shape, target=target) for shape in SHAPES for target in (INTERPRETER, MANY)]
+
+
+def assert_close(result: Tensor, expected: Tensor, base: torch.dtype) -> None:
+    """`result` is within the oracle's floor for operands in `base`; twice the floor in 16 bits, where U is rounded as well."""
+    error = oracle.relative_error(result, expected)
+    assert error <= oracle.FLOOR[base, result.dtype] * (1 if result.dtype == torch.float32 else 2)
+
+
+def far_apart(rows: int, cols: int, stride: int) -> Tensor:
+    """A random float16 (rows, cols) whose rows lie `stride` elements apart; memory between them is never touched."""
+    storage = torch.empty((rows - 1) * stride + cols, dtype=torch.float16)
+    return storage.as_strided((rows, cols), (stride, 1)).copy_(torch.randn(rows, cols))
 
 
 def run_shrink(x: Tensor, A: Tensor, target: Target = INTERPRETER, seed: Tensor | None = None, **options: Any) -> Tensor:
@@ -38,33 +87,38 @@ def run_grad_a(
     dtype: torch.dtype,
     target: Target = INTERPRETER,
     *,
+    V: Tensor | None = None,
+    transposed: bool = False,
     pack: bool = False,
     seed: Tensor | None = None,
-    dropout_p: float = 0.0,
+    **options: Any,
 ) -> tuple[Tensor, Tensor | None]:
-    """(Uᵀ drop(x), the packed mask with `pack`)."""
+    """(scaling · Uᵀ drop(x), the packed mask with `pack`, drop(U V) with V)."""
+    small = None if V is None else TensorSpec.of(V)
     facts = TensorSpec.of(x), TensorSpec.of(U), dtype, matmul_precision(x.dtype), target
-    plan = plan_grad_a(*facts, dropout=seed is not None, pack=pack)
-    partials, bits = grad_a(plan, x, U, seed=seed, dropout_p=dropout_p)
+    plan = plan_grad_a(*facts, transposed=transposed, dropout=seed is not None, pack=pack, V=small)
+    dx = None if V is None else x.new_full(x.shape, torch.nan)
+    partials, bits = grad_a(plan, x, U, V, seed=seed, dx=dx, **options)
     (result,) = sum_partials(plan_sum(plan.results[0]), partials)
-    return result, bits
+    return result, bits if V is None else dx
 
 
 def run_gemm(
-    P: Tensor,
-    Q: Tensor,
+    P: Tensor | None,
+    Q: Tensor | None,
     U: Tensor,
     V: Tensor,
     target: Target = INTERPRETER,
     *,
-    alpha: float = 1.0,
-    bits: Tensor | None = None,
     config: Any = None,
+    **options: Any,
 ) -> Tensor:
-    """P Q + mask(alpha · U V)."""
-    layouts = map(TensorSpec.of, (P, Q, U, V))
-    facts = *layouts, P.dtype, matmul_precision(P.dtype), target
-    return gemm(plan_gemm(*facts, masked=bits is not None, config=config), P, Q, U, V, alpha=alpha, bits=bits)
+    """P Q + bias + mask(alpha · U V), in V's dtype where P is None."""
+    specs = TensorSpec.of_each(P, Q, U, V, options.get("bias"))
+    dtype = V.dtype if P is None else P.dtype
+    facts: Any = *specs[:4], dtype, matmul_precision(dtype), target
+    plan = plan_gemm(*facts, bias=specs[4], masked=options.get("bits") is not None, config=config)
+    return gemm(plan, P, Q, U, V, **{"alpha": 1.0} | options)
 
 
 def run_pack_bits(seed: Tensor, rows: int, cols: int, p: float, **block: int) -> Tensor:

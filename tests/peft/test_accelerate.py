@@ -48,14 +48,14 @@ def test_only_the_class_changes_and_it_changes_back() -> None:
 def test_accelerating_twice_says_so_and_changes_nothing() -> None:
     model = wrap(build(), target_modules=["q_proj"])
     first = fastlora.accelerate(model)
-    assert str(first) == "fastlora: 2 of 2 LoRA layers accelerated"
+    headline, backend = str(first).splitlines()
+    assert headline == "fastlora: 2 of 2 LoRA layers accelerated"
     with warnings.catch_warnings():
         warnings.simplefilter("error")
         again = fastlora.accelerate(model)
-    assert str(again) == f"{first}\n  already accelerated: 2"
+    assert str(again).splitlines() == [headline, "  already accelerated: 2", backend]
     assert again.taken == again.already == first.taken
     assert fastlora.peft.status(model) == first
-    assert fastlora.decelerate(model) == 2
 
 
 class Doubling(nn.Linear):
@@ -131,13 +131,24 @@ def test_layers_of_other_modules_and_methods_are_left() -> None:
 
 
 def test_report_groups_by_reason() -> None:
-    text = repr(fastlora.peft.Report(("a",), (("b", "why"),), (*((name, "because") for name in "cdefg"), ("h", "so"))))
-    assert text.splitlines() == [
+    left = *((name, "because") for name in "cdefg"), ("h", "so")
+    backends = ("cpu", "torch"), ("cuda", "triton")
+    assert repr(fastlora.peft.Report(("a",), (("b", "why"),), left, backends=backends)).splitlines() == [
         "fastlora: 1 of 8 LoRA layers accelerated",
         "  waiting, why: 1 (b)",
         "  left, because: 5 (c, d, e and 2 more)",
         "  left, so: 1 (h)",
+        "  backend on cpu: torch, which saves memory rather than time on this device",
+        "  backend on cuda: triton",
     ]
+
+
+def test_the_backends_are_those_of_the_layers_devices(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = wrap(build(), target_modules=["q_proj"])
+    assert fastlora.peft.status(model).backends == ()
+    assert fastlora.accelerate(model).backends == (("cpu", fastlora.functional.available_backends("cpu")[0]),)
+    monkeypatch.setattr(layers, "available_backends", lambda device: ("triton", device.type))
+    assert fastlora.peft.status(model).backends == (("cpu", "triton"),)
 
 
 FUNCTIONS = [fastlora.accelerate, fastlora.decelerate, fastlora.peft.status, fastlora.peft.fallbacks]
@@ -149,9 +160,8 @@ def test_models_without_lora_layers_are_refused(function: Callable[[Any], Any]) 
         function(build())
     with pytest.raises(TypeError, match=r"model must be an nn\.Module, got str"):
         function("llama")
-    other_method = peft.get_peft_model(build(), peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[]))
     with pytest.raises(ValueError, match="holds no LoRA layer"):
-        function(other_method)
+        function(peft.get_peft_model(build(), peft.IA3Config(target_modules=["q_proj"], feedforward_modules=[])))
 
 
 @pytest.mark.parametrize("function", [*FUNCTIONS, fastlora.peft.register])
@@ -161,10 +171,10 @@ def test_an_unsupported_peft_is_named_and_the_model_unchanged(
     model = wrap(build(), target_modules=["q_proj"])
     text = repr(model)
     monkeypatch.setattr(peft, "__version__", "0.17.1")
-    with pytest.raises(ImportError, match=r"needs peft >= 0\.18, but peft 0\.17\.1 is installed"):
+    with pytest.raises(ImportError, match=r"needs a newer peft, got 0\.17\.1: pip install 'peft>=0\.18'"):
         function(model)
     monkeypatch.setitem(sys.modules, "peft", None)
-    with pytest.raises(ImportError, match=r'pip install "fastlora\[hf\]"'):
+    with pytest.raises(ImportError, match=r"needs peft, which is missing: pip install 'peft>=0\.18'"):
         function(model)
     assert repr(model) == text
 

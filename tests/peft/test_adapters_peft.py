@@ -12,7 +12,7 @@ from adapted import CASES, gpt2, llama, logits, our_name, randomise, roberta, ti
 from torch import Tensor, nn
 
 from fastlora import FusedLoraLinear, from_pretrained, inject, load_adapter, oracle, save_adapter
-from fastlora.finetune.eager import EagerLoraLinear
+from fastlora.reference import EagerLoraLinear
 
 safetensors_torch = pytest.importorskip("safetensors.torch")
 

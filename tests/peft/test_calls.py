@@ -7,8 +7,8 @@ from typing import Any
 import pytest
 import torch
 from peft_layer import fallbacks_of, layer_of, pefts, set_dtypes, x_of
-from peft_models import counted_calls
-from torch import Tensor
+from peft_models import accelerated, assert_close, counted_calls
+from torch import Tensor, nn
 from torch.autograd import forward_ad
 
 from fastlora import oracle
@@ -17,21 +17,16 @@ from fastlora.peft import calls
 pytestmark = pytest.mark.filterwarnings("ignore:an accelerated LoRA layer")
 
 
-@pytest.mark.parametrize("own", [False, True], ids=["accelerated", "peft"])
-@pytest.mark.parametrize(
-    ("x", "B"),
-    [
-        (torch.ones(5, 8, dtype=torch.float64), torch.float32),
-        (torch.ones(5, 8, dtype=torch.int64), torch.float32),
-        (torch.ones(5, 8), torch.float64),
-    ],
-    ids=["wide", "integers", "adapter of two dtypes"],
-)
-def test_dtypes_that_peft_refuses_are_refused_by_peft(x: Tensor, B: torch.dtype, own: bool) -> None:
+REFUSED = [(torch.float64, torch.float32), (torch.int64, torch.float32), (torch.float32, torch.float64)]  # of x, of B
+
+
+@pytest.mark.parametrize(("x", "B"), REFUSED)
+def test_dtypes_that_peft_refuses_are_refused_by_peft(x: torch.dtype, B: torch.dtype) -> None:
     layer = layer_of()
     set_dtypes(torch.float32, B)(layer)
-    with pytest.raises(RuntimeError, match="dtype"):
-        (pefts(layer) if own else layer)(x)
+    for each in (layer, pefts(layer)):
+        with pytest.raises(RuntimeError, match="dtype"):
+            each(torch.ones(5, 8, dtype=x))
 
 
 TAKEN: dict[str, tuple[torch.dtype, torch.dtype, torch.dtype, torch.dtype | None]] = {  # x, base, adapter, autocast
@@ -89,6 +84,25 @@ def test_forward_mode_and_tracing_are_pefts() -> None:
     assert fallbacks_of(layer) == {"forward-mode differentiation is active": 1, "torch.jit is tracing": 1}
 
 
+def test_torch_fx_is_refused_with_the_way_out() -> None:
+    model = accelerated(nn.Sequential(nn.Linear(8, 12)), target_modules=["0"]).eval()
+    inner = model.base_model.model
+    x = x_of().detach()
+    for module in (inner, inner[0]):
+        with pytest.raises(RuntimeError, match=r"fx cannot trace a LoRA layer.*decelerate.*merge_and_unload.*torch\.export"):
+            torch.fx.symbolic_trace(module)
+    expected = model(x)
+    assert_close({"y": torch.export.export(inner, (x,)).module()(x)}, {"y": expected})
+    assert_close({"y": torch.fx.symbolic_trace(model.merge_and_unload())(x)}, {"y": expected})
+
+
+def test_second_derivatives_are_refused_until_decelerated() -> None:
+    layer = layer_of()
+    with pytest.raises(RuntimeError, match="no second derivative.*decelerate"):
+        torch.autograd.grad(layer(x_of()).sum(), layer.lora_A["default"].weight, create_graph=True)
+    torch.autograd.grad(pefts(layer)(x_of()).sum(), layer.lora_A["default"].weight, create_graph=True, allow_unused=True)
+
+
 @pytest.mark.parametrize("x", [torch.ones(5, 8).to_sparse(), torch.nested.nested_tensor([torch.ones(2, 8), torch.ones(3, 8)])])
 def test_tensors_that_are_not_dense_are_pefts(x: Tensor) -> None:
     layer = layer_of().eval()
@@ -100,22 +114,14 @@ def test_tensors_that_are_not_dense_are_pefts(x: Tensor) -> None:
     assert set(fallbacks_of(layer)) == {"x is a Tensor that is not dense"}
 
 
-@pytest.mark.parametrize(
-    ("shape", "grad", "device", "expected"),
-    [
-        ((64, 8), False, "meta", True),
-        ((4, 16, 8), False, "meta", True),
-        ((65, 8), False, "meta", False),
-        ((64, 8), True, "meta", False),
-        ((64, 8), False, "cpu", False),
-    ],
-)
-def test_decoding_on_an_accelerator_is_pefts(shape: tuple[int, ...], grad: bool, device: str, expected: bool) -> None:
+@pytest.mark.parametrize("shape", [(64, 8), (4, 16, 8), (65, 8)])
+@pytest.mark.parametrize(("grad", "device"), [(False, "meta"), (True, "meta"), (False, "cpu")])
+def test_decoding_on_an_accelerator_is_pefts(shape: tuple[int, ...], grad: bool, device: str) -> None:
     """The meta device stands for one that is not a CPU."""
     layer = layer_of().to(device)
     with torch.set_grad_enabled(grad):
         decision = calls.decide(layer, torch.empty(shape, device=device), (), {})
-    assert (decision == calls.DECODING) == isinstance(decision, str) == expected
+    assert (decision == calls.DECODING) == isinstance(decision, str) == (device == "meta" and not grad and shape != (65, 8))
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"alora_offsets": [3]}], ids=["x", "with offsets"])

@@ -20,16 +20,12 @@ from fastlora.peft import calls, fallbacks
 silent = pytest.mark.filterwarnings("ignore:an accelerated LoRA layer")
 
 
-def replace(name: str, value: Any) -> Callable[[Any], None]:
-    def change(layer: Any) -> None:
-        owner, _, attribute = name.rpartition(".")
-        setattr(layer.get_submodule(owner), attribute, value)
-
-    return change
-
-
 def inside(name: str, change: Callable[[Any], Any]) -> Callable[[Any], Any]:
     return lambda layer: change(layer.get_submodule(name))
+
+
+def add_bias(B: nn.Module) -> None:
+    B.bias = nn.Parameter(torch.ones(12))
 
 
 BASE_ALTERED = "its base layer has hooks, or a forward of its own"
@@ -45,16 +41,13 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
         inside("lora_A.default", weight_norm),
         "lora_A and lora_B are ParametrizedLinear and Linear instead of plain linears",
     ),
-    "parametrised base": (
-        inside("base_layer", weight_norm),
-        "its base layer is a torch.nn.utils.parametrize.ParametrizedLinear",
-    ),
-    "another dropout": (replace("lora_dropout.default", MaskedDropout(0.5)), "its dropout is a MaskedDropout"),
-    "bias of B": (replace("lora_B.default.bias", nn.Parameter(torch.ones(12))), "the adapter has a bias (lora_bias)"),
+    "normed base": (inside("base_layer", weight_norm), "its base layer is a torch.nn.utils.parametrize.ParametrizedLinear"),
+    "dropout": (inside("lora_dropout", lambda d: d.update({"default": MaskedDropout(0.5)})), "its dropout is a MaskedDropout"),
+    "bias of B": (inside("lora_B.default", add_bias), "the adapter has a bias (lora_bias)"),
     "trainable base": (inside("base_layer", lambda base: base.weight.requires_grad_()), "its base weight is trainable"),
     "16-bit adapter": (set_dtypes(torch.bfloat16, torch.bfloat16), DTYPES.format("bfloat16")),
     "64-bit adapter": (set_dtypes(torch.float64, torch.float64), DTYPES.format("float64")),
-    "no casting": (replace("cast_input_dtype_enabled", False), calls.UNCAST),
+    "no casting": (lambda layer: setattr(layer, "cast_input_dtype_enabled", False), calls.UNCAST),
 }
 
 

@@ -36,16 +36,6 @@ def test_saving_and_loading(tmp_path: Path, options: dict[str, Any]) -> None:
         assert_fused(eager, loaded, lambda model: model.set_adapter("again" if model is loaded else "default"))
 
 
-def test_auto_model_of_a_saved_base(tmp_path: Path) -> None:
-    build().save_pretrained(tmp_path / "base")
-    base = type(build()).from_pretrained(tmp_path / "base")
-    eager = wrap(base, target_modules=ATTENTION).eval()
-    eager.save_pretrained(tmp_path / "adapter")
-    loaded = peft.AutoPeftModelForCausalLM.from_pretrained(tmp_path / "adapter").eval()
-    fastlora.accelerate(loaded)
-    assert_fused(eager, loaded)
-
-
 def test_adapters_on_the_meta_device_wait_until_they_are_loaded() -> None:
     eager = wrap(build(), target_modules=ATTENTION).eval()
     config = peft.LoraConfig(target_modules=ATTENTION, r=4, lora_alpha=6)

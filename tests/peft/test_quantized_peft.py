@@ -123,11 +123,9 @@ HALF, FULL = torch.bfloat16, torch.float32
     ("kind", "compute", "x", "under", "reason"),
     [
         ("nf4", HALF, FULL, None, "computes in torch.bfloat16 on an input in torch.float32"),
-        ("nf4", None, FULL, HALF, "computes in torch.float32 on an input in torch.float32 under autocast"),
         ("int8", None, FULL, HALF, "computes in torch.float32 on an input in torch.float32 under autocast"),
         ("int8", None, HALF, HALF, None),
         ("nf4 double", HALF, FULL, HALF, None),
-        ("nf4 double", HALF, HALF, HALF, None),
     ],
 )
 @pytest.mark.filterwarnings("ignore:an accelerated LoRA layer trains through PEFT's own forward")
