@@ -17,10 +17,10 @@ def test_views_reach_the_function_as_they_are():
     views = {
         "x": lambda x: x.view(3, 4, -1)[:, :1].expand(3, 4, 10),
         "weight": lambda w: w.t().contiguous().t(),
+        "lora_A": lambda a: a[::2],
         "lora_B": lambda b: b[:, ::2],
+        "dy": lambda dy: dy[:, :1].expand_as(dy),
     }
-    views["lora_A"] = lambda a: a[::2]
-    views["dy"] = lambda dy: dy[:, :1].expand_as(dy)
     case, seen = Case((12, 10, 14), rank=4, dropout_p=0.5), {}
 
     def spy(x, weight, lora_A, lora_B, bias, **options):
