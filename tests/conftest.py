@@ -7,20 +7,15 @@ Triton reads TRITON_INTERPRET once, when kernels are imported, so one process ha
     pytest -m gpu           the compiled kernels run on this machine's GPU
 """
 
-import importlib
-import json
 import os
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from types import ModuleType
 from typing import Any
 
 import pytest
 from hypothesis import settings
 
-ROOT = Path(__file__).parents[1]
 COMPILE_TESTS = Path(__file__).parent / "compile"
 GPU_TESTS = Path(__file__).parent / "gpu" / "test_gpu.py"
 INTERPRETED = pytest.StashKey[bool]()
@@ -150,26 +145,3 @@ def _poison(dtype: Any) -> float | int:
     if dtype.is_floating_point or dtype.is_complex:
         return float("nan")
     return int.from_bytes(b"\xa5" * dtype.itemsize, "little", signed=dtype.is_signed)
-
-
-@pytest.fixture(scope="session")
-def toy_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, Any], dict[str, Any]]:
-    """A run of the whole suite of benches/: its folder, its own results, and what pytest-benchmark wrote."""
-    pytest.importorskip("pytest_benchmark")
-    folder = tmp_path_factory.mktemp("results")
-    saved = folder / "saved.bench"
-    options = ["--grid", "toy", "--benchmark-only", "-p", "no:cacheprovider", "--compile", "aot_eager", "--repeats", "3"]
-    command = [Path(sys.executable).with_name("pytest"), "benches", *options, "--results", folder, "--benchmark-json", saved]
-    environment = {key: value for key, value in os.environ.items() if not key.startswith(("PYTEST_", "TRITON_INTERPRET"))}
-    done = subprocess.run(command, capture_output=True, text=True, cwd=ROOT, env=environment, check=False)
-    assert done.returncode == 0, done.stdout[-3000:]
-    (file,) = folder.glob("*-toy.json")
-    assert f"results: {file}" in done.stdout
-    assert "decoder layer: frozen layer" in done.stdout
-    return folder, json.loads(file.read_text()), json.loads(saved.read_text())
-
-
-@pytest.fixture
-def benches() -> dict[str, ModuleType]:
-    """The modules of benches/."""
-    return {name: importlib.import_module(f"benches.{name}") for name in ("decoder", "grid", "report", "suite")}

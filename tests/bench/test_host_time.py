@@ -1,4 +1,4 @@
-"""tools/host_time.py: what it times runs whole, and the launches are left out only while it does."""
+"""tools/host_time.py: it times every provider, and leaves the launches out only while it does."""
 
 import json
 
@@ -17,8 +17,7 @@ def test_every_provider_is_timed(capsys):
         torch.set_num_threads(threads)
     results = json.loads(capsys.readouterr().out)
     assert list(results) == ["eager LoRA", "PEFT", "fastlora fused", "fastlora addmm", "fastlora"]
-    for times in results.values():
-        assert 0 < times["forward"] < times["forward + backward"]
+    assert all(0 < times["forward"] < times["forward + backward"] for times in results.values())
 
 
 def test_launches_do_nothing_only_while_they_are_timed():

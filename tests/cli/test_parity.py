@@ -2,24 +2,36 @@
 
 import json
 from collections import Counter
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from fastlora import cli, functional
 from fastlora.cli import common, parity
 
 
-def parity_json(capsys: pytest.CaptureFixture[str], *arguments: str) -> tuple[int, dict[str, Any]]:
-    code = cli.main(["parity", "--json", *arguments])
-    return code, json.loads(capsys.readouterr().out)
+def run(arguments):
+    return cli.main(["parity", *arguments.split()])
 
 
-def test_the_table_fits_into_80_columns(capsys: pytest.CaptureFixture[str], monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture
+def run_json(capsys):
+    """run_json(arguments) -> (exit code, report)."""
+    return lambda arguments: (run(f"--json {arguments}"), json.loads(capsys.readouterr().out))
+
+
+@pytest.fixture
+def replaced(monkeypatch):
+    """replaced(wrong): calls wrong(right, *tensors, **options) for `functional.lora_linear`."""
+    right = functional.lora_linear
+    return lambda wrong: monkeypatch.setattr(
+        functional, "lora_linear", lambda *tensors, **options: wrong(right, *tensors, **options)
+    )
+
+
+def test_the_table_fits_into_80_columns(capsys, monkeypatch):
     monkeypatch.setattr(common, "PIPE_WIDTH", 80)
-    assert cli.main(["parity", "--cases", "3", "--backend", "torch", "--dtype", "bfloat16"]) == 0
+    assert run("--cases 3 --backend torch --dtype bfloat16") == 0
     out = capsys.readouterr().out
     for word in ("backend", "output", "fastlora", "eager", "bound", "verdict", "bf16", "dx", "dA", "dB", "ok"):
         assert word in out
@@ -32,58 +44,50 @@ def test_the_table_fits_into_80_columns(capsys: pytest.CaptureFixture[str], monk
     assert "OVER" not in out
 
 
-def test_every_available_backend_is_checked(capsys: pytest.CaptureFixture[str]) -> None:
-    code, report = parity_json(capsys, "--cases", "2", "--dtype", "float32", "--dtype", "bfloat16+float32")
+def test_every_available_backend_is_checked(run_json, monkeypatch):
+    monkeypatch.setattr(parity, "SHAPES", ((16, 32, 256),))  # the kernels are interpreted
+    monkeypatch.setattr(parity, "RANKS", (8,))
+    code, report = run_json("--cases 2 --dtype float32 --dtype bfloat16+float32")
     assert code == 0
     assert report["backends"] == ["torch", "addmm", "fused"]
     assert {row["backend"] for row in report["rows"]} == {"torch", "addmm", "fused"}
-    assert {(row["case"]["dtype"], row["case"]["adapter_dtype"]) for row in report["rows"]} == {
-        ("torch.float32", "torch.float32"),
-        ("torch.bfloat16", "torch.float32"),
-    }
+    dtypes = {(row["case"]["dtype"], row["case"]["adapter_dtype"]) for row in report["rows"]}
+    assert dtypes == {("torch.float32", "torch.float32"), ("torch.bfloat16", "torch.float32")}
     assert all(row["passed"] and row["error"] <= row["bound"] for row in report["rows"])
 
 
-def test_an_error_over_its_bound_fails_the_run(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    right = functional.lora_linear
-    monkeypatch.setattr(functional, "lora_linear", lambda *tensors, **options: right(*tensors, **{**options, "scaling": 3.0}))
-    arguments = ["--cases", "4", "--backend", "torch", "--dtype", "float16"]
-    assert cli.main(["parity", *arguments]) == 1
+def test_an_error_over_its_bound_fails_the_run(replaced, run_json, capsys):
+    replaced(lambda right, *tensors, **options: right(*tensors, **{**options, "scaling": 3.0}))
+    arguments = "--cases 4 --backend torch --dtype float16"
+    assert run(arguments) == 1
     out = capsys.readouterr().out
     assert "OVER" in out
     assert "errors are over their bounds" in out
-    code, report = parity_json(capsys, *arguments)
-    assert code == 1
-    assert not report["passed"]
+    code, report = run_json(arguments)
+    assert (code, report["passed"]) == (1, False)
 
 
-def test_an_infinite_error_is_null_in_json(monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]) -> None:
-    right = functional.lora_linear
-    monkeypatch.setattr(functional, "lora_linear", lambda *tensors, **options: right(*tensors, **options) * torch.nan)
-    code, report = parity_json(capsys, "--cases", "1", "--backend", "torch")
+def test_an_infinite_error_is_null_in_json(replaced, run_json):
+    replaced(lambda right, *tensors, **options: right(*tensors, **options) * torch.nan)
+    code, report = run_json("--cases 1 --backend torch")
     assert code == 1
     assert {(row["error"], row["note"]) for row in report["rows"]} == {(None, "not finite")}
 
 
-def test_a_crash_names_its_case(monkeypatch: pytest.MonkeyPatch) -> None:
-    def crash(*tensors: Tensor, **options: Any) -> Tensor:
-        raise RuntimeError("no")
-
-    monkeypatch.setattr(functional, "lora_linear", crash)
-    with pytest.raises(RuntimeError, match="no") as caught:
-        cli.main(["parity", "--cases", "1", "--seed", "5", "--dtype", "float32", "--backend", "torch"])
+def test_a_crash_names_its_case(replaced):
+    replaced(lambda right, *tensors, **options: 1 / 0)
+    with pytest.raises(ZeroDivisionError) as caught:
+        run("--cases 1 --seed 5 --dtype float32 --backend torch")
     assert "while checking f32" in caught.value.__notes__[0]
     assert "seed 5, on the torch backend" in caught.value.__notes__[0]
 
 
-def test_the_seed_decides_the_cases_and_the_errors(capsys: pytest.CaptureFixture[str]) -> None:
-    arguments = ["--cases", "3", "--backend", "torch"]
-    first, again, other = (parity_json(capsys, *arguments, "--seed", seed)[1] for seed in ("1", "1", "2"))
-    assert first == again
-    assert first["rows"] != other["rows"]
+def test_the_seed_decides_the_cases_and_the_errors(run_json):
+    first, again, other = (run_json(f"--cases 3 --backend torch --seed {seed}")[1]["rows"] for seed in (1, 1, 2))
+    assert first == again != other
 
 
-def test_cases_cover_every_axis_equally() -> None:
+def test_cases_cover_every_axis_equally():
     cases = parity.draw_cases(list(parity.DTYPES), 40, seed=0)
     assert len(cases) == 40
     for axis, values in (
@@ -98,14 +102,13 @@ def test_cases_cover_every_axis_equally() -> None:
         assert max(counts.values()) - min(counts.values()) <= 1
 
 
-def test_without_the_interpreter_it_says_what_was_not_checked(
-    monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_without_the_interpreter_it_says_what_was_not_checked(monkeypatch, capsys):
     monkeypatch.setattr(functional, "available_backends", lambda device: ("torch",))
-    assert cli.main(["parity", "--cases", "1"]) == 0
-    assert "Not checked: the Triton kernels" in (out := capsys.readouterr().out)
+    assert run("--cases 1") == 0
+    out = capsys.readouterr().out
+    assert "Not checked: the Triton kernels" in out
     assert "TRITON_INTERPRET=1 fastlora parity" in out
-    assert cli.main(["parity", "--cases", "1", "--backend", "fused"]) == 2
-    captured = capsys.readouterr()
-    assert "TRITON_INTERPRET=1 fastlora parity --backend fused" in captured.err
-    assert not captured.out
+    assert run("--cases 1 --backend fused") == 2
+    out, err = capsys.readouterr()
+    assert "TRITON_INTERPRET=1 fastlora parity --backend fused" in err
+    assert not out

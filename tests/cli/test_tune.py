@@ -1,289 +1,241 @@
-"""The tuner: who competes, what decides, what is stored, and where it must not run.
+"""`fastlora tune` as a person and a script run it: models, table, JSON, exit codes, refusals, interruption."""
 
-The interpreter's GPU is given a name, and the timer is the test's own, which runs every step that it is given.
-"""
-
-from collections.abc import Callable, Mapping
-from dataclasses import replace
-from itertools import product
-from pathlib import Path
-from typing import Any
+import json
 
 import pytest
 import torch
-from triton.runtime.errors import OutOfResources
-from tuned import NAMED, PROBLEM, PROBLEMS, favouring, run, watch
+import transformers
+from tuned import NAMED
 
-from fastlora import dispatch, functional, tune
-from fastlora.benchmark.clock import Prepared, Quantiles, Step
-from fastlora.dispatch import Problem, candidates, default_choice, store, stored
-from fastlora.kernels import launch
-from fastlora.kernels.config import valid_tiles
-from fastlora.kernels.gemm import gemm_kernel
-from fastlora.kernels.target import Target
+from fastlora import cli, dispatch, tune
+from fastlora.cli.tune import shapes_of
 
 pytestmark = pytest.mark.usefixtures("empty_cache")
 
-
-@pytest.mark.parametrize("capability", [80, 90, 100])
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_every_form_and_tile_competes(capability: int, dtype: torch.dtype) -> None:
-    gpu = Target(capability, 100, 166912 if capability == 80 else 232448, "GPU")
-    for direction, dropout, width in product(("forward", "backward"), (False, True), (4096, 4095)):
-        problem = Problem(direction, dtype, 8192, width, 2048, 16, dropout)
-        first, *others = candidates(problem, gpu)
-        assert first == default_choice(problem, gpu)
-        descriptors = capability >= 90 and (width % 8 == 0 or (dtype == torch.float32 and width % 4 == 0))
-        tiles = {f"fused/{tile}" for tile in valid_tiles(dtype, "ieee", gpu, descriptors)}
-        assert {first, *others} == {"fused", "addmm", *tiles} | (set() if dropout else {"torch"})
-
-
-def test_the_problems_of_a_model() -> None:
-    found = tune.problems_for([(64, 32), (32, 64)], [100, 128, 512], [8, 16], [False, True], torch.float16)
-    assert len(found) == len(set(found)) == 2 * 2 * 2 * 2 * 2
-    assert {problem.rows for problem in found} == {128, 512}
-    assert {(problem.in_features, problem.out_features) for problem in found} == {(64, 32), (32, 64)}
-
-
-def times(median: float, spread: float = 0.1) -> Quantiles:
-    return Quantiles(median - spread, median, median + spread)
-
-
-@pytest.mark.parametrize(
-    ("seconds", "chosen"),
-    [
-        ({"addmm": times(1.0), "fused": times(0.7), "torch": times(0.75)}, "fused"),
-        ({"addmm": times(1.0), "fused": times(0.81), "torch": times(1.5)}, "addmm"),
-        ({"addmm": times(1.0), "fused": times(1.3)}, "addmm"),
-        ({"addmm": times(1.0)}, "addmm"),
-        ({"addmm": times(1.0), "fused": times(0.6, 0.31), "torch": times(0.7)}, "torch"),
-        ({"addmm": times(1.0, 0.0), "fused": times(0.999, 0.0)}, "fused"),
-        ({"addmm": times(1.0, 0.0), "fused": times(1.0, 0.0)}, "addmm"),
-        ({"fused": times(3.0), "torch": times(2.95)}, "torch"),
-    ],
-    ids=["faster", "within the spread", "slower", "alone", "unsteady", "steady", "equal", "no default"],
+SMALL = ["--model", "32x48", "-M", "12", "-r", "4", "--dtype", "float32"]
+LLAMA = transformers.LlamaConfig(
+    vocab_size=50, hidden_size=64, intermediate_size=96, num_hidden_layers=2, num_attention_heads=4, num_key_value_heads=2
 )
-def test_the_rule(seconds: dict[str, Quantiles], chosen: str) -> None:
-    assert tune.decide(seconds, "addmm") == chosen
-
-
-def test_the_speedup_and_its_spread() -> None:
-    seconds = {"addmm": Quantiles(9, 10, 12), "fused": Quantiles(4, 5, 6)}
-    assert tune.Tuned(PROBLEM, "addmm", "fused", seconds).speedup == (9 / 6, 10 / 5, 12 / 4)
-    assert tune.Tuned(PROBLEM, "addmm", "fused", {"fused": Quantiles(4, 5, 6)}).speedup is None
-    assert tune.Tuned(PROBLEM, "addmm", skipped="out of memory").speedup is None
-
-
-def test_the_winner_of_every_problem_is_stored(target: Target) -> None:
-    for winner in ("fused", candidates(PROBLEM, target)[-1], "addmm"):
-        outcomes = run(PROBLEMS, favouring(winner), again=True)
-        assert [tuned.choice for tuned in outcomes] == [winner] * 3
-        assert stored(target) == dict.fromkeys(map(str, PROBLEMS), winner)
-        assert all(dispatch.choose(problem, target) == winner for problem in PROBLEMS)
-    assert outcomes[0].seconds.keys() == set(candidates(PROBLEM, target))
-
-
-@pytest.mark.parametrize("problem", PROBLEMS)
-def test_every_step_runs_its_own_choice(problem: Problem, target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
-    """The timed half runs at the problem's size, with its mask, whatever was stored before, and plans nothing anew."""
-    store(target, {problem: "fused"})
-    plans: list[launch.Plan] = []
-    watch(monkeypatch, plans.append)
-
-    def timer(steps: Mapping[str, Step]) -> dict[str, list[float]]:
-        for choice, step in steps.items():
-            prepared = step if isinstance(step, Prepared) else Prepared(lambda: None, lambda _, step=step: step())
-            state = prepared.setup()
-            plans.clear()
-            misses = dispatch.plan_forward.cache_info().misses + dispatch.plan_backward.cache_info().misses
-            prepared.run(state)
-            assert dispatch.plan_forward.cache_info().misses + dispatch.plan_backward.cache_info().misses == misses
-            gemms = [plan.options for plan in plans if plan.kernel is gemm_kernel and plan.options["HAS_PRODUCT"]]
-            assert len(gemms) == choice.startswith("fused")
-            assert bool(plans) == (choice != "torch")
-            if "/" in choice:
-                assert choice.startswith(f"fused/{gemms[0]['BLOCK_M']},{gemms[0]['BLOCK_N']},{gemms[0]['BLOCK_K']},")
-        return {choice: [1.0] for choice in steps}
-
-    (tuned,) = run([problem], timer, again=True)
-    assert tuned.seconds.keys() == set(candidates(problem, target))
-    assert dispatch.choose(problem, target) == tuned.choice == default_choice(problem, target)
-
-
-def test_the_real_clock(target: Target) -> None:
-    (tuned,) = tune.tune([PROBLEMS[2]], "cpu", repeats=2, adapter_dtype=torch.float32)
-    assert all(0 < times.p20 <= times.median <= times.p80 < 60 for times in tuned.seconds.values())
-    assert stored(target) == {str(PROBLEMS[2]): tuned.choice}
-
-
-def test_what_is_stored_is_kept_unless_asked_for_again(target: Target) -> None:
-    first, second, third = PROBLEMS
-    store(target, {second: "fused"})
-    store(replace(target, name="Another GPU"), {first: "fused"})
-    store(target, {replace(first, precision="tf32"): "fused"})
-    timed: list[str] = []
-    finished: list[tune.Tuned] = []
-    outcomes = run(PROBLEMS, favouring("addmm", timed), finished=finished.append)
-    assert outcomes == finished
-    assert [(tuned.problem, tuned.kept) for tuned in outcomes] == [(first, False), (second, True), (third, False)]
-    assert outcomes[1] == tune.Tuned(second, "addmm", "fused", kept=True)
-    assert len(timed) == sum(len(candidates(problem, target)) for problem in (first, third))
-    assert all(tuned.kept for tuned in run(PROBLEMS, lambda steps: pytest.fail("measured")))
-    (anew,) = run([second], favouring("addmm"), again=True)
-    assert (anew.choice, anew.kept) == ("addmm", False)
-    assert stored(target)[str(second)] == "addmm"
-
-
-# Wrong results and trouble on the way
 
 
 @pytest.fixture
-def spoilt(monkeypatch: pytest.MonkeyPatch) -> Callable[[Callable[[dict[str, Any]], bool]], None]:
-    """spoilt(which): the launches of the GEMM kernel with such options write NaN, as an unfinished kernel would."""
-    right = launch.launch
+def gpu(target, monkeypatch):
+    """The interpreter under a GPU's name; every result is right, and "fused" is twice as fast as all others."""
 
-    def spoil(which: Callable[[dict[str, Any]], bool]) -> None:
-        def wrong(plan: launch.Plan, *args: Any) -> None:
-            right(plan, *args)
-            if plan.kernel is gemm_kernel and which(plan.options):
-                C = args[2]
-                (C if isinstance(C, torch.Tensor) else C.base).fill_(torch.nan)
+    def measure(steps, device, repeats):
+        return {choice: [0.001 if choice == "fused" else 0.002] * repeats for choice in steps}
 
-        monkeypatch.setattr(launch, "launch", wrong)
-
-    return spoil
+    monkeypatch.setattr(tune, "measure", measure)
+    monkeypatch.setattr(tune.Judge, "verify", lambda judge, provider: [])
 
 
-@pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_a_wrong_candidate_is_left_out(direction: str, target: Target, spoilt: Any) -> None:
-    problem = replace(PROBLEM, direction=direction)
-    spoilt(lambda options: options["HAS_PRODUCT"])
-    timed: list[str] = []
-    with pytest.warns(
-        UserWarning, match=f"{direction} float32 16 x 32 -> 48 r=4 with dropout: fused.* is left out: its result is"
-    ):
-        (tuned,) = tune.tune([problem], "cpu", timer=favouring("fused", timed))
-    assert timed == ["addmm"]
-    assert stored(target) == {str(problem): "addmm"}
-    assert tuned.wrong
-    assert len(tuned.left_out) == 4
-    assert "OVER" in tuned.left_out["fused"]
+@pytest.fixture
+def tune_json(capsys):
+    """tune_json(*arguments) -> (exit code, report), for SMALL."""
+    return lambda *arguments: (cli.main(["tune", *SMALL, "--json", *arguments]), json.loads(capsys.readouterr().out))
 
 
-def test_a_wrong_default_gives_way_and_no_candidate_stores_nothing(target: Target, spoilt: Any) -> None:
-    spoilt(lambda options: not options["HAS_PRODUCT"])
-    remarks: list[str] = []
-    (tuned,) = tune.tune([PROBLEM], "cpu", timer=favouring("fused"), remark=remarks.append, again=True)
-    assert (tuned.default, tuned.choice, tuned.speedup, len(remarks)) == ("addmm", "fused", None, 1)
-    spoilt(lambda options: True)
-    outcomes = tune.tune([PROBLEMS[1], PROBLEMS[2]], "cpu", timer=favouring("fused"), remark=remarks.append)
-    assert [tuned.choice for tuned in outcomes] == [None, "torch"]
-    assert outcomes[0].skipped == "no candidate is left"
-    assert "backward float32 16 x 32 -> 48 r=4 with dropout is skipped: no candidate is left" in remarks
-    assert stored(target) == {str(PROBLEM): "fused", str(PROBLEMS[2]): "torch"}
+@pytest.fixture
+def refusal(capsys, empty_cache):
+    """refusal(*arguments) -> what the command says as it refuses, having touched nothing."""
+
+    def refusal(*arguments):
+        try:
+            code = cli.main(["tune", *arguments])
+        except SystemExit as exit_:
+            code = exit_.code
+        out, err = capsys.readouterr()
+        assert (code, out) == (2, "")
+        assert not empty_cache.is_dir()
+        return err
+
+    return refusal
 
 
-@pytest.mark.parametrize("error", [OutOfResources(300000, 232448, "shared memory"), RuntimeError("PassManager::run failed")])
-def test_a_candidate_that_does_not_compile_is_left_out(error: Exception, target: Target, monkeypatch: Any) -> None:
-    tile = candidates(PROBLEM, target)[-1]
-
-    def fail(plan: launch.Plan) -> None:
-        if plan.kernel is gemm_kernel and plan.options["HAS_PRODUCT"] and plan.options["BLOCK_M"] == 32:
-            raise error
-
-    watch(monkeypatch, fail)
-    remarks: list[str] = []
-    (tuned,) = tune.tune([PROBLEM], "cpu", timer=favouring("addmm"), remark=remarks.append)
-    assert tile in tuned.left_out
-    assert (tuned.choice, tuned.wrong) == ("addmm", False)
-    assert f"{type(error).__name__}: " in remarks[0]
+# What --model takes
 
 
-def test_a_lost_device_is_no_candidates_fault(target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
-    def lost(plan: Any) -> None:
-        raise torch.AcceleratorError("an illegal memory access was encountered")
-
-    watch(monkeypatch, lost)
-    with pytest.raises(torch.AcceleratorError, match="illegal memory access"):
-        run([PROBLEM], favouring("fused"))
-    assert stored(target) == {}
-
-
-def failing_at(number: int, error: BaseException | type[BaseException]) -> tune.Timer:
-    calls = []
-
-    def timer(steps: Mapping[str, Step]) -> dict[str, list[float]]:
-        calls.append(steps)
-        if len(calls) == number:
-            raise error
-        return dict(favouring("fused")(steps))
-
-    return timer
+@pytest.mark.parametrize(
+    ("config", "shapes"),
+    [
+        (LLAMA, [(64, 64), (64, 32), (64, 96), (96, 64)]),
+        (transformers.GPT2Config(vocab_size=50, n_embd=32, n_layer=1, n_head=2), [(32, 96), (32, 32), (32, 128), (128, 32)]),
+        (
+            transformers.ViTConfig(hidden_size=32, intermediate_size=48, num_hidden_layers=1, num_attention_heads=2),
+            [(32, 32), (32, 48), (48, 32)],
+        ),
+    ],
+    ids=["Llama", "GPT-2", "ViT"],
+)
+def test_the_shapes_of_a_configuration(config, shapes, tmp_path):
+    """(in, out) of every linear once, but not of the output head.  A Conv1D stores its weight as (in, out)."""
+    config.save_pretrained(tmp_path)
+    assert shapes_of(str(tmp_path)) == shapes_of(str(tmp_path / "config.json")) == shapes
 
 
-@pytest.mark.parametrize("where", ["the timing", "the inputs", "the check"])
-def test_a_problem_that_runs_out_of_memory_is_skipped(where: str, target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
-    error = torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore.")
-    right, judge, remarks = tune.draw, tune.Judge, list[str]()
+def test_a_model_is_tuned(tmp_path, target, monkeypatch):
+    """Every shape, row count, rank, direction, with and without dropout: once, with the options given."""
+    asked = []
+    monkeypatch.setattr(tune, "tune", lambda problems, device, **options: asked.append((problems, device, options)))
+    LLAMA.save_pretrained(tmp_path)
+    arguments = ["-r", "8", "32", "-p", "0.05", "0", "--dtype", "float16", "--adapter-dtype", "float32", "--repeats", "7"]
+    assert cli.main(["tune", "--model", str(tmp_path), *arguments]) == 0
+    ((problems, device, options),) = asked
+    assert len(problems) == len(set(problems)) == 4 * 6 * 2 * 2 * 2
+    assert {problem.rows for problem in problems} == {512, 1024, 2048, 4096, 8192, 16384}
+    assert ({problem.r for problem in problems}, {problem.dtype for problem in problems}) == ({8, 32}, {torch.float16})
+    assert (device, options["adapter_dtype"]) == (torch.device("cpu"), torch.float32)
+    assert (options["dropout_p"], options["repeats"]) == (0.05, 7)
+    assert shapes_of("64x32,32x64,64x32") == [(64, 32), (32, 64)]
 
-    def full(case: Any, *args: Any) -> Any:
-        if case.shape == (16, 48, 48):
-            raise error
+
+def test_a_hub_id_goes_to_the_hub(refusal, monkeypatch):
+    asked = []
+
+    def offline(model):
+        asked.append(model)
+        raise OSError("We couldn't connect to 'https://huggingface.co'")
+
+    monkeypatch.setattr(transformers.AutoConfig, "from_pretrained", offline)
+    for model in ("Qwen/Qwen3-8B", "gpt2"):
+        assert "couldn't connect" in refusal("--model", model)
+    assert asked == ["Qwen/Qwen3-8B", "gpt2"]
+
+
+@pytest.mark.parametrize(
+    ("text", "message"),
+    [("{", "not a valid JSON file"), ('{"model_type": "nope"}', "does not recognize"), ("{}", "model_type"), (None, "config")],
+)
+def test_a_bad_configuration(text, message, tmp_path, refusal):
+    if text is not None:
+        (tmp_path / "config.json").write_text(text)
+    assert message in refusal("--model", str(tmp_path))
+
+
+# What is printed
+
+
+def test_the_table(gpu, capsys):
+    assert cli.main(["tune", *SMALL]) == 0
+    out = capsys.readouterr().out
+    for word in ("pass", "in x out", "dropout", "default", "chosen", "speed-up", "32x48", "forward", "backward", "fused"):
+        assert word in out
+    assert "2.00 (2.00 to 2.00)" in out
+    assert "Interpreted GPU" in out
+    assert f"4 of 4 problems measured, 4 better than the default. Stored: {dispatch.path_of(NAMED)}\n" in out
+    assert dispatch.stored(NAMED)["backward float32 16 x 32 -> 48 r=4"] == "fused"
+
+
+def test_json(gpu, tune_json):
+    code, report = tune_json("-p", "0.5", "--repeats", "3")
+    rows = report.pop("rows")
+    facts = {"device": "Interpreted GPU", "file": str(dispatch.path_of(NAMED))}
+    assert (code, report) == (0, {**facts, "problems": 2, "measured": 2, "kept": 0})
+    assert [(row["direction"], row["dropout"]) for row in rows] == [("forward", True), ("backward", True)]
+    expected = {"dtype": "float32", "rows": 16, "in_features": 32, "out_features": 48, "r": 4, "default": "addmm"}
+    expected |= {"choice": "fused", "skipped": "", "kept": False, "speedup": {"p20": 2.0, "median": 2.0, "p80": 2.0}}
+    for row in rows:
+        assert {name: row[name] for name in expected} == expected
+        assert row["left_out"] == {}
+        assert {"addmm", "fused"} < row["seconds"].keys()
+
+
+def test_a_second_run_keeps_what_the_first_measured(gpu, tune_json, capsys):
+    assert cli.main(["tune", *SMALL, "-p", "0.1"]) == 0
+    assert "kept" not in capsys.readouterr().out
+    assert cli.main(["tune", *SMALL]) == 0  # adds the problems without dropout
+    *table, kept, measured = capsys.readouterr().out.splitlines()
+    assert kept == "2 of 4 problems kept from earlier runs; --again measures them anew."
+    assert measured.startswith("2 of 4 problems measured, 2 better than the default. Stored: ")
+    assert sum("kept" in line.split() and "fused" in line.split() for line in table) == 2
+    for arguments, kept in (((), 4), (("--again",), 0)):
+        code, report = tune_json(*arguments)
+        assert (code, report["problems"], report["measured"], report["kept"]) == (0, 4, 4 - kept, kept)
+        assert all((row["choice"], row["kept"]) == ("fused", kept == 4) for row in report["rows"])
+
+
+def test_the_help(capsys):
+    with pytest.raises(SystemExit) as caught:
+        cli.main(["tune", "--help"])
+    assert caught.value.code == 0
+    out = capsys.readouterr().out
+    for words in ("examples:", "fastlora tune --model ./my-llama", "$FASTLORA_CACHE_DIR", "exit code:", "512 to 16384"):
+        assert words in out
+
+
+# Exit codes
+
+
+def test_a_wrong_result_and_a_skipped_problem(gpu, tune_json, monkeypatch, capsys):
+    right = tune.draw
+
+    def wrong(judge, provider):
+        if provider.name == "fused":
+            raise tune.WrongResultError("OVER")
+
+    def full(case, *args):
+        if case.dropout_p:
+            raise torch.OutOfMemoryError("CUDA out of memory.")
         return right(case, *args)
 
-    timer = failing_at(3, error) if where == "the timing" else favouring("fused")
-    if where == "the inputs":
-        monkeypatch.setattr(tune, "draw", full)
-    if where == "the check":
-        monkeypatch.setattr(tune, "Judge", lambda case, first: full(case) if case.shape == (16, 48, 48) else judge(case, first))
-    outcomes = tune.tune(PROBLEMS, "cpu", timer=timer, remark=remarks.append)
-    assert [tuned.choice for tuned in outcomes] == ["fused", "fused", None]
-    assert remarks[-1].endswith("is skipped: out of memory: CUDA out of memory. Tried to allocate 2.00 GiB.")
-    assert stored(target) == dict.fromkeys(map(str, PROBLEMS[:2]), "fused")
+    monkeypatch.setattr(tune.Judge, "verify", wrong)
+    assert cli.main(["tune", *SMALL, "-p", "0"]) == 1
+    out, err = capsys.readouterr()
+    assert "2 of 2 problems measured, 0 better than the default" in out
+    assert err.count("fused is left out: its result is wrong") == 2
+    monkeypatch.setattr(tune, "draw", full)
+    assert cli.main(["tune", *SMALL]) == 1
+    out, err = capsys.readouterr()
+    assert sum("skipped" in line.split() for line in out.splitlines()) == 2
+    assert err.count("with dropout is skipped: out of memory: CUDA out of memory.") == 2
+    code, report = tune_json()
+    assert (code, report["measured"], report["kept"]) == (1, 0, 2)  # a skipped problem is tried again
 
 
-def test_an_interrupted_tune_keeps_what_it_has(target: Target) -> None:
-    with pytest.raises(KeyboardInterrupt):
-        run(PROBLEMS, failing_at(2, KeyboardInterrupt))
-    assert stored(target) == {str(PROBLEMS[0]): "fused"}
-    assert [tuned.kept for tuned in run(PROBLEMS, favouring("fused"))] == [True, False, False]
-    assert stored(target) == dict.fromkeys(map(str, PROBLEMS), "fused")
+@pytest.mark.parametrize("error", [KeyboardInterrupt(), torch.AcceleratorError("an illegal memory access")])
+def test_an_interruption(error, gpu, monkeypatch, capsys, tune_json):
+    """What was measured before is shown and kept."""
+    measure, calls = tune.measure, []
+
+    def interrupted(*args):
+        calls.append(args)
+        if len(calls) == 3:
+            raise error
+        return measure(*args)
+
+    monkeypatch.setattr(tune, "measure", interrupted)
+    if isinstance(error, KeyboardInterrupt):
+        assert cli.main(["tune", *SMALL]) == 130
+        assert "2 of 4 problems measured, 2 better than the default. Stored: " in capsys.readouterr().out
+    else:
+        with pytest.raises(torch.AcceleratorError):
+            cli.main(["tune", *SMALL, "--json"])
+        report = json.loads(capsys.readouterr().out)
+        assert (report["problems"], report["measured"], len(report["rows"])) == (4, 2, 2)
+    assert len(dispatch.stored(NAMED)) == 2
 
 
-# Where it must not run
+@pytest.mark.parametrize(
+    ("arguments", "message"),
+    [
+        ([], "--model"),
+        (["--model", "4096x"], "got '4096x'"),
+        (["--model", "0x16"], "must be a config.json or its folder, a hub id, or shapes such as 4096x4096, got '0x16'"),
+        (["--model", "./nowhere"], "got './nowhere'"),
+        (["--model", "nowhere/config.json"], "got 'nowhere/config.json'"),
+        (["--model", "16x16", "-M", "0"], "must be an integer >= 1, got '0'"),
+        (["--model", "16x16", "-p", "2"], "must be a number in [0, 1], got '2'"),
+        (["--model", "16x16", "-p", "0.1", "0.2"], "-p takes one rate above 0, which stands for all of them, got 0.1, 0.2"),
+        (["--model", "16x16", "--adapter-dtype", "float16"], "(dtype, adapter_dtype) must be one of"),
+        (["--model", "16x16", "--dtype", "int8"], "invalid choice: 'int8'"),
+        (["--model", "16x16", "--device", "tpu"], "must be cpu, cuda or cuda:N, got 'tpu'"),
+        (SMALL, "fastlora tune: error: tuning needs a CUDA GPU of capability 8.0 or newer; the device is cpu\n"),
+    ],
+)
+def test_bad_arguments_are_refused_before_the_device(arguments, message, refusal):
+    assert message in refusal(*arguments)
 
 
-def untouched(steps: Any) -> Any:
-    pytest.fail("measured")
-
-
-@pytest.mark.parametrize("place", ["a CPU", "an old GPU", "a capture", "torch.compile", "no rate", "no folder"])
-def test_where_it_must_not_run(place: str, empty_cache: Path, monkeypatch: pytest.MonkeyPatch, request: Any) -> None:
-    """It measures and writes nothing."""
-    device, options, expected = "cpu", {}, (RuntimeError, r"capability 8\.0 or newer; the device is c")
-    if place == "an old GPU":
-        device = "cuda:0"
-        monkeypatch.setattr(torch.version, "cuda", "12.8")
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    elif place == "a capture":
-        device, expected = "cuda", (RuntimeError, "a CUDA graph cannot capture")
-        monkeypatch.setattr(tune, "available_backends", lambda device: functional.BACKENDS)
-        monkeypatch.setattr(tune, "target_of", lambda device: NAMED)
-        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    elif place == "torch.compile":
-        expected = AssertionError, "forbidden callable <function tune"
-    elif place == "no rate":
-        options, expected = {"dropout_p": 0.0}, (ValueError, r"dropout_p must be at least 1/65536, .* got 0")
-    elif place == "no folder":
-        request.getfixturevalue("target")
-        empty_cache.write_text("")
-        expected = OSError, "cache"
-
-    def call(x: torch.Tensor) -> torch.Tensor:
-        tune.tune([PROBLEM], device, timer=untouched, **options)
-        return x + 1
-
-    error, message = expected
-    with pytest.raises(error, match=message):
-        (torch.compile(call, backend="eager") if place == "torch.compile" else call)(torch.ones(2))
-    assert empty_cache.is_file() or not empty_cache.exists()
+def test_a_cache_that_cannot_be_written(empty_cache, gpu, refusal):
+    empty_cache.write_text("")
+    assert str(empty_cache) in refusal(*SMALL)

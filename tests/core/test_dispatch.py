@@ -1,45 +1,42 @@
-"""Which form a step takes: the default, or what was measured."""
+"""Which choice a step takes: the default, or what was measured."""
 
 import json
 from dataclasses import replace
 from itertools import product
 from pathlib import Path
-from typing import Any
 
 import pytest
 import torch
 from tuned import GPU, LARGE, NAMED, TILE, TILED, problems, watch
 
 from fastlora import dispatch, lora_linear, oracle
-from fastlora.dispatch import ASSUMED_SLOWDOWN, BALANCE, Problem, choose, default_choice, store
+from fastlora.dispatch import ASSUMED_SLOWDOWN, BALANCE, Problem, candidates, choose, default_choice, store
+from fastlora.kernels.config import valid_tiles
 from fastlora.kernels.gemm import gemm_kernel
-from fastlora.kernels.launch import Plan
 from fastlora.kernels.target import INTERPRETER, Target
 from fastlora.torch_backend import DECODE_ROWS
 
 pytestmark = pytest.mark.usefixtures("empty_cache")
 
 
-def test_the_default_reads_what_the_page_says() -> None:
+def test_the_default_reads_what_the_page_says():
     """docs/forms.md: of the GPU its multiprocessors, of the problem everything."""
     edge = replace(LARGE, rows=4096, in_features=1024, r=16)
-    others = [replace(edge, direction="backward"), replace(edge, rows=16, dropout=False), replace(edge, dtype=torch.float32)]
+    few = replace(edge, rows=DECODE_ROWS, dropout=False)
     another = Target(100, GPU.sms, 99 * 1024, "Another GPU")
-    for problem in (edge, LARGE, *others):
+    for problem in (edge, LARGE, few, replace(edge, direction="backward"), replace(edge, dtype=torch.float32)):
         assert default_choice(problem, GPU) == default_choice(problem, another)
     assert default_choice(edge, GPU) == default_choice(replace(edge, dtype=torch.float16), GPU) == "fused"
-    changes: list[dict[str, Any]] = [{"direction": "backward"}, {"dtype": torch.float32}, {"rows": 1024}, {"r": 100}]
-    changes += [{"in_features": 4096}, {"out_features": 128}, {"rows": 16, "dropout": False}]
-    for change in changes:
-        assert default_choice(replace(edge, **change), GPU) != "fused", change
+    changes = [{"direction": "backward"}, {"dtype": torch.float32}, {"rows": 1024}, {"r": 100}]
+    for change in (*changes, {"in_features": 4096}, {"out_features": 128}):
+        assert default_choice(replace(edge, **change), GPU) == "addmm", change
     assert default_choice(edge, replace(GPU, sms=10_000)) == "addmm"
-    few = replace(edge, rows=DECODE_ROWS, dropout=False)
     assert default_choice(few, GPU) == "torch"
     for change in ({"rows": 2 * DECODE_ROWS}, {"dropout": True}, {"direction": "backward"}):
         assert default_choice(replace(few, **change), GPU) == "addmm", change
 
 
-def test_the_figures_of_the_page() -> None:
+def test_the_figures_of_the_page():
     page = " ".join((Path(__file__).parents[2] / "docs/forms.md").read_text().split())
     length = int((BALANCE - 16) / ASSUMED_SLOWDOWN)
     problem = replace(LARGE, in_features=length)
@@ -48,29 +45,32 @@ def test_the_figures_of_the_page() -> None:
         assert words in page, words
 
 
-def test_without_a_file_or_a_name_the_default_holds(empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
+def test_every_form_and_valid_tile_is_a_candidate_and_comes_back(capability, dtype):
+    gpu = Target(capability, 100, 166912 if capability == 80 else 232448, "GPU")
+    for direction, dropout, width in product(("forward", "backward"), (False, True), (4096, 4095)):
+        problem = Problem(direction, dtype, 8192, width, 2048, 16, dropout)
+        first, *others = candidates(problem, gpu)
+        assert first == default_choice(problem, gpu)
+        descriptors = capability >= 90 and (width % 8 == 0 or (dtype == torch.float32 and width % 4 == 0))
+        tiles = {f"fused/{tile}" for tile in valid_tiles(dtype, "ieee", gpu, descriptors)}
+        assert {first, *others} == {"fused", "addmm", *tiles} | (set() if dropout else {"torch"})
+        assert len({first, *others}) == 1 + len(others)
+        for choice in (first, *others):
+            store(gpu, {problem: choice})
+            assert choose(problem, gpu) == choice == dispatch.stored(gpu)[str(problem)]
+
+
+def test_without_a_file_or_a_name_the_default_holds(empty_cache):
     assert choose(LARGE, GPU) == default_choice(LARGE, GPU)
-    assert not empty_cache.exists()
-    monkeypatch.setattr(dispatch, "stored", lambda target: pytest.fail("looked up"))
     assert choose(LARGE, INTERPRETER) == default_choice(LARGE, INTERPRETER)
     with pytest.raises(ValueError, match=r"target\.name is empty"):
         store(INTERPRETER, {})
+    assert not empty_cache.exists()
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16, torch.float32])
-def test_every_choice_comes_back(dtype: torch.dtype) -> None:
-    """Each form and tile that a problem can take, as this process and another one see it."""
-    for dropout, direction in product((False, True), ("forward", "backward")):
-        problem = Problem(direction, dtype, 512, 1024, 2048, 100, dropout)
-        everything = dispatch.candidates(problem, GPU)
-        assert len(set(everything)) == len(everything) >= 5
-        assert ("torch" in everything) != dropout
-        for choice in everything:
-            store(GPU, {problem: choice})
-            assert choose(problem, GPU) == choice == dispatch.stored(GPU)[str(problem)]
-
-
-def test_stores_add_up_and_write_no_default() -> None:
+def test_stores_add_up_and_write_no_default():
     first, second, third = problems(3)
     path = store(GPU, {first: TILED, second: TILED})
     choose(third, GPU)
@@ -79,16 +79,14 @@ def test_stores_add_up_and_write_no_default() -> None:
     data = json.loads(path.read_text())  # another process adds one
     data["choices"][str(third)] = "fused"
     path.write_text(json.dumps(data))
-    assert dispatch.stored(GPU).keys() == {str(first), str(second), str(third)}
     dispatch.forget()
     assert [choose(problem, GPU) for problem in (first, second, third)] == [TILED, "addmm", "fused"]
 
 
-def test_a_choice_holds_for_its_own_problem_and_gpu() -> None:
+def test_a_choice_holds_for_its_own_problem_and_gpu():
     store(GPU, {LARGE: TILED})
-    changes: list[dict[str, Any]] = [{"direction": "backward"}, {"dtype": torch.float16}, {"rows": 4096}, {"r": 8}]
-    changes += [{"in_features": 4104}, {"out_features": 4104}, {"dropout": False}]
-    for change in changes:
+    changes = [{"direction": "backward"}, {"dtype": torch.float16}, {"rows": 4096}, {"r": 8}, {"dropout": False}]
+    for change in (*changes, {"in_features": 4104}, {"out_features": 4104}):
         other = replace(LARGE, **change)
         assert choose(other, GPU) == default_choice(other, GPU) != TILED
     for target in (replace(GPU, name="Another"), replace(GPU, sms=66), replace(GPU, capability=100)):
@@ -99,16 +97,16 @@ def test_a_choice_holds_for_its_own_problem_and_gpu() -> None:
     assert choose(single, GPU) == "fused" != choose(replace(single, precision="tf32"), GPU)
 
 
-def test_one_look_at_the_file(monkeypatch: pytest.MonkeyPatch) -> None:
-    store(GPU, {LARGE: TILED})
-    reads, where = [], dispatch.path_of
-    monkeypatch.setattr(dispatch, "path_of", lambda target: reads.append(target) or where(target))
-    for problem in (LARGE, *problems(20)) * 2:
-        choose(problem, GPU)
-    assert reads == [GPU]
+def test_one_look_at_the_file():
+    """A step does not pay for the file."""
+    other = replace(LARGE, r=8)
+    path = store(GPU, {LARGE: TILED, other: TILED})
+    assert choose(LARGE, GPU) == TILED
+    path.unlink()
+    assert choose(other, GPU) == TILED
 
 
-def test_the_file_is_one_for_each_environment(monkeypatch: pytest.MonkeyPatch, tmp_path: Path) -> None:
+def test_the_file_is_one_for_each_environment(monkeypatch, tmp_path):
     paths = [dispatch.path_of(GPU)]
     assert paths[0].name.startswith(f"test-gpu-9000-torch-{torch.__version__.replace('+', '-')}-triton-")
     paths += [dispatch.path_of(target) for target in (replace(GPU, sms=66), replace(GPU, capability=100))]
@@ -130,61 +128,61 @@ def test_the_file_is_one_for_each_environment(monkeypatch: pytest.MonkeyPatch, t
 # What was stored is taken
 
 
-def products(plans: list[Plan]) -> list[tuple[int, ...]]:
+@pytest.fixture
+def plans(monkeypatch):
+    """Everything that is launched, in order."""
+    plans = []
+    watch(monkeypatch, plans.append)
+    return plans
+
+
+def products(plans):
     """The tiles of the launches that multiply x or dy by W."""
     options = [plan.options for plan in plans if plan.kernel is gemm_kernel and plan.options["HAS_PRODUCT"]]
     return [tuple(option[name] for name in ("BLOCK_M", "BLOCK_N", "BLOCK_K", "num_warps", "num_stages")) for option in options]
 
 
+def numbers(choice):
+    m, n, k, _, warps, stages, _ = map(int, choice.removeprefix("fused/").split(","))
+    return m, n, k, warps, stages
+
+
 @pytest.mark.parametrize("dropout_p", [0.0, 0.25])
-def test_lora_linear_takes_what_was_stored(dropout_p: float, target: Target, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_lora_linear_takes_what_was_stored(dropout_p, target, plans):
     x, W = torch.randn(20, 32, requires_grad=True), torch.randn(48, 32)
     A, B = torch.randn(4, 32, requires_grad=True), torch.randn(48, 4, requires_grad=True)
     forward = Problem("forward", torch.float32, 32, 32, 48, 4, dropout_p > 0)
     backward = replace(forward, direction="backward")
-    tiles = [choice for choice in dispatch.candidates(forward, target) if "/" in choice]
-    assert len(tiles) == 3
-    plans: list[Plan] = []
-    watch(monkeypatch, plans.append)
 
-    def step() -> list[tuple[int, ...]]:
+    def step():
         plans.clear()
         lora_linear(x, W, A, B, dropout_p=dropout_p, seed=5, backend="triton").sum().backward()
         return products(plans)
 
-    def numbers(choice: str) -> tuple[int, ...]:
-        m, n, k, _, warps, stages, _ = map(int, choice.removeprefix("fused/").split(","))
-        return m, n, k, warps, stages
-
     assert step() == []
-    for index in range(3):
-        there, back = tiles[index], tiles[index - 1]
+    first, second, third = (choice for choice in candidates(forward, target) if "/" in choice)
+    for there, back in ((first, third), (second, first), (third, second)):
         store(target, {forward: there, backward: back})
         assert step() == [numbers(there), numbers(back)]
     store(target, {forward: "addmm"})
-    assert step() == [numbers(tiles[1])]
+    assert step() == [numbers(second)]
     if not dropout_p:
         store(target, {forward: "torch", backward: "torch"})
         assert (step(), plans) == ([], [])
 
 
 @pytest.mark.parametrize("unaligned", ["x", "dy"])
-def test_unaligned_operands_take_another_tile_and_stay_right(
-    unaligned: str, target: Target, monkeypatch: pytest.MonkeyPatch
-) -> None:
+def test_unaligned_operands_take_another_tile_and_stay_right(unaligned, target, plans):
     """The tile was measured with descriptors, which only one of forward and backward can make here."""
     case = oracle.Case((40, 64, 96), 4, torch.bfloat16, bias=False, dropout_p=0.1)
     forward = Problem("forward", torch.bfloat16, 64, 64, 96, 4, True)
     assert not TILE.is_valid(NAMED, torch.bfloat16, "ieee", descriptors=False)
     store(target, {forward: TILED, replace(forward, direction="backward"): TILED})
-    plans: list[Plan] = []
-    watch(monkeypatch, plans.append)
 
-    def shifted(tensor: torch.Tensor) -> torch.Tensor:
+    def shifted(tensor):
         storage = torch.empty(tensor.numel() + 1, dtype=tensor.dtype)
         return storage[1:].view(tensor.shape).copy_(tensor)
 
     oracle.assert_parity(case, backend="triton", views={unaligned: shifted})
     there, back = products(plans)
-    measured = (128, 256, 64, 8, 3)
-    assert [there == measured, back == measured] == [unaligned != "x", unaligned != "dy"]
+    assert [there == numbers(TILED), back == numbers(TILED)] == [unaligned != "x", unaligned != "dy"]

@@ -1,26 +1,29 @@
-"""A file of measured choices that cannot be believed, a cache that cannot be used, an interrupted store: no harm is done."""
+"""The file of measured choices: damaged or foreign, in a cache that cannot be used, interrupted or shared, it does no harm."""
 
+import functools
 import json
 import multiprocessing
 import os
 import signal
 import warnings
-from collections.abc import Callable
 from dataclasses import replace
 from pathlib import Path
-from typing import Any
 
 import pytest
 from tuned import GPU, LARGE, TILE, TILED, problems
 
 from fastlora import atomic, dispatch
-from fastlora.dispatch import Problem, choose, default_choice, store
+from fastlora.dispatch import choose, default_choice, store
 
 pytestmark = pytest.mark.usefixtures("empty_cache")
 
+OTHER = replace(LARGE, r=8)
 
-def edited(change: Callable[[dict[str, Any]], object]) -> Callable[[str], str]:
-    def edit(text: str) -> str:
+
+def edited(change):
+    """A change of the file's text that lets `change` edit its content."""
+
+    def edit(text):
         data = json.loads(text)
         change(data)
         return json.dumps(data)
@@ -28,33 +31,32 @@ def edited(change: Callable[[dict[str, Any]], object]) -> Callable[[str], str]:
     return edit
 
 
-def of_environment(**changes: Any) -> Callable[[str], str]:
+def of_environment(**changes):
     return edited(lambda data: data["environment"].update(changes))
 
 
-BAD: dict[str, tuple[Callable[[str], str | bytes], str]] = {
+BAD = {
     "empty": (lambda text: "", "Expecting value"),
     "truncated": (lambda text: text[: len(text) // 2], ""),
     "not text": (lambda text: b"\xff\xfe\x00", "utf-8"),
     "null": (lambda text: "null", "no choices"),
     "nested": (lambda text: "[" * 100_000, ""),
     "no environment": (edited(lambda data: data.pop("environment")), "it is for None"),
-    "results, as once": (edited(lambda data: data.update(results=[], choices=None)), "no choices"),
+    "no choices": (edited(lambda data: data.update(results=[], choices=None)), "no choices"),
     "another GPU": (of_environment(gpu="Test GPU 9001"), "Test GPU 9001"),
     "another torch": (of_environment(torch="2.0.0"), "'torch': '2.0.0'"),
     "another format": (of_environment(format=2), "'format': 2"),
 }
 
 
-@pytest.mark.parametrize("name", BAD)
-def test_a_bad_file_is_ignored_with_a_warning(name: str) -> None:
+@pytest.mark.parametrize(("spoil", "reason"), BAD.values(), ids=BAD)
+def test_a_bad_file_is_ignored_with_a_warning(spoil, reason):
     """The warning says why and comes once, and the next store writes the file anew."""
-    path = store(GPU, {LARGE: TILED, replace(LARGE, r=8): TILED})
-    spoil, reason = BAD[name]
+    path = store(GPU, {LARGE: TILED, OTHER: TILED})
     bad = spoil(path.read_text())
     path.write_bytes(bad if isinstance(bad, bytes) else bad.encode())
     dispatch.forget()
-    asked = (LARGE, replace(LARGE, r=8), *problems(3)) * 2
+    asked = (LARGE, OTHER, *problems(3)) * 2
     with pytest.warns(UserWarning, match=f"is ignored: .*{reason}.*`fastlora tune`") as caught:
         taken = [choose(problem, GPU) for problem in asked]
     assert taken == [default_choice(problem, GPU) for problem in asked]
@@ -62,24 +64,23 @@ def test_a_bad_file_is_ignored_with_a_warning(name: str) -> None:
     assert str(path) in str(caught[0].message)
     with warnings.catch_warnings():
         warnings.simplefilter("ignore")
-        store(GPU, {replace(LARGE, r=32): TILED})
-    assert dispatch.stored(GPU) == {str(replace(LARGE, r=32)): TILED}
+        store(GPU, {OTHER: TILED})
+    assert dispatch.stored(GPU) == {str(OTHER): TILED}
 
 
 @pytest.mark.parametrize("choice", ["magic", "torch", f"addmm/{TILE}", "fused/128,256,64,32,8,4,8", "fused/128", ["fused"], 3])
-def test_a_choice_that_a_problem_cannot_take_is_ignored(choice: Any) -> None:
-    other = replace(LARGE, r=8)
-    path = store(GPU, {LARGE: TILED, other: TILED})
+def test_a_choice_that_a_problem_cannot_take_is_ignored(choice):
+    path = store(GPU, {LARGE: TILED, OTHER: TILED})
     path.write_text(edited(lambda data: data["choices"].update({str(LARGE): choice}))(path.read_text()))
     dispatch.forget()
     with pytest.warns(UserWarning, match="is ignored: forward bfloat16 8192 x 4096 -> 4096 r=16 with dropout cannot take it"):
         assert choose(LARGE, GPU) == default_choice(LARGE, GPU)
-    assert choose(other, GPU) == TILED
+    assert choose(OTHER, GPU) == TILED
 
 
 @pytest.mark.parametrize("trouble", ["folder is a file", "file is a folder", "may not be read", "no home"])
-def test_a_cache_that_cannot_be_used(trouble: str, empty_cache: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    def refuse(*args: Any, **options: Any) -> Any:
+def test_a_cache_that_cannot_be_used(trouble, empty_cache, monkeypatch):
+    def refuse(*args, **options):
         raise PermissionError(13, "Permission denied") if trouble == "may not be read" else RuntimeError("no home directory")
 
     if trouble == "folder is a file":
@@ -108,8 +109,8 @@ def test_a_cache_that_cannot_be_used(trouble: str, empty_cache: Path, monkeypatc
         (replace(LARGE, in_features=4095), TILED),  # rows of x are not aligned: no descriptors
     ],
 )
-def test_what_would_not_be_read_is_not_written(problem: Problem, choice: str) -> None:
-    path = store(GPU, {replace(LARGE, r=8): TILED})
+def test_what_would_not_be_read_is_not_written(problem, choice):
+    path = store(GPU, {OTHER: TILED})
     before = path.read_bytes()
     with pytest.raises(ValueError, match="cannot take the choice"):
         store(GPU, {problem: choice})
@@ -118,24 +119,24 @@ def test_what_would_not_be_read_is_not_written(problem: Problem, choice: str) ->
 
 @pytest.mark.parametrize("moment", ["fsync", "replace"])
 @pytest.mark.parametrize("error", [KeyboardInterrupt, OSError(28, "No space left on device")])
-def test_an_interrupted_store_leaves_the_old_file(moment: str, error: Any, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_interrupted_store_leaves_the_old_file(moment, error, monkeypatch):
     path = store(GPU, {LARGE: TILED})
     before, names = path.read_bytes(), sorted(path.parent.iterdir())
 
-    def interrupt(*arguments: Any) -> None:
+    def interrupt(*arguments):
         raise error
 
     with monkeypatch.context() as patch:
         patch.setattr(os, moment, interrupt)
         with pytest.raises((KeyboardInterrupt, OSError)):
-            store(GPU, {replace(LARGE, r=8): TILED})
+            store(GPU, {OTHER: TILED})
     assert path.read_bytes() == before
     assert sorted(path.parent.iterdir()) == names
-    store(GPU, {replace(LARGE, r=8): TILED})
+    store(GPU, {OTHER: TILED})
     assert len(dispatch.stored(GPU)) == 2
 
 
-def in_processes(*functions: Callable[[], None]) -> list[int | None]:
+def in_processes(*functions):
     """Run them at once, each in a process of its own; their exit codes."""
     context = multiprocessing.get_context("fork")
     processes = [context.Process(target=function) for function in functions]
@@ -146,30 +147,29 @@ def in_processes(*functions: Callable[[], None]) -> list[int | None]:
     return [process.exitcode for process in processes]
 
 
-def test_a_killed_store_leaves_the_old_file() -> None:
+def test_a_killed_store_leaves_the_old_file():
     """Killed between writing and replacing, holding the lock; what it had written is gone with the next store."""
     path = store(GPU, {LARGE: TILED})
-    before = path.read_bytes()
+    before, names = path.read_bytes(), sorted(path.parent.iterdir())
 
-    def killed() -> None:
+    def killed():
         os.replace = lambda *paths: os.kill(os.getpid(), signal.SIGKILL)
-        store(GPU, {replace(LARGE, r=8): TILED})
+        store(GPU, {OTHER: TILED})
 
-    names = sorted(path.parent.iterdir())
     for _ in range(2):
         assert in_processes(killed) == [-signal.SIGKILL]
         assert path.read_bytes() == before
         assert len(list(path.parent.iterdir())) == len(names) + 1  # what it had written
-    store(GPU, {replace(LARGE, r=32): TILED})
+    store(GPU, {OTHER: TILED})
     assert sorted(path.parent.iterdir()) == names
-    assert dispatch.stored(GPU).keys() == {str(LARGE), str(replace(LARGE, r=32))}
+    assert dispatch.stored(GPU).keys() == {str(LARGE), str(OTHER)}
 
 
-def test_writers_without_a_lock_do_not_meet(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_writers_without_a_lock_do_not_meet(tmp_path, monkeypatch):
     """As two ranks that save one adapter: the second writes all of it while the first is about to replace."""
     path, right = tmp_path / "file", os.replace
 
-    def replace_late(source: Path, target: Path) -> None:
+    def replace_late(source, target):
         monkeypatch.setattr(os, "replace", right)
         assert in_processes(lambda: atomic.write(path, b"second")) == [0]
         assert path.read_bytes() == b"second"
@@ -181,16 +181,13 @@ def test_writers_without_a_lock_do_not_meet(tmp_path: Path, monkeypatch: pytest.
     assert list(tmp_path.iterdir()) == [path]
 
 
-def test_processes_that_store_at_once_keep_all() -> None:
-    each, writers = 8, 3
-    everything = problems(each * writers)
+def test_processes_that_store_at_once_keep_all():
+    everything = problems(24)
 
-    def writer(first: int) -> Callable[[], None]:
-        def write() -> None:
-            for problem in everything[first::writers]:
-                store(GPU, {problem: TILED})
+    def store_each(these):
+        for problem in these:
+            store(GPU, {problem: TILED})
 
-        return write
-
-    assert in_processes(*(writer(first) for first in range(writers))) == [0] * writers
+    writers = [functools.partial(store_each, everything[first::3]) for first in range(3)]
+    assert in_processes(*writers) == [0] * 3
     assert set(dispatch.stored(GPU)) == set(map(str, everything))

@@ -42,7 +42,7 @@ def promised(block: str) -> list[str]:
 
 
 @pages
-def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_python_blocks_run(page, tmp_path, monkeypatch):
     monkeypatch.chdir(tmp_path)
     namespace: dict[str, object] = {"__name__": "__main__"}
     for line, block in blocks(page, "python"):
@@ -53,14 +53,14 @@ def test_python_blocks_run(page: Path, tmp_path: Path, monkeypatch: pytest.Monke
             assert re.search(rf"^{pattern}$", printed.getvalue(), re.MULTILINE), (text, printed.getvalue())
 
 
-def test_promises_are_found() -> None:
+def test_promises_are_found():
     assert promised("x = 1  # a comment\nprint(x)  # 1\n# 2\n    # inside\n") == ["1", "2"]
     assert sum(len(promised(block)) for page in PAGES for _, block in blocks(page, "python")) >= 8
     assert sum(1 for page in PAGES for _ in blocks(page, "python")) >= 20
 
 
 @pages
-def test_commands_exist(page: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_commands_exist(page, monkeypatch):
     for command in cli.COMMANDS:  # parse the arguments, but run nothing
         monkeypatch.setattr(importlib.import_module(f"fastlora.cli.{command}"), "run", lambda args: 0)
     lines = [line for _, block in blocks(page, "bash") for line in block.splitlines()]
@@ -102,13 +102,13 @@ def check_command(words: list[str]) -> None:
     "command",
     ["make dmeo", "fastlora tune --modle x", "fastlora tun", "python examples/a.py", "pip install '.[hg]'", "rm -r x"],
 )
-def test_wrong_commands_are_seen(command: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_commands_are_seen(command, capsys):
     with pytest.raises((AssertionError, SystemExit, pytest.fail.Exception)):
         check_command(shlex.split(command))
 
 
 @pages
-def test_names_and_links_exist(page: Path) -> None:
+def test_names_and_links_exist(page):
     for code in inline_code(page):
         if found := re.match(r"fastlora(\.[A-Za-z_]\w*)+(?![\w/])", code):
             assert locate(found[0]) is not None, code
@@ -117,12 +117,12 @@ def test_names_and_links_exist(page: Path) -> None:
 
 
 @pytest.mark.parametrize("page", [ROOT / "README.md", *ROOT.glob("docs/*.md")], ids=lambda page: str(page.relative_to(ROOT)))
-def test_pages_are_short_and_listed(page: Path) -> None:
+def test_pages_are_short_and_listed(page):
     assert len(page.read_text().splitlines()) < (150 if page.parent == ROOT else 120)
     assert page.name == "README.md" or f"({page.name})" in (ROOT / "docs/README.md").read_text()
 
 
-def test_the_picture_is_what_its_script_draws(tmp_path: Path) -> None:
+def test_the_picture_is_what_its_script_draws(tmp_path):
     picture = ROOT / "docs/figures/how_it_works.svg"
     runpy.run_path(str(picture.with_suffix(".py")))["main"](["--svg", str(tmp_path / picture.name)])
     assert (tmp_path / picture.name).read_bytes() == picture.read_bytes()
@@ -155,7 +155,7 @@ def reasons() -> Iterator[str]:
                     yield text
 
 
-def test_every_reason_is_documented_and_every_documented_one_is_given() -> None:
+def test_every_reason_is_documented_and_every_documented_one_is_given():
     table = (ROOT / "docs/coverage.md").read_text().partition("## Layers that are left")[2].partition("```python")[0]
     rows = [line.split("|")[1] for line in table.splitlines() if line.startswith("| `")]
     documented = [code for row in rows for code in re.findall(r"`([^`]+)`", row)]

@@ -1,51 +1,29 @@
-"""The oracle passes what is as accurate as eager, in every dtype and layout, and nothing else."""
+"""The oracle: its inputs, its bound, its verdicts and its refusals.  test_mutants.py shows that it sees every fault."""
 
 import math
-from typing import Any
 
 import pytest
 import torch
-from torch import Tensor
 
 from fastlora import functional, oracle, reference
 from fastlora.oracle import Case
 
-DTYPES = list(oracle.FLOOR)
 
-
-def truth(*tensors: Tensor, **options: Any) -> Tensor:
+def truth(*tensors, **options):
     return oracle.masked_reference()(*tensors, **options)
 
 
-def name(value: Any) -> str:
-    return str(value).removeprefix("torch.")
+def test_views_reach_the_function_as_they_are():
+    views = {
+        "x": lambda x: x.view(3, 4, -1)[:, :1].expand(3, 4, 10),
+        "weight": lambda w: w.t().contiguous().t(),
+        "lora_A": lambda a: a[::2],
+        "lora_B": lambda b: b[:, ::2],
+        "dy": lambda dy: dy[:, :1].expand_as(dy),
+    }
+    case, seen = Case((12, 10, 14), rank=4, dropout_p=0.5), {}
 
-
-@pytest.mark.parametrize(("dtype", "output"), DTYPES, ids=name)
-@pytest.mark.parametrize("dropout_p", [0.0, 0.1, 1.0])
-def test_the_torch_backend_passes(dtype: torch.dtype, output: torch.dtype, dropout_p: float) -> None:
-    case = Case((17, 33, 29), rank=5, dtype=dtype, adapter_dtype=output, dropout_p=dropout_p)
-    rows = oracle.assert_parity(case, backend="torch")
-    assert [row.output for row in rows] == list(oracle.OUTPUTS)
-
-
-@pytest.mark.parametrize(
-    "views",
-    [
-        {"x": lambda x: x[::2]},
-        {"x": lambda x: x.t().contiguous().t()},
-        {"x": lambda x: x[:1].expand(6, -1)},
-        {"x": lambda x: x.view(3, 4, -1)},
-        {"weight": lambda w: w.t().contiguous().t(), "dy": lambda dy: dy[:, :1].expand_as(dy)},
-        {"lora_A": lambda a: torch.cat([a, a])[a.shape[0] :], "lora_B": lambda b: b.repeat_interleave(2, 1)[:, ::2]},
-    ],
-    ids=["every other row", "transposed", "expanded", "three dimensions", "weight and dy", "adapters"],
-)
-def test_strided_inputs_reach_the_function_as_they_are(views: dict[str, oracle.View]) -> None:
-    case = Case((12, 10, 14), rank=3, dropout_p=0.5)
-    seen: dict[str, Tensor] = {}
-
-    def spy(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor, **options: Any) -> Tensor:
+    def spy(x, weight, lora_A, lora_B, bias, **options):
         seen.update(x=x, weight=weight, lora_A=lora_A, lora_B=lora_B)
         y = functional.lora_linear(x, weight, lora_A, lora_B, bias, backend="torch", **options)
         y.register_hook(lambda dy: seen.update(dy=dy))
@@ -53,18 +31,13 @@ def test_strided_inputs_reach_the_function_as_they_are(views: dict[str, oracle.V
 
     oracle.assert_parity(case, spy, views=views)
     inputs = oracle.draw(case, views=views)
-    assert all(seen[argument].stride() == getattr(inputs, argument).stride() for argument in views)
+    assert {name: tensor.stride() for name, tensor in seen.items()} == {n: getattr(inputs, n).stride() for n in views}
 
 
-@pytest.mark.parametrize("shape", [(0, 8, 8), (4, 0, 8), (4, 8, 0), (1, 1, 1)])
-def test_empty_and_single_elements(shape: tuple[int, int, int]) -> None:
-    oracle.assert_parity(Case(shape, rank=2), truth)
-
-
-def test_only_wanted_gradients_are_asked_for() -> None:
+def test_only_wanted_gradients_are_asked_for():
     case = Case((5, 6, 7), rank=2, dropout_p=0.1)
 
-    def spy(*tensors: Tensor, **options: Any) -> Tensor:
+    def spy(*tensors, **options):
         assert [tensor.requires_grad for tensor in tensors] == [False, False, True, False, False]
         return truth(*tensors, **options)
 
@@ -72,8 +45,8 @@ def test_only_wanted_gradients_are_asked_for() -> None:
     assert [row.output for row in oracle.check(case, truth, outputs=("y",))] == ["y"]
 
 
-@pytest.mark.parametrize(("dtype", "output"), DTYPES, ids=name)
-def test_the_bound_is_twice_eager_or_the_floor(dtype: torch.dtype, output: torch.dtype) -> None:
+@pytest.mark.parametrize(("dtype", "output"), oracle.FLOOR, ids=str)
+def test_the_bound_is_twice_eager_or_the_floor(dtype, output):
     case = Case((32, 64, 48), rank=8, dtype=dtype, adapter_dtype=output, dropout_p=0.1)
     for row in oracle.check(case, truth):
         assert row.error == row.eager > 0
@@ -81,18 +54,14 @@ def test_the_bound_is_twice_eager_or_the_floor(dtype: torch.dtype, output: torch
 
 
 @pytest.mark.parametrize(("relative", "passes"), [(1.5e-6, True), (4e-6, False)])
-def test_an_error_over_the_floor_is_seen(relative: float, passes: bool) -> None:
+def test_an_error_over_the_floor_is_seen(relative, passes):
     """A float32 result off by a constant factor, which eager is not."""
 
-    def off(*tensors: Tensor, **options: Any) -> Tensor:
+    def off(*tensors, **options):
         return truth(*tensors, **options) * (1 + relative)
 
     rows = oracle.check(Case((32, 64, 48), rank=8), off)
     assert [row.passed for row in rows] == [passes] * len(rows)
-
-
-def _without_gradient(y: Tensor) -> Tensor:
-    return y.detach().requires_grad_()
 
 
 @pytest.mark.parametrize(
@@ -102,11 +71,11 @@ def _without_gradient(y: Tensor) -> Tensor:
         (lambda y: y[:-1], "(4, 7)", {"y"}),
         (lambda y: y.index_fill(0, torch.tensor([0]), math.nan), "not finite", {"y"}),
         (lambda y: y + math.inf, "not finite", {"y"}),
-        (_without_gradient, "no gradient", {"dx", "dA", "dB", "dbias"}),
+        (lambda y: y.detach().requires_grad_(), "no gradient", {"dx", "dA", "dB", "dbias"}),
     ],
     ids=["dtype", "shape", "nan", "infinity", "no gradient"],
 )
-def test_what_is_no_result_at_all(change: oracle.View, note: str, failing: set[str]) -> None:
+def test_what_is_no_result_at_all(change, note, failing):
     case = Case((5, 6, 7), rank=2)
     outputs = case.outputs if failing != {"y"} else ("y",)
     rows = oracle.check(case, lambda *tensors, **options: change(truth(*tensors, **options)), outputs=outputs)
@@ -114,11 +83,11 @@ def test_what_is_no_result_at_all(change: oracle.View, note: str, failing: set[s
     assert all(note in row.note and row.error == math.inf for row in rows if not row.passed)
 
 
-def test_an_overflow_of_eager_sets_no_bound(monkeypatch: pytest.MonkeyPatch) -> None:
+def test_an_overflow_of_eager_sets_no_bound():
     """Where eager leaves float16's range, the floor alone decides: it does not excuse every result."""
     case = Case((4, 64, 64), rank=4, dtype=torch.float16)
 
-    def overflowing(x: Tensor, *tensors: Tensor, **options: Any) -> Tensor:
+    def overflowing(x, *tensors, **options):
         y = truth(x, *tensors, **options)
         return y if y.dtype == torch.float64 else y * 1e5
 
@@ -128,7 +97,7 @@ def test_an_overflow_of_eager_sets_no_bound(monkeypatch: pytest.MonkeyPatch) -> 
     assert not row.passed
 
 
-def test_relative_error() -> None:
+def test_relative_error():
     ref = torch.tensor([3.0, 4.0])
     assert oracle.relative_error(torch.tensor([3.0, 4.5]), ref) == pytest.approx(0.1)
     assert oracle.relative_error(torch.zeros(2), torch.zeros(2)) == 0.0
@@ -137,38 +106,21 @@ def test_relative_error() -> None:
     assert oracle.relative_error(torch.full((2,), 1e-30), torch.zeros(2)) == math.inf
 
 
-def test_small_outputs_are_pooled_over_draws() -> None:
-    """A 1 x 1 output in 16 bits is drawn 256 times, always other numbers; a large one, or one in float32, once."""
-    seen: list[Tensor] = []
+def test_one_lucky_number_decides_nothing():
+    """Rounding to bfloat16 twice is no fault: judged on a single number it sometimes would be, pooled it never is."""
 
-    def spy(*tensors: Tensor, **options: Any) -> Tensor:
-        seen.append(tensors[0].detach())
-        return truth(*tensors, **options)
-
-    oracle.check(Case((1, 4, 1), rank=2, dtype=torch.bfloat16), spy)
-    assert len(seen) == oracle.POOLED_ELEMENTS
-    assert len({tuple(x.flatten().tolist()) for x in seen}) == len(seen)
-    for once in (Case((16, 16, 256), rank=16, dtype=torch.bfloat16), Case((1, 4, 1), rank=2)):
-        seen.clear()
-        oracle.check(once, spy)
-        assert len(seen) == 1
-
-
-def test_one_lucky_number_decides_nothing() -> None:
-    """Rounding to bfloat16 twice is no fault; judged on single numbers it often would be, pooled it never is."""
-
-    def twice_rounded(*tensors: Tensor, **options: Any) -> Tensor:
+    def twice_rounded(*tensors, **options):
         exact = truth(*(tensor.double() for tensor in tensors), **options)
         return (exact * 3).bfloat16() / 3
 
-    cases = [Case((1, 8, 1), rank=2, dtype=torch.bfloat16, seed=seed) for seed in range(20)]
+    cases = [Case((1, 8, 1), rank=2, dtype=torch.bfloat16, seed=seed) for seed in (9, 19, 29)]
     with pytest.MonkeyPatch.context() as patch:
         patch.setattr(oracle, "POOLED_ELEMENTS", 1)
         assert any(not oracle.check(case, twice_rounded, outputs=("y",))[0].passed for case in cases)
     assert all(oracle.check(case, twice_rounded, outputs=("y",))[0].passed for case in cases)
 
 
-def test_inputs_are_random_and_repeatable() -> None:
+def test_inputs_are_random_and_repeatable():
     case = Case((9, 16, 12), rank=4, dtype=torch.float16, adapter_dtype=torch.float32)
     first, again, other = oracle.draw(case), oracle.draw(case), oracle.draw(case, index=1)
     for tensor in ("x", "weight", "lora_A", "lora_B", "bias", "dy"):
@@ -177,15 +129,11 @@ def test_inputs_are_random_and_repeatable() -> None:
         assert torch.equal(values, getattr(again, tensor))
         assert not torch.equal(values, getattr(other, tensor))
     assert first.seed == again.seed != other.seed
-    assert (first.x.dtype, first.lora_A.dtype, first.lora_B.dtype, first.bias.dtype) == (
-        torch.float16,
-        torch.float32,
-        torch.float32,
-        torch.float16,
-    )
+    dtypes = [tensor.dtype for tensor in (first.x, first.bias, first.lora_A, first.lora_B)]
+    assert dtypes == [torch.float16] * 2 + [torch.float32] * 2
 
 
-def test_both_terms_weigh_the_same() -> None:
+def test_both_terms_weigh_the_same():
     """Otherwise a wrong LoRA term could hide below the floor of a large frozen one."""
     inputs = oracle.draw(Case((64, 256, 128), rank=8)).double()
     frozen = inputs.x @ inputs.weight.t()
@@ -193,36 +141,18 @@ def test_both_terms_weigh_the_same() -> None:
     assert 0.7 < float(bypass.norm() / frozen.norm()) < 1.4
 
 
-def test_a_mask_and_a_scale_of_ones_own() -> None:
-    """A function that draws its mask elsewhere and scales by 1/(1 − p) is judged with that mask and that scale."""
-
-    def mask(seed: int, rows: int, cols: int, p: float, device: torch.device) -> Tensor:
-        return torch.rand(rows, cols, generator=torch.Generator().manual_seed(abs(seed))) >= p
-
-    def own(x: Tensor, *tensors: Tensor, scaling: float, dropout_p: float, seed: int) -> Tensor:
-        keep = mask(seed, *x.shape, dropout_p, x.device)
-        dropped = torch.where(keep, x / (1 - dropout_p), 0.0)
-        weight, lora_A, lora_B, bias = tensors
-        return x @ weight.t() + bias + scaling * (dropped @ lora_A.t() @ lora_B.t())
-
-    case = Case((64, 48, 56), rank=8, dropout_p=0.3)
-    oracle.assert_parity(case, own, expected=oracle.masked_reference(mask, lambda p: 1 / (1 - p)))
-    assert not any(row.passed for row in oracle.check(case, own) if row.output != "dbias")
-
-
-def test_the_message_is_a_table() -> None:
+def test_the_message_is_a_table():
     case = Case((5, 6, 7), rank=2)
 
-    def zero(*tensors: Tensor, **options: Any) -> Tensor:
+    def zero(*tensors, **options):
         return truth(*tensors, **options) * 0.0
 
-    with pytest.raises(
-        AssertionError, match=r"f32 5x6x7 r=2 p=0 bias\noutput +error +eager +bound  verdict\ny +1\.00e\+00 .* OVER"
-    ):
+    message = r"f32 5x6x7 r=2 p=0 bias\noutput +error +eager +bound  verdict\ny +1\.00e\+00 .* OVER"
+    with pytest.raises(AssertionError, match=message):
         oracle.assert_parity(case, zero)
 
 
-def test_the_eager_computation_is_the_reference() -> None:
+def test_the_eager_computation_is_the_reference():
     inputs = oracle.draw(Case((5, 6, 7), rank=2))
     tensors = inputs.x, *inputs.weights
     assert torch.equal(truth(*tensors, scaling=2.0, dropout_p=0.0, seed=1), reference.lora_linear(*tensors, scaling=2.0))
@@ -234,21 +164,15 @@ def test_the_eager_computation_is_the_reference() -> None:
 
 @pytest.mark.parametrize(
     "fields",
-    [
-        {"shape": (1, 2)},
-        {"shape": (1, 2, -3)},
-        {"rank": -1},
-        {"dtype": torch.float64},
-        {"adapter_dtype": torch.bfloat16},
-    ],
+    [{"shape": (1, 2)}, {"shape": (1, 2, -3)}, {"rank": -1}, {"dtype": torch.float64}, {"adapter_dtype": torch.bfloat16}],
     ids=str,
 )
-def test_impossible_cases_are_refused(fields: dict[str, Any]) -> None:
+def test_impossible_cases_are_refused(fields):
     with pytest.raises(ValueError, match="must be"):
         Case(**{"shape": (1, 2, 3), **fields})
 
 
-def test_contradicting_options_are_refused() -> None:
+def test_contradicting_options_are_refused():
     case = Case((2, 3, 4), rank=1, bias=False)
     with pytest.raises(ValueError, match="backend='torch'"):
         oracle.check(case, truth, backend="torch")

@@ -1,0 +1,122 @@
+"""A trial checks every provider against float64, each with its own mask, before it times them on the same inputs."""
+
+from dataclasses import replace
+
+import pytest
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastlora import benchmark, oracle
+from fastlora.benchmark import WrongResultError, baselines, clock, providers, trial
+from fastlora.benchmark.providers import of_call, providers_for
+from fastlora.oracle import Case
+
+CPU = torch.device("cpu")
+CASE = Case((96, 64, 80), rank=4, dropout_p=0.1, bias=False)
+in_all_dtypes = pytest.mark.parametrize("dtypes", oracle.FLOOR, ids=lambda pair: "+".join(map(oracle.SHORT.get, pair)))
+
+
+def judge_of(case):
+    return trial.Judge(case, trial.draw(case, CPU))
+
+
+@in_all_dtypes
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1, 1.0])
+def test_every_provider_is_judged_with_its_own_mask(dtypes, dropout_p):
+    case = Case((96, 64, 80), 4, *dtypes, dropout_p=dropout_p)
+    judge, rivals = judge_of(case), providers_for(case, CPU)
+    chained = ["chained addmm_"] if dtypes[0] == dtypes[1] else []
+    assert [provider.name for provider in rivals] == ["frozen linear", "eager LoRA", "PEFT", *chained, "fastlora"]
+    for provider in rivals:
+        outputs = [row.output for row in judge.verify(provider)]
+        assert outputs == (["y", "dx", "dA", "dB"] if provider.adapted else ["y", "dx"])
+
+
+def other_mask(rows, cols, p, device):
+    return torch.rand(rows, cols) >= p
+
+
+def test_under_torch_compile_each_is_judged_with_the_mask_of_the_compiled_graph():
+    judge, rivals = judge_of(CASE), providers_for(CASE, CPU, compiler="aot_eager")
+    here = [name for name in providers.NAMES if name not in ("fastlora fused", "fastlora addmm")]
+    assert [provider.name for provider in rivals] == here
+    for provider in rivals:
+        if provider.compiled:
+            judge.verify(provider)
+            with pytest.raises(WrongResultError, match="is wrong on"):
+                judge.verify(replace(provider, mask=other_mask))
+
+
+def changed(change):
+    return {"bind": of_call(lambda *tensors, **options: change(baselines.eager_lora(*tensors, **options)))}
+
+
+@pytest.mark.parametrize(
+    "change",
+    [
+        {"mask": other_mask},
+        {"keep_scale": lambda p: 1.0},
+        {"bind": of_call(baselines.frozen_linear)},
+        changed(lambda y: y * 1.01),
+        changed(Tensor.double),
+        {"bind": of_call(lambda x, *rest, **options: baselines.eager_lora(x.detach(), *rest, **options))},
+    ],
+    ids=["mask", "scale", "no adapter", "factor", "dtype", "no gradient"],
+)
+def test_a_wrong_provider_is_not_timed(change, monkeypatch):
+    eager = providers_for(CASE, CPU)[1]
+    planted = replace(eager, name="planted", **change)
+    with monkeypatch.context() as patch:
+        patch.setattr(trial, "measure", lambda *args, **options: pytest.fail("timed"))
+        with pytest.raises(WrongResultError, match="planted is wrong on f32 96x64x80"):
+            benchmark.run([eager, planted], CASE, CPU, repeats=1)
+    excluded = {}
+    timed = benchmark.run([eager, planted], CASE, CPU, repeats=1, copies=1, excluded=excluded)
+    assert {result.provider for result in timed} == {"eager LoRA"}
+    assert list(excluded) == ["planted"]
+    assert excluded["planted"].__traceback__ is None  # its frames would hold the tensors
+
+
+@in_all_dtypes
+def test_eager_is_peft(dtypes):
+    """The provider called eager is PEFT's layer, bit for bit, forward and backward, its dropout included."""
+    case = Case((96, 64, 80), 4, *dtypes, dropout_p=0.1)
+    inputs, both = trial.draw(case, CPU), []
+    for provider in providers_for(case, CPU)[1:3]:
+        forward = provider.bind(inputs.weights, 1.5, 0.1)
+        torch.manual_seed(3)
+        y = forward(inputs.x)
+        both.append([y, *torch.autograd.grad(y, trial.trained(provider, inputs), inputs.dy)])
+    assert all(torch.equal(ours, of_peft) for ours, of_peft in zip(*both, strict=True))
+
+
+def test_steps_take_the_sets_in_turn():
+    """Every call runs on the next set of inputs, and backward on the set of its own forward."""
+    frozen = providers_for(CASE, CPU)[0]
+    sets = [trial.draw(CASE, CPU, index) for index in range(3)]
+    assert len({float(inputs.dy.sum()) for inputs in sets}) == 3
+    forward, backward, both = trial.steps_of(frozen, CASE, sets).values()
+    for inputs in (*sets, sets[0]):
+        assert torch.equal(forward()[1], F.linear(inputs.x, inputs.weight))
+    for step, inputs in ((backward, sets[1]), (both, sets[2])):
+        assert torch.equal(step()[0], inputs.dy @ inputs.weight)
+
+
+def test_no_two_steps_in_succession_read_the_same_set():
+    """What one provider has left in the cache is not what the next one reads."""
+    read = []
+
+    def spied(bind):
+        def bound(*args):
+            forward = bind(*args)
+            return lambda x: read.append(x.data_ptr()) or forward(x)
+
+        return bound
+
+    rivals = [replace(rival, bind=spied(rival.bind)) for rival in providers_for(CASE, CPU)[:3]]
+    benchmark.run(rivals, CASE, CPU, repeats=4, copies=3)
+    timed = read[len(rivals) : -2 * len(rivals)]  # before, each was checked; after, its bytes were counted
+    assert len(timed) == 3 * len(rivals) * (clock.WARMUP + 4)
+    assert timed == timed[:3] * (len(timed) // 3)
+    assert len(set(timed)) == 3

@@ -1,0 +1,272 @@
+"""The tuner: what decides, what is stored, what is left out, and where it must not run.
+
+The interpreter's GPU is given a name.  The timer is the test's own: it runs every step that it is given.
+"""
+
+from dataclasses import replace
+
+import pytest
+import torch
+from triton.runtime.errors import OutOfResources
+from tuned import NAMED, watch
+
+from fastlora import dispatch, functional, oracle, tune
+from fastlora.benchmark.clock import Prepared, Quantiles
+from fastlora.dispatch import Problem, candidates, default_choice, store, stored
+from fastlora.kernels import launch
+from fastlora.kernels.gemm import gemm_kernel
+
+pytestmark = pytest.mark.usefixtures("empty_cache")
+
+PROBLEM = Problem("forward", torch.float32, 16, 32, 48, 4, True)
+PROBLEMS = [PROBLEM, replace(PROBLEM, direction="backward"), replace(PROBLEM, in_features=48, dropout=False)]
+
+
+def run(problems, timer, **options):
+    """Tune on the interpreter; a remark is a failure unless `remark` is given."""
+    return tune.tune(problems, "cpu", timer=timer, **{"remark": pytest.fail, **options})
+
+
+def favouring(winner):
+    """A timer for which `winner` takes half the time of all others."""
+
+    def timer(steps):
+        for step in steps.values():
+            step()
+        return {choice: [0.5 if choice == winner else 1.0] * 5 for choice in steps}
+
+    return timer
+
+
+def not_measured(steps):
+    pytest.fail("measured")
+
+
+def test_the_problems_of_a_model():
+    found = tune.problems_for([(64, 32), (32, 64)], [100, 128, 512], [8, 16], [False, True], torch.float16)
+    assert len(found) == len(set(found)) == 2 * 2 * 2 * 2 * 2
+    assert {problem.rows for problem in found} == {128, 512}
+    assert {(problem.in_features, problem.out_features) for problem in found} == {(64, 32), (32, 64)}
+
+
+def times(median, spread=0.1):
+    return Quantiles(median - spread, median, median + spread)
+
+
+@pytest.mark.parametrize(
+    ("seconds", "chosen"),
+    [
+        ({"addmm": times(1.0), "fused": times(0.7), "torch": times(0.75)}, "fused"),
+        ({"addmm": times(1.0), "fused": times(0.81), "torch": times(1.5)}, "addmm"),
+        ({"addmm": times(1.0), "fused": times(1.3)}, "addmm"),
+        ({"addmm": times(1.0)}, "addmm"),
+        ({"addmm": times(1.0), "fused": times(0.6, 0.31), "torch": times(0.7)}, "torch"),
+        ({"addmm": times(1.0, 0.0), "fused": times(0.999, 0.0)}, "fused"),
+        ({"addmm": times(1.0, 0.0), "fused": times(1.0, 0.0)}, "addmm"),
+        ({"fused": times(3.0), "torch": times(2.95)}, "torch"),
+    ],
+    ids=["faster", "within the spread", "slower", "alone", "unsteady", "steady", "equal", "no default"],
+)
+def test_the_rule(seconds, chosen):
+    assert tune.decide(seconds, "addmm") == chosen
+
+
+def test_the_speedup_and_its_spread():
+    seconds = {"addmm": Quantiles(9, 10, 12), "fused": Quantiles(4, 5, 6)}
+    assert tune.Tuned(PROBLEM, "addmm", "fused", seconds).speedup == (9 / 6, 10 / 5, 12 / 4)
+    assert tune.Tuned(PROBLEM, "addmm", "fused", {"fused": Quantiles(4, 5, 6)}).speedup is None
+    assert tune.Tuned(PROBLEM, "addmm", skipped="out of memory").speedup is None
+
+
+def test_the_winner_is_stored(target):
+    for winner in ("fused", candidates(PROBLEM, target)[-1], "addmm"):
+        (tuned,) = run([PROBLEM], favouring(winner), again=True)
+        assert tuned.choice == winner == dispatch.choose(PROBLEM, target)
+        assert stored(target) == {str(PROBLEM): winner}
+    assert tuned.seconds.keys() == set(candidates(PROBLEM, target))
+
+
+@pytest.mark.parametrize("problem", PROBLEMS, ids=str)
+def test_every_step_runs_its_own_choice(problem, target, monkeypatch):
+    """The timed half has the problem's size and mask, whatever was stored before."""
+    store(target, {problem: "fused"})
+    plans = []
+    watch(monkeypatch, plans.append)
+
+    def timer(steps):
+        for choice, step in steps.items():
+            prepared = step if isinstance(step, Prepared) else Prepared(lambda: None, lambda _, step=step: step())
+            state = prepared.setup()
+            plans.clear()
+            prepared.run(state)
+            gemms = [plan.options for plan in plans if plan.kernel is gemm_kernel and plan.options["HAS_PRODUCT"]]
+            assert len(gemms) == choice.startswith("fused")
+            assert bool(plans) == (choice != "torch")
+            if "/" in choice:
+                assert choice.startswith("fused/{BLOCK_M},{BLOCK_N},{BLOCK_K},".format(**gemms[0]))
+        return {choice: [1.0] for choice in steps}
+
+    (tuned,) = run([problem], timer, again=True)
+    assert tuned.seconds.keys() == set(candidates(problem, target))
+    assert dispatch.choose(problem, target) == tuned.choice == default_choice(problem, target)
+
+
+def test_the_real_clock(target):
+    (tuned,) = tune.tune([PROBLEMS[2]], "cpu", repeats=2, adapter_dtype=torch.float32)
+    assert all(0 < times.p20 <= times.median <= times.p80 < 60 for times in tuned.seconds.values())
+    assert stored(target) == {str(PROBLEMS[2]): tuned.choice}
+
+
+def test_what_is_stored_is_kept_unless_asked_for_again(target):
+    first, second, third = PROBLEMS
+    store(target, {second: "fused"})
+    store(replace(target, name="Another GPU"), {first: "fused"})
+    store(target, {replace(first, precision="tf32"): "fused"})
+    finished = []
+    outcomes = run(PROBLEMS, favouring("addmm"), finished=finished.append)
+    assert outcomes == finished
+    assert [(tuned.problem, tuned.kept) for tuned in outcomes] == [(first, False), (second, True), (third, False)]
+    assert outcomes[1] == tune.Tuned(second, "addmm", "fused", kept=True)
+    assert all(tuned.kept for tuned in run(PROBLEMS, not_measured))
+    (anew,) = run([second], favouring("addmm"), again=True)
+    assert (anew.choice, anew.kept) == ("addmm", False)
+    assert stored(target)[str(second)] == "addmm"
+
+
+# Wrong results and trouble on the way
+
+
+@pytest.fixture
+def spoilt(monkeypatch):
+    """spoilt(which): the launches of the GEMM kernel with such options write NaN, as an unfinished kernel would."""
+    right = launch.launch
+
+    def spoil(which):
+        def wrong(plan, *args):
+            right(plan, *args)
+            if plan.kernel is gemm_kernel and which(plan.options):
+                C = args[2]
+                (C if isinstance(C, torch.Tensor) else C.base).fill_(torch.nan)
+
+        monkeypatch.setattr(launch, "launch", wrong)
+
+    return spoil
+
+
+@pytest.mark.parametrize("direction", ["forward", "backward"])
+def test_a_wrong_candidate_is_left_out(direction, target, spoilt):
+    problem = replace(PROBLEM, direction=direction)
+    spoilt(lambda options: options["HAS_PRODUCT"])
+    message = f"{direction} float32 16 x 32 -> 48 r=4 with dropout: fused.* is left out: its result is"
+    with pytest.warns(UserWarning, match=message):
+        (tuned,) = tune.tune([problem], "cpu", timer=favouring("fused"))
+    assert tuned.seconds.keys() == {"addmm"}
+    assert stored(target) == {str(problem): "addmm"}
+    assert tuned.wrong
+    assert tuned.left_out.keys() == set(candidates(problem, target)) - {"addmm"}
+    assert "OVER" in tuned.left_out["fused"]
+
+
+def test_a_wrong_default_gives_way_and_no_candidate_stores_nothing(target, spoilt):
+    spoilt(lambda options: not options["HAS_PRODUCT"])
+    remarks = []
+    (tuned,) = run([PROBLEM], favouring("fused"), remark=remarks.append)
+    assert (tuned.default, tuned.choice, tuned.speedup, len(remarks)) == ("addmm", "fused", None, 1)
+    spoilt(lambda options: True)
+    outcomes = run(PROBLEMS[1:], favouring("fused"), remark=remarks.append)
+    assert [(tuned.choice, tuned.skipped) for tuned in outcomes] == [(None, "no candidate is left"), ("torch", "")]
+    assert "backward float32 16 x 32 -> 48 r=4 with dropout is skipped: no candidate is left" in remarks
+    assert stored(target) == {str(PROBLEM): "fused", str(PROBLEMS[2]): "torch"}
+
+
+@pytest.mark.parametrize("error", [OutOfResources(300000, 232448, "shared memory"), RuntimeError("PassManager::run failed")])
+def test_a_candidate_that_does_not_compile_is_left_out(error, target, monkeypatch):
+    def fail(plan):
+        if plan.kernel is gemm_kernel and plan.options["HAS_PRODUCT"] and plan.options["BLOCK_M"] == 32:
+            raise error
+
+    watch(monkeypatch, fail)
+    remarks = []
+    (tuned,) = run([PROBLEM], favouring("addmm"), remark=remarks.append)
+    assert candidates(PROBLEM, target)[-1] in tuned.left_out
+    assert (tuned.choice, tuned.wrong) == ("addmm", False)
+    assert f"{type(error).__name__}: " in remarks[0]
+
+
+def test_a_lost_device_is_no_candidates_fault(target, monkeypatch):
+    def lost(plan):
+        raise torch.AcceleratorError("an illegal memory access was encountered")
+
+    watch(monkeypatch, lost)
+    with pytest.raises(torch.AcceleratorError, match="illegal memory access"):
+        run([PROBLEM], favouring("fused"))
+    assert stored(target) == {}
+
+
+@pytest.mark.parametrize("place", ["draw", "Judge", "steps_of"])
+def test_a_problem_that_runs_out_of_memory_is_skipped(place, target, monkeypatch):
+    right, remarks = getattr(tune, place), []
+
+    def full(*args):
+        if any(isinstance(arg, oracle.Case) and arg.dropout_p == 0 for arg in args):
+            raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore.")
+        return right(*args)
+
+    monkeypatch.setattr(tune, place, full)
+    outcomes = run([PROBLEMS[2], PROBLEM], favouring("fused"), remark=remarks.append)
+    assert [tuned.choice for tuned in outcomes] == [None, "fused"]
+    assert [remark.partition("is skipped: ")[2] for remark in remarks] == [
+        "out of memory: CUDA out of memory. Tried to allocate 2.00 GiB."
+    ]
+    assert stored(target) == {str(PROBLEM): "fused"}
+
+
+def test_an_interrupted_tune_keeps_what_it_has(target):
+    done = []
+
+    def timer(steps):
+        if done:
+            raise KeyboardInterrupt
+        return favouring("fused")(steps)
+
+    with pytest.raises(KeyboardInterrupt):
+        run(PROBLEMS[:2], timer, finished=done.append)
+    assert stored(target) == {str(PROBLEM): "fused"}
+    assert [tuned.kept for tuned in run(PROBLEMS[:2], favouring("fused"))] == [True, False]
+
+
+# Where it must not run
+
+
+@pytest.mark.parametrize(
+    ("place", "error", "message"),
+    [
+        ("a CPU", RuntimeError, r"capability 8\.0 or newer; the device is cpu"),
+        ("an old GPU", RuntimeError, r"capability 8\.0 or newer; the device is cuda:0"),
+        ("a capture", RuntimeError, "a CUDA graph cannot capture"),
+        ("torch.compile", AssertionError, "forbidden callable <function tune"),
+        ("no rate", ValueError, r"dropout_p must be at least 1/65536, .* got 0"),
+        ("no folder", OSError, "cache"),
+    ],
+)
+def test_where_it_must_not_run(place, error, message, empty_cache, monkeypatch, request):
+    """It measures and writes nothing."""
+    device = {"an old GPU": "cuda:0", "a capture": "cuda"}.get(place, "cpu")
+    if place == "an old GPU":
+        monkeypatch.setattr(torch.version, "cuda", "12.8")
+        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
+    elif place == "a capture":
+        monkeypatch.setattr(tune, "available_backends", lambda device: functional.BACKENDS)
+        monkeypatch.setattr(tune, "target_of", lambda device: NAMED)
+        monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
+    elif place == "no folder":
+        request.getfixturevalue("target")
+        empty_cache.write_text("")
+
+    def call(x):
+        tune.tune([PROBLEM], device, timer=not_measured, **{"dropout_p": 0.0} if place == "no rate" else {})
+        return x + 1
+
+    with pytest.raises(error, match=message):
+        (torch.compile(call, backend="eager") if place == "torch.compile" else call)(torch.ones(2))
+    assert empty_cache.is_file() or not empty_cache.exists()
