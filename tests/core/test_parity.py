@@ -22,7 +22,7 @@ VECTOR_VIEWS = {
     "expanded": lambda t: t[:1].expand(t.shape),
 }
 #: A 16-bit case is drawn again until its smallest output has 256 elements: tiny cases are judged in float32.
-LARGE = st.sampled_from([0, 64, 65, 100, 129, 264])
+LARGE = st.sampled_from([0, 64, 65, 100, 129])
 SIZES = {4: st.one_of(st.integers(0, 20), LARGE), 2: LARGE}
 
 
@@ -51,7 +51,7 @@ views = st.fixed_dictionaries(
 
 @pytest.mark.filterwarnings("ignore:r=.* is above min")  # such ranks are drawn on purpose
 @pytest.mark.parametrize("backend", BACKENDS)
-@settings(max_examples=25, phases=[Phase.explicit, Phase.reuse, Phase.generate])  # to shrink interpreted kernels takes minutes
+@settings(max_examples=8, phases=[Phase.explicit, Phase.reuse, Phase.generate])  # to shrink interpreted kernels takes minutes
 @given(case=cases(), views=views)
 def test_any_call(backend, case, views):
     functions = {name: (VECTOR_VIEWS if name == "bias" else ROW_VIEWS)[view] for name, view in views.items()}
@@ -78,8 +78,9 @@ def test_several_tiles_and_splits(backend, dropout_p, dtype, adapter_dtype):
 @pytest.mark.parametrize("backend", BACKENDS)
 @pytest.mark.parametrize("rank", [1, 2, 31, 32, 33, 64, 128, 129, 512])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+@pytest.mark.filterwarnings("ignore:r=.* is above min")
 def test_any_rank(backend, rank, dtype):
-    oracle.assert_parity(Case((48, 520, 528), rank=rank, dtype=dtype, dropout_p=0.2), backend=backend)
+    oracle.assert_parity(Case((48, 264, 272), rank=rank, dtype=dtype, dropout_p=0.2), backend=backend)
 
 
 @pytest.mark.parametrize("exponent", [-40, -20, 20])
