@@ -5,12 +5,13 @@ written, and the exit code is 1 when README.md does not match the files.
 """
 
 import argparse
+import json
 import sys
 from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
-from fastlora.benchmark import PASSES, plot, results
+from fastlora.benchmark import PASSES, results
 from fastlora.benchmark.providers import FROZEN
 from fastlora.cli.common import three_digits
 
@@ -32,7 +33,7 @@ ROOFLINE = "The roofline is the least time that these rates allow; passes with f
 HOST = '"Host" is how long the CPU took to launch the pass; all other times are the device\'s.'
 
 Run = dict[str, Any]
-Row = Mapping[str, Any]
+Measured = Mapping[str, Any]
 
 
 def main(argv: Sequence[str] | None = None) -> int:
@@ -52,13 +53,13 @@ def main(argv: Sequence[str] | None = None) -> int:
     for path, run in runs.items():
         for rows in sizes_of(run, "linear")[:1]:
             conditions = f"{run['facts']['device']}, torch {run['facts']['torch']}"
-            plot.bars(rows, results.title(rows[0]), conditions, path.with_suffix(".png"))
+            results.plot(rows, conditions, path.with_suffix(".png"))
     return 0
 
 
 def load(folder: Path) -> dict[Path, Run]:
     """The results by file: of each device the file with the most rows, GPUs first."""
-    runs = {path: results.read_json(path) or {} for path in sorted(folder.glob("*.json"))}
+    runs = {path: json.loads(path.read_text()) for path in sorted(folder.glob("*.json"))}
     best = {run["facts"]["device"]: path for path, run in sorted(runs.items(), key=lambda item: len(item[1]["rows"]))}
     return {path: runs[path] for path in sorted(best.values(), key=lambda path: ("driver" not in runs[path]["facts"], path))}
 
@@ -76,9 +77,9 @@ def text(runs: Mapping[Path, Run]) -> str:
     return "\n\n".join(parts) + "\n"
 
 
-def sizes_of(run: Run, kind: str) -> list[list[Row]]:
+def sizes_of(run: Run, kind: str) -> list[list[Measured]]:
     """The rows of each size of a kind."""
-    found: dict[str, list[Row]] = {}
+    found: dict[str, list[Measured]] = {}
     for row in run["rows"]:
         if row["kind"] == kind:
             found.setdefault(row["id"], []).append(row)
@@ -104,14 +105,14 @@ def _conditions(path: Path, run: Run) -> str:
     return "\n".join(line for line in lines if line)
 
 
-def _launched(rows: Sequence[Row]) -> bool:
+def _launched(rows: Sequence[Measured]) -> bool:
     """Whether the host's time was measured: on a GPU."""
     return any(row.get("launch_ms") is not None for row in rows)
 
 
-def _in_full(rows: Sequence[Row]) -> str:
+def _in_full(rows: Sequence[Measured]) -> str:
     """One size: every provider and pass."""
-    columns: dict[str, Callable[[Row], str]] = {
+    columns: dict[str, Callable[[Measured], str]] = {
         "× frozen": lambda row: f"{row['over_frozen']:.2f}",
         "% of roofline": lambda row: f"{row['roofline_percent']:.0f}",
         "saved, MiB": lambda row: three_digits(row["saved_bytes"] / 2**20),
@@ -119,7 +120,7 @@ def _in_full(rows: Sequence[Row]) -> str:
     return f"{results.title(rows[0])}; the columns from p20 on are of {PASSES[-1]}:\n\n{_by_provider(rows, columns)}"
 
 
-def _of_model(rows: Sequence[Row]) -> str:
+def _of_model(rows: Sequence[Measured]) -> str:
     """A decoder layer or a training step: every provider and pass."""
     row = rows[0]
     what = f"{row['kind'].capitalize()}, {row['used_by']}, {row['M']} tokens, r={row['r']} p={row['p']:g}"
@@ -127,7 +128,7 @@ def _of_model(rows: Sequence[Row]) -> str:
     return f"{what}, {results.dtypes_of(row)}, an adapter on every linear:\n\n{table}"
 
 
-def _by_provider(rows: Sequence[Row], columns: Mapping[str, Callable[[Row], str]]) -> str:
+def _by_provider(rows: Sequence[Measured], columns: Mapping[str, Callable[[Measured], str]]) -> str:
     """A line for each provider: the medians of its passes, then what `columns` say of the last pass, the peak and host time."""
     columns = {**columns, "peak, MiB": lambda row: three_digits(row["peak_bytes"] / 2**20)}
     if _launched(rows):
@@ -143,7 +144,7 @@ def _by_provider(rows: Sequence[Row], columns: Mapping[str, Callable[[Row], str]
     return _table(["provider", *(f"{pass_}, ms" for pass_ in passes), "p20 to p80", *columns], lines)
 
 
-def _in_short(sizes: Sequence[Sequence[Row]]) -> str:
+def _in_short(sizes: Sequence[Sequence[Measured]]) -> str:
     """A line for each of the first LISTED sizes: forward + backward over the frozen linear's."""
     listed = sizes[:LISTED]
     present = {row["provider"] for rows in listed for row in rows}

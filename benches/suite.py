@@ -1,5 +1,6 @@
 """One run of the suite: measures each size once, within a time budget, and keeps the results in a file that can be resumed."""
 
+import json
 import math
 import time
 from collections.abc import Callable, Mapping
@@ -10,8 +11,8 @@ import torch
 
 from benches import decoder
 from benches.grid import Size
-from fastlora import benchmark
-from fastlora.benchmark import Measurement, ceilings, providers, results, trial
+from fastlora import atomic, benchmark
+from fastlora.benchmark import ceilings, providers, results, trial
 from fastlora.cli.common import three_digits
 from fastlora.environment import environment
 
@@ -76,13 +77,10 @@ class Suite:
         def measure() -> None:
             excluded: dict[str, Exception] = {}
             options: dict[str, Any] = {"repeats": self.repeats, "limit": self.limit, "copies": self.copies}
-            measurements = benchmark.run(self.providers(size), size.case, self.device, excluded=excluded, **options)
-            for name in (providers.FROZEN, providers.EAGER):  # all rows are relative to these
-                if name in excluded:
-                    raise excluded[name]
+            rows, seconds = benchmark.run(self.providers(size), size.case, self.device, excluded=excluded, **options)
             self._failed[size.id].update(excluded)
             facts = {"kind": "linear", "id": size.id, "used_by": size.used_by}
-            self._add(facts, measurements, results.linear_rows(measurements, size.case, self._ceilings_of(size.case.dtype)))
+            self._add(facts, results.linear_rows(rows, size.case, self._ceilings_of(size.case.dtype)), seconds)
 
         return self._get(size.id, measure, provider, pass_)
 
@@ -92,8 +90,8 @@ class Suite:
         def measure() -> None:
             setting = decoder.setting(kind, self.device, toy=self.toy)
             steps = decoder.STEPS[kind](setting, self.device, self.copies)
-            measurements = trial.timed(steps, self.device, repeats=self.repeats, limit=4 * self.limit)
-            self._add(setting.facts(kind), measurements, results.rows_of(measurements, {"over_eager": "PEFT"}))
+            options: dict[str, Any] = {"repeats": self.repeats, "limit": 4 * self.limit}
+            self._add(setting.facts(kind), *trial.timed(steps, self.device, {"over_eager": "PEFT"}, **options))
 
         return self._get(kind, measure, provider, pass_)
 
@@ -123,14 +121,14 @@ class Suite:
         """Those of this run, measured when first asked for."""
         if dtype not in self._ceilings:
             self._ceilings[dtype] = ceilings.measure_ceilings(dtype, self.device)
-            self.content["ceilings"][str(dtype).removeprefix("torch.")] = self._ceilings[dtype].facts
+            self.content["ceilings"][str(dtype).removeprefix("torch.")] = self._ceilings[dtype]._asdict()
         return self._ceilings[dtype]
 
-    def _add(self, facts: Mapping[str, Any], measurements: list[Measurement], rows: list[dict[str, Any]]) -> None:
+    def _add(self, facts: Mapping[str, Any], rows: list[dict[str, Any]], seconds: Mapping[trial.Key, list[float]]) -> None:
         """Keep rows, write the file, and report progress."""
-        self._seconds |= {(facts["id"], m.provider, m.pass_): m.seconds for m in measurements}
+        self._seconds |= {(facts["id"], *key): times for key, times in seconds.items()}
         self.content["rows"] += [{**facts, **row} for row in rows]
-        results.write_json(self.content, self.path)
+        self._write()
         times = ", ".join(
             f"{row['provider']} {three_digits(row['median_ms'])}" for row in rows if row["pass"] == rows[-1]["pass"]
         )
@@ -150,15 +148,19 @@ class Suite:
     def close(self) -> None:
         """Write the final files, if there is anything to write."""
         if self.content["rows"]:
-            results.write_json(self.content, self.path)
+            self._write()
             rates = self.content["ceilings"]
             rows = [{**row, **rates.get(row["dtype"], {}), **self.facts} for row in self.content["rows"]]
             results.write_csv(rows, self.path.with_suffix(".csv"))
 
+    def _write(self) -> None:
+        """Replace the file at once: an interrupted run leaves the previous one."""
+        atomic.write(self.path, json.dumps(self.content, indent=1).encode() + b"\n")
+
     def _resume(self) -> None:
-        known = results.read_json(self.path)
-        if known is None:
+        if not self.path.exists():
             return
+        known = json.loads(self.path.read_text())
         if {**known["facts"], "date": ""} == {**self.facts, "date": ""}:
             self.content = {**known, "not_reached": []}
         else:

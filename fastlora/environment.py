@@ -2,6 +2,7 @@
 
 import platform
 import subprocess
+from contextlib import suppress
 from datetime import UTC, datetime
 from importlib import metadata
 from pathlib import Path
@@ -17,18 +18,27 @@ PACKAGES = ("torch", "triton", "peft", "transformers")
 
 def environment(device: torch.device) -> dict[str, Any]:
     """What a timing depends on: the code, the versions and the device."""
-    known: dict[str, Any] = {"date": datetime.now(UTC).date().isoformat(), "commit": commit(), "fastlora": __version__}
-    known |= {name: _version(name) for name in PACKAGES}
+    known = {"date": datetime.now(UTC).date().isoformat(), "commit": commit(), "fastlora": __version__}
+    known |= dict.fromkeys(PACKAGES)
+    for package in PACKAGES:
+        with suppress(metadata.PackageNotFoundError):
+            known[package] = metadata.version(package)
     known["python"] = platform.python_version()
     if device.type == "cpu":
         return {**known, "device": _processor(), "threads": torch.get_num_threads()}
+    tuned = None  # a fingerprint of the tuning results that the kernels use
+    if "triton" in functional.available_backends(device):
+        from fastlora import dispatch  # imports Triton, as does the next
+        from fastlora.kernels.target import target_of
+
+        tuned = dispatch.fingerprint(target_of(device))
     return {
         **known,
         "device": torch.cuda.get_device_name(device),
         "capability": "sm_{}{}".format(*torch.cuda.get_device_capability(device)),
         "cuda": torch.version.cuda,
-        "driver": _driver(),
-        "tuned": _tuned(device),
+        "driver": _first_line("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader"),
+        "tuned": tuned,
     }
 
 
@@ -38,39 +48,18 @@ def commit() -> str | None:
     In benches/ only code counts: new results must not keep a run from being resumed.
     """
     root = Path(__file__).parents[1]
-    head = _output("git", "-C", str(root), "rev-parse", "--short=12", "HEAD") if (root / ".git").exists() else None
-    changes = head and _output("git", "-C", str(root), "status", "--porcelain", "--", "fastlora", "kernels", "benches/*.py")
+    head = _first_line("git", "-C", str(root), "rev-parse", "--short=12", "HEAD") if (root / ".git").exists() else None
+    changes = head and _first_line("git", "-C", str(root), "status", "--porcelain", "--", "fastlora", "kernels", "benches/*.py")
     return f"{head}+changes" if changes else head
 
 
-def _output(*command: str) -> str | None:
-    """What a program prints; None where it is missing or fails."""
+def _first_line(*command: str) -> str | None:
+    """The first line that a program prints; None where the program is missing, fails or prints nothing."""
     try:
-        return subprocess.run(command, capture_output=True, text=True, check=True).stdout.strip()
+        printed = subprocess.run(command, capture_output=True, text=True, check=True).stdout
     except (OSError, subprocess.CalledProcessError):
         return None
-
-
-def _version(package: str) -> str | None:
-    try:
-        return metadata.version(package)
-    except metadata.PackageNotFoundError:
-        return None
-
-
-def _driver() -> str | None:
-    versions = _output("nvidia-smi", "--query-gpu=driver_version", "--format=csv,noheader")
-    return versions.splitlines()[0] if versions else None
-
-
-def _tuned(device: torch.device) -> str | None:
-    """A fingerprint of the tuning results that the kernels use."""
-    if "triton" not in functional.available_backends(device):
-        return None
-    from fastlora import dispatch
-    from fastlora.kernels.target import target_of
-
-    return dispatch.fingerprint(target_of(device))
+    return next(iter(printed.splitlines()), None)
 
 
 def _processor() -> str:

@@ -6,20 +6,17 @@ A result passes when
     e(result) <= max(2 · e(eager), floor)
 
 Eager is `fastlora.reference.lora_linear` in the dtypes under test. The floor is a few roundings of the output's dtype.
-NaN and infinity never pass. Where ref is zero the result must be zero. A missing gradient, a wrong dtype or shape fails.
-All inputs are random and non-zero, B included. They are scaled so that the LoRA term is as large as the frozen one, so a zero
-gradient, a missing term or a shifted mask gives an error of order one.
-
-The error of a few elements depends on luck: one correctly rounded bfloat16 number may be off by 3.9e-3 while eager's happens to
-be exact. A 16-bit case is therefore drawn several times, until its smallest output has POOLED_ELEMENTS elements, and all draws
-are judged as one vector. In float32 one draw is enough, because the floor is 33 roundings.
+NaN and infinity never pass. Where ref is zero the result must be zero. A missing gradient or a wrong dtype or shape fails.
+Inputs are random, and the LoRA term is as large as the frozen one: a zero gradient or a shifted mask gives an error of order 1.
+The error of a few 16-bit elements depends on luck. A 16-bit case is therefore drawn until its smallest output has
+POOLED_ELEMENTS elements, and all draws are judged as one vector. In float32 the floor is 33 roundings, so one draw is enough.
 
     oracle.assert_parity(oracle.Case((17, 33, 65), rank=3, dtype=torch.bfloat16, dropout_p=0.1), backend="torch")
 """
 
 import math
 from collections.abc import Callable, Iterable, Mapping
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
 
@@ -70,10 +67,8 @@ class Case:
         if len(self.shape) != 3 or min(*self.shape, self.rank) < 0:
             raise ValueError(f"shape must be (M, K, N) and rank an int, none negative, got {self.shape}, {self.rank}")
         if (self.dtype, self.adapters) not in FLOOR:
-            raise ValueError(
-                f"(dtype, adapter_dtype) must be one of {[(str(a), str(b)) for a, b in FLOOR]}, "
-                f"got ({self.dtype}, {self.adapters})"
-            )
+            known = [(str(base), str(adapters)) for base, adapters in FLOOR]
+            raise ValueError(f"(dtype, adapter_dtype) must be one of {known}, got ({self.dtype}, {self.adapters})")
 
     @property
     def adapters(self) -> torch.dtype:
@@ -115,12 +110,16 @@ class Inputs:
     @property
     def nbytes(self) -> int:
         """Bytes of all tensors."""
-        return sum(t.nbytes for t in (self.x, self.dy, *self.weights) if t is not None)
+        return sum(tensor.nbytes for tensor in vars(self).values() if isinstance(tensor, Tensor))
+
+    def map(self, function: View) -> "Inputs":
+        """function(tensor) in place of every tensor."""
+        tensors: dict[str, Any] = {name: function(t) for name, t in vars(self).items() if isinstance(t, Tensor)}
+        return replace(self, **tensors)
 
     def double(self) -> "Inputs":
         """The same values in float64."""
-        x, weight, A, B, dy = (t.double() for t in (self.x, self.weight, self.lora_A, self.lora_B, self.dy))
-        return Inputs(x, weight, A, B, None if self.bias is None else self.bias.double(), dy, self.seed)
+        return self.map(Tensor.double)
 
 
 @dataclass(frozen=True)
@@ -136,38 +135,27 @@ class Row:
 
     @property
     def passed(self) -> bool:
-        return math.isfinite(self.error) and self.error <= self.bound
+        return self.error <= self.bound
 
 
-def draw(
-    case: Case,
-    *,
-    index: int = 0,
-    device: torch.device | str = "cpu",
-    views: Mapping[str, View] | None = None,
-    on_device: bool = False,
-) -> Inputs:
+def draw(case: Case, *, index: int = 0, device: torch.device | str = "cpu", views: Mapping[str, View] | None = None) -> Inputs:
     """Set number `index` of random inputs for the case.
 
     x, dy and bias are standard normal, W and A have variance 1/K, B has variance 1/r: both terms of y are of order one.
 
     Args:
-        device: where the tensors live.
+        device: where the tensors are drawn.  The values depend on its kind.
         views: name of a tensor of Inputs -> a function that returns the tensor to use instead, `{"x": lambda x: x[::2]}` say.
             The view of x may change the number of rows and of dimensions.
-        on_device: generate the numbers on `device`. This is faster for large inputs on a GPU, but the values then depend on
-            the kind of device.
     """
     m, k, n = case.shape
-    source = torch.device(device if on_device else "cpu")
-    generator = torch.Generator(source).manual_seed((case.seed * 1_000_003 + index) % 2**63)
+    generator = torch.Generator(device).manual_seed((case.seed * 1_000_003 + index) % 2**63)
 
     def normal(name: str, shape: tuple[int, ...], dtype: torch.dtype, fan_in: int = 1) -> Tensor:
-        tensor = torch.randn(shape, generator=generator, device=source).div_(math.sqrt(max(fan_in, 1)))
-        tensor = tensor.to(device=device, dtype=dtype)
+        tensor = torch.randn(shape, generator=generator, device=device).div_(math.sqrt(max(fan_in, 1))).to(dtype)
         return views[name](tensor) if views and name in views else tensor
 
-    seed = int(torch.randint(-(2**63), 2**63 - 1, (1,), generator=generator, device=source))
+    seed = int(torch.randint(-(2**63), 2**63 - 1, (1,), generator=generator, device=device))
     x = normal("x", (m, k), case.dtype)
     return Inputs(
         x=x,
@@ -180,16 +168,14 @@ def draw(
     )
 
 
-def evaluate(function: Callable[..., Tensor], case: Case, inputs: Inputs, outputs: Iterable[str]) -> dict[str, Tensor | None]:
+def evaluate(function: Callable[..., Tensor], case: Case, inputs: Inputs, outputs: Iterable[str]) -> dict[str, Any]:
     """y and the wanted gradients of `function`; None where autograd returned none.  No other input requires a gradient."""
     wanted = [output for output in outputs if output != "y"]
-    leaves: dict[str, Any] = {name: getattr(inputs, name) for name in ("x", "weight", "lora_A", "lora_B", "bias")}
-    leaves = {name: None if t is None else t.detach() for name, t in leaves.items()}
-    needed = [leaves[ARGUMENT_OF[output]].requires_grad_() for output in wanted]
-    y = function(*leaves.values(), scaling=case.scaling, dropout_p=case.dropout_p, seed=inputs.seed)
+    leaves = inputs.map(Tensor.detach)
+    needed = [getattr(leaves, ARGUMENT_OF[output]).requires_grad_() for output in wanted]
+    y = function(leaves.x, *leaves.weights, scaling=case.scaling, dropout_p=case.dropout_p, seed=inputs.seed)
     grads = torch.autograd.grad(y, needed, inputs.dy, allow_unused=True) if wanted else ()
-    results = {"y": y.detach(), **dict(zip(wanted, grads, strict=True))}
-    return {output: results[output] for output in outputs}
+    return {"y": y.detach(), **dict(zip(wanted, grads, strict=True))}
 
 
 def relative_error(result: Tensor, ref: Tensor) -> float:
@@ -208,13 +194,13 @@ def masked_reference(
     `scale` is the factor that the function under test applies to kept elements: 1/(1 − p) for torch's own dropout.
     """
 
-    def lora_linear(x: Tensor, *tensors: Any, scaling: float, dropout_p: float, seed: int) -> Tensor:
-        keep_mask = None
-        if dropout_p > 0:
+    def lora_linear(x: Tensor, *weights: Any, scaling: float, dropout_p: float, seed: int) -> Tensor:
+        def drop(x: Tensor) -> Tensor:
             cols = x.shape[-1]
-            keep_mask = mask(seed, x.numel() // max(cols, 1), cols, dropout_p, device=x.device)
-            scaling *= scale(dropout_p) / (keep_scale(dropout_p) or 1.0)
-        return reference.lora_linear(x, *tensors, scaling=scaling, dropout_p=dropout_p, keep_mask=keep_mask)
+            kept = mask(seed, x.numel() // max(cols, 1), cols, dropout_p, device=x.device).view(x.shape)
+            return torch.where(kept, x * scale(dropout_p), 0.0)
+
+        return reference.lora_linear(x, *weights, scaling=scaling, dropout=drop if dropout_p > 0 else None)
 
     return lora_linear
 
@@ -243,31 +229,30 @@ def check(
     Raises:
         ValueError: both `function` and `backend` given, or an output that the case does not have.
     """
-    if function is None:
-        function = partial(functional.lora_linear, backend=backend)
-    elif backend is not None:
+    if function is not None and backend is not None:
         raise ValueError(f"backend={backend!r} selects how fastlora.lora_linear runs; it cannot be given with a function")
     outputs = case.outputs if outputs is None else tuple(outputs)
     if unknown := set(outputs) - set(case.outputs):
         raise ValueError(f"outputs must be among {case.outputs} for this case, got {sorted(unknown)}")
+    function = function or partial(functional.lora_linear, backend=backend)
     expected = expected or masked_reference()
 
-    drawn: list[dict[str, list[Any]]] = [{output: [] for output in outputs} for _ in range(3)]
-    results, eager, refs = drawn
+    found: dict[str, list[Any]] = {output: [] for output in outputs}  # (result, eager, ref) of each draw
     index, draws = 0, 1
     while index < draws:
         inputs = draw(case, index=index, device=device, views=views)
-        for found, call, given in ((refs, expected, inputs.double()), (eager, expected, inputs), (results, function, inputs)):
-            for output, tensor in evaluate(call, case, given, outputs).items():
-                found[output].append(tensor)
+        refs, eager = (evaluate(expected, case, given, outputs) for given in (inputs.double(), inputs))
+        results = evaluate(function, case, inputs, outputs)
+        for output in outputs:
+            found[output].append((results[output], eager[output], refs[output]))
         index += 1
         if case.dtype.itemsize == 2:
-            smallest = min((ref.numel() for (ref, *_) in refs.values() if ref.numel()), default=POOLED_ELEMENTS)
+            smallest = min((refs[output].numel() for output in outputs if refs[output].numel()), default=POOLED_ELEMENTS)
             draws = math.ceil(POOLED_ELEMENTS / smallest)
-    return [judge(case, output, *(_joined(found[output]) for found in drawn)) for output in outputs]
+    return [judge(case, output, *map(_joined, zip(*found[output], strict=True))) for output in outputs]
 
 
-def _joined(tensors: list[Any]) -> Any:
+def _joined(tensors: tuple[Any, ...]) -> Any:
     """The tensors of all draws as one; None where there are none."""
     return tensors[0] if len(tensors) == 1 or any(t is None for t in tensors) else torch.stack(tensors)
 
@@ -277,17 +262,18 @@ def judge(case: Case, output: str, result: Tensor | None, eager: Tensor, ref: Te
 
     Where eager overflows, the floor alone is the bound.
     """
-    floor, dtype, note = FLOOR[case.dtype, case.dtype_of(output)], case.dtype_of(output), ""
+    dtype, error, note = case.dtype_of(output), math.inf, ""
     if result is None:
         note = "no gradient"
     elif result.dtype != dtype or result.shape != ref.shape:
         note = f"{result.dtype} {tuple(result.shape)} instead of {dtype} {tuple(ref.shape)}"
     elif not bool(torch.isfinite(result).all()):
         note = "not finite"
-    error = math.inf if result is None or note else relative_error(result, ref)
-    eager_error = relative_error(eager, ref)
+    elif (error := relative_error(result, ref)) == math.inf:
+        note = "not zero"
+    floor, eager_error = FLOOR[case.dtype, dtype], relative_error(eager, ref)
     bound = max(EAGER_FACTOR * eager_error, floor) if math.isfinite(eager_error) else floor
-    return Row(case, output, error, eager_error, bound, note or ("not zero" if error == math.inf else ""))
+    return Row(case, output, error, eager_error, bound, note)
 
 
 def assert_parity(case: Case, function: Callable[..., Tensor] | None = None, **options: Any) -> list[Row]:

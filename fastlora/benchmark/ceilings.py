@@ -7,35 +7,27 @@ No implementation overlaps both perfectly, so 100 % is out of reach where they t
 100 where the frozen linear's own GEMM is faster than the square one measured here.
 """
 
-import itertools
-from dataclasses import dataclass
+from typing import NamedTuple
 
 import torch
 
 from fastlora import oracle
-from fastlora.benchmark.clock import copies_beyond_cache, measure
+from fastlora.benchmark.clock import measure
 
 REPEATS = 10
 #: device type -> (n of the n x n matrices multiplied, bytes copied)
 SIZES = {"cpu": (1024, 64 << 20), "cuda": (8192, 1 << 30)}
 
 
-@dataclass(frozen=True)
-class Ceilings:
-    """Measured rates: operations per second of a square GEMM in `dtype`, bytes read plus written per second of a copy."""
+class Ceilings(NamedTuple):
+    """Measured rates: of a square GEMM in 10¹² operations a second, of a copy in 10⁹ bytes read or written a second."""
 
-    dtype: torch.dtype
-    gemm: float
-    copy: float
+    gemm_tflops: float
+    copy_gbps: float
 
     def floor(self, case: oracle.Case, pass_: str) -> float:
         """The least seconds that the pass can take on this machine; rank 0 is the frozen linear alone."""
-        return max(operations(case, pass_) / self.gemm, compulsory_bytes(case, pass_) / self.copy)
-
-    @property
-    def facts(self) -> dict[str, float]:
-        """The rates in the units of the tables."""
-        return {"gemm_tflops": self.gemm / 1e12, "copy_gbps": self.copy / 1e9}
+        return max(operations(case, pass_) / (1e12 * self.gemm_tflops), compulsory_bytes(case, pass_) / (1e9 * self.copy_gbps))
 
 
 def operations(case: oracle.Case, pass_: str) -> int:
@@ -57,13 +49,11 @@ def compulsory_bytes(case: oracle.Case, pass_: str) -> int:
 
 
 def measure_ceilings(dtype: torch.dtype, device: torch.device) -> Ceilings:
-    """The shortest time of a square GEMM and of a copy, on random data larger than the cache."""
+    """The highest rates of a square GEMM and of a copy larger than the cache, on random data."""
     size, nbytes = SIZES[device.type]
-    copies = copies_beyond_cache(2 * size * size * dtype.itemsize, device)
-    pairs = [tuple(torch.randn(size, size, device=device).to(dtype) for _ in range(2)) for _ in range(copies)]
+    left, right = torch.randn(2, size, size, device=device).to(dtype)
     source = torch.randint(0, 255, (nbytes,), dtype=torch.uint8, device=device)
     target = torch.empty_like(source)
-    turn = itertools.cycle(pairs)
-    steps = {"gemm": lambda: torch.mm(*next(turn)), "copy": lambda: target.copy_(source)}
+    steps = {"gemm": lambda: left @ right, "copy": lambda: target.copy_(source)}
     best = {name: min(times) for name, times in measure(steps, device, REPEATS).items()}
-    return Ceilings(dtype, 2 * size**3 / best["gemm"], 2 * nbytes / best["copy"])
+    return Ceilings(2 * size**3 / best["gemm"] / 1e12, 2 * nbytes / best["copy"] / 1e9)

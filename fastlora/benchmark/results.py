@@ -1,24 +1,19 @@
-"""Results as rows, and their files.
-
-A row is one pass of one provider at one size, as a dict: "provider", "pass", "median_ms", "p20_ms", "p80_ms", ratios of
-medians, "roofline_percent", "launch_ms", "saved_bytes", "peak_bytes", and the facts of the case.  Only the last pass has bytes.
-launch_ms, the host's time to launch the pass, is measured on a GPU only.  A value that was not measured is None.
-"""
+"""The rows of a linear: their facts, their CSV file, their plot."""
 
 import csv
-import json
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Iterable, Mapping, Sequence
 from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
-from fastlora import atomic, oracle
+from fastlora import oracle
 from fastlora.benchmark.ceilings import Ceilings
-from fastlora.benchmark.clock import quantiles
-from fastlora.benchmark.providers import EAGER, FROZEN
-from fastlora.benchmark.trial import Measurement
+from fastlora.benchmark.providers import FROZEN
+from fastlora.benchmark.trial import PASSES
+from fastlora.cli.common import three_digits
 
 WIDE_SPREAD = 1.5  # p80 / p20; an undisturbed run stays below 1.1
+GREY, ORANGE, BLUE = "#9aa0a6", "#d98c3f", "#2a6fbb"
 
 
 def scattered(rows: Sequence[Mapping[str, Any]]) -> int:
@@ -26,40 +21,13 @@ def scattered(rows: Sequence[Mapping[str, Any]]) -> int:
     return sum(row["p80_ms"] > WIDE_SPREAD * row["p20_ms"] for row in rows)
 
 
-def rows_of(
-    measurements: Sequence[Measurement],
-    ratios: Mapping[str, str],
-    floor: Callable[[Measurement], float | None] = lambda measurement: None,
-) -> list[dict[str, Any]]:
-    """One row for each measurement.
-
-    Args:
-        ratios: column -> the provider to whose median the column relates.
-        floor: the least seconds that the pass can take, for the roofline.
-    """
-    medians = {(m.provider, m.pass_): quantiles(m.seconds).median for m in measurements}
-    rows = []
-    for m in measurements:
-        p20, median, p80 = quantiles(m.seconds)
-        least = floor(m)
-        rows.append(
-            {"provider": m.provider, "pass": m.pass_, "median_ms": median * 1e3, "p20_ms": p20 * 1e3, "p80_ms": p80 * 1e3}
-            | {column: median / medians[provider, m.pass_] for column, provider in ratios.items()}
-            | {"roofline_percent": least and 100 * least / median}
-            | {"launch_ms": quantiles(m.launch_seconds).median * 1e3 if m.launch_seconds else None}
-            | {"saved_bytes": m.saved_bytes, "peak_bytes": m.peak_bytes}
-        )
-    return rows
-
-
-def linear_rows(measurements: Sequence[Measurement], case: oracle.Case, ceilings: Ceilings) -> list[dict[str, Any]]:
-    """The rows of a linear, relative to the frozen linear and to eager LoRA, with the facts of the case."""
-
-    def floor(m: Measurement) -> float:
-        return ceilings.floor(replace(case, rank=0) if m.provider == FROZEN else case, m.pass_)
-
-    rows = rows_of(measurements, {"over_frozen": FROZEN, "over_eager": EAGER}, floor)
-    return [{**facts_of(case), **row} for row in rows]
+def linear_rows(rows: Iterable[Mapping[str, Any]], case: oracle.Case, ceilings: Ceilings) -> list[dict[str, Any]]:
+    """The rows of `trial.run` with the facts of the case, and "roofline_percent": the least time, in percent of the median."""
+    found = []
+    for row in rows:
+        least = ceilings.floor(replace(case, rank=0) if row["provider"] == FROZEN else case, row["pass"])
+        found.append({**facts_of(case), **row, "roofline_percent": 100 * least * 1e3 / row["median_ms"]})
+    return found
 
 
 def facts_of(case: oracle.Case) -> dict[str, Any]:
@@ -82,7 +50,7 @@ def dtypes_of(facts: Mapping[str, Any]) -> str:
 
 
 def write_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
-    """The rows, which may have different columns."""
+    """Write the rows, which may have different columns."""
     columns = dict.fromkeys(column for row in rows for column in row)
     with path.open("w", newline="") as file:
         writer = csv.DictWriter(file, columns)
@@ -90,11 +58,24 @@ def write_csv(rows: Sequence[Mapping[str, Any]], path: Path) -> None:
         writer.writerows(rows)
 
 
-def write_json(value: Mapping[str, Any], path: Path) -> None:
-    """Replace `path` at once: an interrupted run leaves the previous file."""
-    atomic.write(path, json.dumps(value, indent=1).encode() + b"\n")
+def plot(rows: Sequence[Mapping[str, Any]], conditions: str, path: Path) -> None:
+    """Draw the `linear_rows` of one case to a PNG: bars of the medians with whiskers from p20 to p80, a panel for each pass."""
+    from matplotlib.figure import Figure
 
-
-def read_json(path: Path) -> dict[str, Any] | None:
-    """What `write_json` wrote; None where there is no such file."""
-    return json.loads(path.read_text()) if path.exists() else None
+    names = list(dict.fromkeys(row["provider"] for row in rows))
+    colours = [BLUE if "fastlora" in name else GREY if name == FROZEN else ORANGE for name in names]
+    figure = Figure(figsize=(11, 1.6 + 0.42 * len(names)), layout="constrained")
+    for axes, pass_ in zip(figure.subplots(1, len(PASSES), sharey=True), PASSES, strict=True):
+        drawn = [row for row in rows if row["pass"] == pass_]
+        medians = [row["median_ms"] for row in drawn]
+        spread = [[row["median_ms"] - row["p20_ms"] for row in drawn], [row["p80_ms"] - row["median_ms"] for row in drawn]]
+        container = axes.barh(names, medians, xerr=spread, capsize=3, color=colours)
+        labels = [f"{three_digits(row['median_ms'])} ms, {row['over_frozen']:.2f} ×" for row in drawn]
+        axes.bar_label(container, labels, padding=4, fontsize=8)
+        axes.set(title=pass_, xlabel="milliseconds, × frozen linear")
+        axes.margins(x=0.45)
+        axes.spines[["top", "right"]].set_visible(False)
+    axes.invert_yaxis()  # the panels share it
+    figure.suptitle(f"LoRA linear, {title(rows[0])}")
+    figure.supxlabel(f"{conditions}; whiskers: 20th to 80th percentile", fontsize=8, color="#5f6368")
+    figure.savefig(path, dpi=150)

@@ -2,12 +2,15 @@
 
 All providers get the same random tensors, in as many sets as exceed the last-level cache, taken in turn.  There are three
 passes: forward as in training, backward alone (after an untimed forward), and both together.
+
+A row is one pass of one provider, as a dict: "provider", "pass", "median_ms", "p20_ms", "p80_ms", ratios of medians,
+"launch_ms", "saved_bytes" and "peak_bytes".  launch_ms, the host's time to launch the pass, is measured on a GPU only.  Only
+the last pass of a provider has bytes.  A value that was not measured is None.
 """
 
 import itertools
 from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
-from contextlib import contextmanager
-from dataclasses import dataclass, replace
+from dataclasses import replace
 from typing import Any
 
 import torch
@@ -15,11 +18,14 @@ from torch import Tensor
 
 from fastlora import oracle
 from fastlora.benchmark.ceilings import compulsory_bytes
-from fastlora.benchmark.clock import WARMUP, CudaClock, Prepared, Step, copies_beyond_cache, device_clock, measure
+from fastlora.benchmark.clock import WARMUP, CudaClock, Prepared, Step, copies_beyond_cache, device_clock, measure, quantiles
 from fastlora.benchmark.memory import peak_bytes, saved_bytes, total_bytes
-from fastlora.benchmark.providers import Provider
+from fastlora.benchmark.providers import COMPILED, EAGER, FROZEN, Provider
 
 PASSES = ("forward", "backward", "forward + backward")
+
+Key = tuple[str, str]  # provider, pass
+Timed = tuple[list[dict[str, Any]], dict[Key, list[float]]]  # rows, and the seconds of each round behind them
 
 
 class WrongResultError(RuntimeError):
@@ -28,17 +34,10 @@ class WrongResultError(RuntimeError):
 
 def draw(case: oracle.Case, device: torch.device, index: int = 0) -> oracle.Inputs:
     """Set number `index` of the case, drawn on `device`; x, A and B require gradients."""
-    inputs = oracle.draw(case, index=index, device=device, on_device=True)
+    inputs = oracle.draw(case, index=index, device=device)
     for tensor in (inputs.x, inputs.lora_A, inputs.lora_B):
         tensor.requires_grad_()
     return inputs
-
-
-@contextmanager
-def _seeded(seed: int, device: torch.device) -> Iterator[None]:
-    with torch.random.fork_rng([device] if device.type == "cuda" else []):
-        torch.manual_seed(seed)
-        yield
 
 
 class Judge:
@@ -47,21 +46,6 @@ class Judge:
     def __init__(self, case: oracle.Case, inputs: oracle.Inputs) -> None:
         self.case, self.inputs = case, inputs
         self._expected: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
-
-    def expected(self, provider: Provider) -> list[dict[str, Any]]:
-        """[eager results in the case's dtypes, results in float64] with the mask that the provider draws."""
-        key = provider.mask, provider.keep_scale, provider.adapted
-        if key not in self._expected:
-
-            def mask(seed: int, rows: int, cols: int, p: float, device: torch.device) -> Tensor:
-                with _seeded(seed, device):
-                    return provider.mask(rows, cols, p, device)
-
-            case = self.case if provider.adapted else replace(self.case, scaling=0.0, dropout_p=0.0)
-            truth = oracle.masked_reference(mask, provider.keep_scale)
-            both = self.inputs, self.inputs.double()
-            self._expected[key] = [oracle.evaluate(truth, case, inputs, provider.outputs) for inputs in both]
-        return self._expected[key]
 
     def verify(self, provider: Provider) -> list[oracle.Row]:
         """The oracle's verdict on y and each gradient.
@@ -72,12 +56,23 @@ class Judge:
 
         def function(x: Tensor, *weights: Any, scaling: float, dropout_p: float, seed: int) -> Tensor:
             forward = provider.bind(weights, scaling, dropout_p)
-            with _seeded(seed, x.device):
-                return forward(x)
+            torch.manual_seed(seed)
+            return forward(x)
 
-        results = oracle.evaluate(function, self.case, self.inputs, provider.outputs)
-        eager, refs = self.expected(provider)
-        rows = [oracle.judge(self.case, name, results[name], eager[name], refs[name]) for name in provider.outputs]
+        def mask(seed: int, rows: int, cols: int, p: float, device: torch.device) -> Tensor:
+            torch.manual_seed(seed)
+            return provider.mask(rows, cols, p, device)
+
+        outputs, x = provider.outputs, self.inputs.x
+        key = provider.mask, provider.keep_scale, outputs
+        with torch.random.fork_rng([x.device] if x.is_cuda else []):
+            results = oracle.evaluate(function, self.case, self.inputs, outputs)
+            if key not in self._expected:
+                case = self.case if "dA" in outputs else replace(self.case, scaling=0.0, dropout_p=0.0)
+                truth, both = oracle.masked_reference(mask, provider.keep_scale), (self.inputs, self.inputs.double())
+                self._expected[key] = [oracle.evaluate(truth, case, inputs, outputs) for inputs in both]
+        eager, refs = self._expected[key]
+        rows = [oracle.judge(self.case, name, results[name], eager[name], refs[name]) for name in outputs]
         if not all(row.passed for row in rows):
             raise WrongResultError(f"{provider.name} is wrong on {self.case}, so it is not timed:\n{oracle.table(rows)}")
         return rows
@@ -115,42 +110,37 @@ def passes(forward: Callable[[], Any], backward: Callable[[Any], object]) -> dic
     return dict(zip(PASSES, (forward, Prepared(forward, backward), lambda: backward(forward())), strict=True))
 
 
-@dataclass(frozen=True)
-class Measurement:
-    """One pass of one provider: seconds of each timed round, seconds of launching it (on a GPU), and bytes (last pass only)."""
-
-    provider: str
-    pass_: str
-    seconds: list[float]
-    launch_seconds: list[float]
-    saved_bytes: int | None
-    peak_bytes: int | None
-
-
 def timed(
-    steps: Mapping[tuple[str, str], Step],
+    steps: Mapping[Key, Step],
     device: torch.device,
+    ratios: Mapping[str, str],
     parameters: Sequence[Tensor | None] | None = None,
     **options: Any,
-) -> list[Measurement]:
-    """Time steps, given by (provider, pass), against each other; count the bytes of each provider's last pass.
+) -> Timed:
+    """Time steps against each other, and count the bytes of each provider's last pass; a row for each step.
 
     Args:
+        ratios: column -> the provider to whose median the column relates.
         parameters: tensors that exist anyway and do not count as saved; default: saved bytes are not counted.
         options: repeats, limit and progress, see `measure`.
     """
     clock = device_clock(device)
     seconds = measure(steps, device, clock=clock, **options)
-    launches = clock.launches if isinstance(clock, CudaClock) else {}
+    spread = {key: quantiles(times) for key, times in seconds.items()}
     last = dict(iter(steps))  # by provider
-    measurements = []
+    rows = []
     for (provider, pass_), step in steps.items():
-        whole = last[provider] == pass_
-        saved = saved_bytes(step, parameters) if whole and parameters is not None else None
-        peak = peak_bytes(step, device) if whole else None
-        launch = launches.get((provider, pass_), [])[WARMUP:]
-        measurements.append(Measurement(provider, pass_, seconds[provider, pass_], launch, saved, peak))
-    return measurements
+        p20, median, p80 = spread[provider, pass_]
+        row = {"provider": provider, "pass": pass_, "median_ms": median * 1e3, "p20_ms": p20 * 1e3, "p80_ms": p80 * 1e3}
+        row |= {column: median / spread[other, pass_].median for column, other in ratios.items()}
+        row |= dict.fromkeys(("launch_ms", "saved_bytes", "peak_bytes"))
+        if isinstance(clock, CudaClock):
+            row["launch_ms"] = quantiles(clock.launches[provider, pass_][WARMUP:]).median * 1e3
+        if last[provider] == pass_:
+            row["saved_bytes"] = None if parameters is None else saved_bytes(step, parameters)
+            row["peak_bytes"] = peak_bytes(step, device)
+        rows.append(row)
+    return rows, seconds
 
 
 def run(
@@ -162,13 +152,14 @@ def run(
     excluded: dict[str, Exception] | None = None,
     progress: Callable[[str], None] = lambda what: None,
     **options: Any,
-) -> list[Measurement]:
+) -> Timed:
     """Check every provider, then time its passes against those of the others and count its bytes.
 
     Args:
+        rivals: among them the frozen linear and eager LoRA, to which all rows relate.
         copies: sets of inputs to take in turn; default as many as exceed the cache.
-        excluded: collects the errors of providers that are wrong or fail, by name, and leaves these providers out; by default
-            the error is raised.
+        excluded: collects the errors of providers that are wrong or fail, by name, and leaves these providers out.  The error
+            of the frozen linear or of eager LoRA is raised, and by default any.
         progress: called with what was just done: len(rivals) + WARMUP times, and after each timed round.
         options: repeats and limit, see `measure`.
 
@@ -180,7 +171,7 @@ def run(
     needed = compulsory_bytes(case, "forward") * (1 + 8 // case.dtype.itemsize)  # and again in float64
     if needed > (memory := total_bytes(device)):
         raise torch.OutOfMemoryError(f"{case} needs at least {needed >> 30:,} GiB; {device} has {memory >> 30:,} GiB")
-    if any(provider.compiled for provider in rivals):
+    if any(provider.name in COMPILED for provider in rivals):
         torch.compiler.reset()  # what was compiled for other cases counts against the limit of recompilations
     first = draw(case, device)
     judge = Judge(case, first)
@@ -188,7 +179,7 @@ def run(
         try:
             judge.verify(provider)
         except Exception as error:  # torch.compile, Triton and PEFT have no base of their errors in common
-            if excluded is None:
+            if excluded is None or provider.name in (FROZEN, EAGER):
                 raise
             excluded[provider.name] = error.with_traceback(None)  # its frames hold the tensors
             rivals.remove(provider)
@@ -200,4 +191,4 @@ def run(
     steps = {provider.name: steps_of(provider, case, sets, turn) for provider in rivals}
     by_pass = {(name, pass_): steps[name][pass_] for pass_ in PASSES for name in steps}
     parameters = [tensor for inputs in sets for tensor in inputs.weights]
-    return timed(by_pass, device, parameters, progress=progress, **options)
+    return timed(by_pass, device, {"over_frozen": FROZEN, "over_eager": EAGER}, parameters, progress=progress, **options)

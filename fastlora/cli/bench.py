@@ -15,14 +15,13 @@ from typing import Any
 import torch
 
 from fastlora import benchmark, oracle
-from fastlora.benchmark import ceilings, clock, plot, providers, results
+from fastlora.benchmark import ceilings, clock, providers, results
 from fastlora.cli import common
 from fastlora.cli.common import three_digits
 from fastlora.environment import environment
 
 #: device type -> (M, K, N, dtype)
 DEFAULTS = {"cpu": (2048, 1024, 1024, "float32"), "cuda": (8192, 4096, 4096, "bfloat16")}
-FILES = ("bench.csv", "bench.png")
 COLUMNS = ("median\nms", "p20\nms", "p80\nms", "×\nfrozen", "×\neager", "% of\nroofline", "saved\nMiB", "peak\nMiB")
 
 
@@ -66,7 +65,7 @@ def run(args: argparse.Namespace) -> int:
         return common.refuse("bench", str(error))
     try:
         with common.progress(len(rivals) + clock.WARMUP + args.repeats) as step:
-            measurements = benchmark.run(rivals, case, args.device, repeats=args.repeats, progress=step)
+            rows, _ = benchmark.run(rivals, case, args.device, repeats=args.repeats, progress=step)
             rates = ceilings.measure_ceilings(case.dtype, args.device)
     except RuntimeError as error:
         expected = isinstance(error, benchmark.WrongResultError | torch.OutOfMemoryError)
@@ -74,11 +73,12 @@ def run(args: argparse.Namespace) -> int:
             raise
         common.consoles()[1].print(str(error), style="red", markup=False, soft_wrap=True)
         return 1
-    rows = results.linear_rows(measurements, case, rates)
-    facts = {**results.facts_of(case), "repeats": args.repeats, "seed": args.seed, **rates.facts, **environment(args.device)}
-    csv, png = (args.output / name for name in FILES)
+    rows = results.linear_rows(rows, case, rates)
+    asked = {**results.facts_of(case), "repeats": args.repeats, "seed": args.seed}
+    facts = {**asked, **rates._asdict(), **environment(args.device)}
+    csv, png = args.output / "bench.csv", args.output / "bench.png"
     results.write_csv([{**row, **facts} for row in rows], csv)
-    plot.bars(rows, f"LoRA linear, {results.title(facts)}", _conditions(facts), png)
+    results.plot(rows, _conditions(facts), png)
     if args.json:
         print(json.dumps({"facts": facts, "rows": rows, "files": [str(csv), str(png)]}, indent=2))
     else:
@@ -119,10 +119,8 @@ def _print(rows: Sequence[Mapping[str, Any]], facts: Mapping[str, Any], folder: 
     stdout.print(common.table(f"LoRA linear, {results.title(facts)}", columns, _lines(rows), caption))
     if results.scattered(rows):
         stdout.print("[yellow]The times scatter widely: something else ran on this machine, and the ratios mean little.")
-    files = ", ".join(FILES)
-    stdout.print(
-        f"Every provider was within its float64 bound before it was timed. Written to {folder}: {files}", soft_wrap=True
-    )
+    stdout.print("Every provider was within its float64 bound before it was timed.")
+    stdout.print(f"Written to {folder}: bench.csv, bench.png", soft_wrap=True)
 
 
 def _lines(rows: Sequence[Mapping[str, Any]]) -> Iterator[list[str]]:

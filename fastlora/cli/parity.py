@@ -3,6 +3,7 @@ dropout mask. An error passes when it is at most twice that of eager LoRA in the
 In the drawn cases every dtype, shape, rank, dropout rate and bias setting comes up equally often."""
 
 import argparse
+import itertools
 import json
 import math
 import random
@@ -55,19 +56,25 @@ def run(args: argparse.Namespace) -> int:
         return common.refuse("parity", f"the {args.backend} backend cannot run on {args.device}.{hint}")
     backends = [args.backend] if args.backend else [name for name in available if name in BACKENDS]
     verdicts = _check(draw_cases(args.dtype or list(DTYPES), args.cases, args.seed), backends, args.device)
-    passed = all(row.passed for _, row in verdicts)
+    over = sum(not row.passed for _, row in verdicts)
     if args.json:
         facts = {"device": str(args.device), "backends": backends, "seed": args.seed, "cases": args.cases}
         rows = [{"backend": backend, **_plain(row)} for backend, row in verdicts]
-        print(json.dumps({"passed": passed, **facts, "rows": rows}, indent=2, default=str))
-        return 0 if passed else 1
+        print(json.dumps({"passed": not over, **facts, "rows": rows}, indent=2, default=str))
+        return min(over, 1)
     stdout, _ = common.consoles()
     columns = {"backend": "left", "output": "left", **dict.fromkeys(("fastlora", "eager", "bound"), "right"), "verdict": "left"}
     stdout.print(common.table(f"relative error against float64 on {args.device}", columns, _lines(verdicts)))
-    stdout.print(_summary(verdicts, backends))
+    head = f"[bold green]all {len(verdicts)} errors are within their bounds"
+    if over:
+        head = f"[bold red]{over} of {len(verdicts)} errors are over their bounds"
+    backend, row = max(verdicts, key=lambda verdict: verdict[1].error / verdict[1].bound)
+    share = f"{row.error / row.bound:.2f}, {row.output} of {row.case} ({backend})"
+    checked = f"{args.cases} cases, {' and '.join(backends)} backend"
+    stdout.print(f"{head}[/] ({checked}). Largest, as a share of its bound: {share}.")
     if not args.backend and "fused" not in available:
         stdout.print(f"Not checked: the Triton kernels, which cannot run on {args.device} here. {INTERPRETER_HINT}")
-    return 0 if passed else 1
+    return min(over, 1)
 
 
 def draw_cases(dtypes: Sequence[str], count: int, seed: int) -> list[oracle.Case]:
@@ -75,10 +82,7 @@ def draw_cases(dtypes: Sequence[str], count: int, seed: int) -> list[oracle.Case
     generator = random.Random(seed)
 
     def axis(values: Sequence[Any]) -> list[Any]:
-        column: list[Any] = []
-        while len(column) < count:
-            column += generator.sample(values, len(values))
-        return column[:count]
+        return [value for _ in range(0, count, len(values)) for value in generator.sample(values, len(values))][:count]
 
     columns = [axis(values) for values in (dtypes, SHAPES, RANKS, DROPOUTS, BIAS)]
     drawn = sorted(zip(*columns, strict=True), key=lambda values: list(DTYPES).index(values[0]))
@@ -105,27 +109,13 @@ def _check(cases: Sequence[oracle.Case], backends: Sequence[str], device: torch.
 
 def _lines(verdicts: Verdicts) -> Iterator[list[str]]:
     """A line with each case, and below it a line for each backend and output."""
-    previous = None
-    for backend, row in verdicts:
-        if row.case != previous:
-            yield [f"[bold]{row.case}"]
-        previous = row.case
-        figures = [f"{value:.1e}" for value in (row.error, row.eager, row.bound)]
-        yield [f" {backend}", row.output, *figures, "[green]ok" if row.passed else f"[bold red]OVER[/] {row.note}"]
-
-
-def _summary(verdicts: Verdicts, backends: Sequence[str]) -> str:
-    cases = len({row.case for _, row in verdicts})
-    over = sum(not row.passed for _, row in verdicts)
-    head = f"[bold green]all {len(verdicts)} errors are within their bounds"
-    if over:
-        head = f"[bold red]{over} of {len(verdicts)} errors are over their bounds"
-    backend, row = max(verdicts, key=lambda verdict: verdict[1].error / verdict[1].bound)
-    share = f"{row.error / row.bound:.2f}, {row.output} of {row.case} ({backend})"
-    return f"{head}[/] ({cases} cases, {' and '.join(backends)} backend). Largest, as a share of its bound: {share}."
+    for case, rows in itertools.groupby(verdicts, key=lambda verdict: verdict[1].case):
+        yield [f"[bold]{case}"]
+        for backend, row in rows:
+            figures = [f"{value:.1e}" for value in (row.error, row.eager, row.bound)]
+            yield [f" {backend}", row.output, *figures, "[green]ok" if row.passed else f"[bold red]OVER[/] {row.note}"]
 
 
 def _plain(row: oracle.Row) -> dict[str, Any]:
     """A row as JSON has it; an infinite error becomes null."""
-    values = {name: None if value == math.inf else value for name, value in asdict(row).items()}
-    return {**values, "passed": row.passed}
+    return {name: None if value == math.inf else value for name, value in asdict(row).items()} | {"passed": row.passed}

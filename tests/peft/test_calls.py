@@ -98,7 +98,7 @@ def test_torch_fx_is_refused_with_the_way_out() -> None:
 
 def test_second_derivatives_are_refused_until_decelerated() -> None:
     layer = layer_of()
-    with pytest.raises(RuntimeError, match="no second derivative.*decelerate"):
+    with pytest.raises(RuntimeError, match=r"no second derivative.*decelerate"):
         torch.autograd.grad(layer(x_of()).sum(), layer.lora_A["default"].weight, create_graph=True)
     torch.autograd.grad(pefts(layer)(x_of()).sum(), layer.lora_A["default"].weight, create_graph=True, allow_unused=True)
 
