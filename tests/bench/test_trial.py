@@ -8,7 +8,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlora import benchmark, oracle
-from fastlora.benchmark import WrongResultError, baselines, clock, providers, trial
+from fastlora.benchmark import WrongResultError, clock, providers, trial
 from fastlora.benchmark.providers import of_call, providers_for
 from fastlora.oracle import Case
 
@@ -30,7 +30,7 @@ def test_every_provider_is_judged_with_its_own_mask(dtypes, dropout_p):
     assert [provider.name for provider in rivals] == ["frozen linear", "eager LoRA", "PEFT", *chained, "fastlora"]
     for provider in rivals:
         outputs = [row.output for row in judge.verify(provider)]
-        assert outputs == (["y", "dx", "dA", "dB"] if provider.adapted else ["y", "dx"])
+        assert outputs == (["y", "dx", "dA", "dB"] if provider.name != "frozen linear" else ["y", "dx"])
 
 
 def other_mask(rows, cols, p, device):
@@ -42,14 +42,14 @@ def test_under_torch_compile_each_is_judged_with_the_mask_of_the_compiled_graph(
     here = [name for name in providers.NAMES if name not in ("fastlora fused", "fastlora addmm")]
     assert [provider.name for provider in rivals] == here
     for provider in rivals:
-        if provider.compiled:
+        if provider.name in providers.COMPILED:
             judge.verify(provider)
             with pytest.raises(WrongResultError, match="is wrong on"):
                 judge.verify(replace(provider, mask=other_mask))
 
 
 def changed(change):
-    return {"bind": of_call(lambda *tensors, **options: change(baselines.eager_lora(*tensors, **options)))}
+    return {"bind": of_call(lambda *tensors, **options: change(providers.eager_lora(*tensors, **options)))}
 
 
 @pytest.mark.parametrize(
@@ -57,23 +57,23 @@ def changed(change):
     [
         {"mask": other_mask},
         {"keep_scale": lambda p: 1.0},
-        {"bind": of_call(baselines.frozen_linear)},
+        {"bind": of_call(providers.frozen_linear)},
         changed(lambda y: y * 1.01),
         changed(Tensor.double),
-        {"bind": of_call(lambda x, *rest, **options: baselines.eager_lora(x.detach(), *rest, **options))},
+        {"bind": of_call(lambda x, *rest, **options: providers.eager_lora(x.detach(), *rest, **options))},
     ],
     ids=["mask", "scale", "no adapter", "factor", "dtype", "no gradient"],
 )
 def test_a_wrong_provider_is_not_timed(change, monkeypatch):
-    eager = providers_for(CASE, CPU)[1]
+    frozen, eager = providers_for(CASE, CPU)[:2]
     planted = replace(eager, name="planted", **change)
     with monkeypatch.context() as patch:
         patch.setattr(trial, "measure", lambda *args, **options: pytest.fail("timed"))
         with pytest.raises(WrongResultError, match="planted is wrong on f32 96x64x80"):
-            benchmark.run([eager, planted], CASE, CPU, repeats=1)
+            benchmark.run([frozen, eager, planted], CASE, CPU, repeats=1)
     excluded = {}
-    timed = benchmark.run([eager, planted], CASE, CPU, repeats=1, copies=1, excluded=excluded)
-    assert {result.provider for result in timed} == {"eager LoRA"}
+    rows, _ = benchmark.run([frozen, eager, planted], CASE, CPU, repeats=1, copies=1, excluded=excluded)
+    assert {row["provider"] for row in rows} == {"frozen linear", "eager LoRA"}
     assert list(excluded) == ["planted"]
     assert excluded["planted"].__traceback__ is None  # its frames would hold the tensors
 

@@ -1,6 +1,7 @@
 """The environment names the code, the versions and the device that a figure comes from."""
 
 import subprocess
+from unittest import mock
 
 import pytest
 import torch
@@ -45,7 +46,8 @@ def test_a_gpu_is_named_with_its_driver_and_its_tuning_results(monkeypatch):
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     monkeypatch.setattr(torch.version, "cuda", "13.0")
     monkeypatch.setattr("fastlora.kernels.target.target_of", lambda device: GPU)
-    monkeypatch.setattr(environment, "_output", lambda *command: "580.1\n580.1" if command[0] == "nvidia-smi" else None)
+    printed = {"nvidia-smi": "580.1\n580.1\n"}  # a line for each GPU
+    monkeypatch.setattr(subprocess, "run", lambda command, **options: mock.Mock(stdout=printed.get(command[0], "")))
     expected = {"device": GPU.name, "capability": "sm_90", "driver": "580.1", "tuned": None}
     assert facts().items() >= expected.items()
     tuned = []
