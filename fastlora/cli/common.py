@@ -117,14 +117,14 @@ def progress(total: int, silent: bool = False) -> Iterator[Callable[[str], None]
         yield step
 
 
-def require(module: str, extra: str = "cli") -> Any:
+def require(module: str) -> Any:
     """Import an optional module; where it is missing, exit with a line that says how to install it."""
     try:
         return __import__(module)
     except ModuleNotFoundError as error:
         if error.name != module:
             raise
-        raise SystemExit(f'fastlora: {module} is not installed: pip install "fastlora[{extra}]"') from error
+        raise SystemExit(f'fastlora: {module} is not installed: pip install {module}') from error
 
 
 def refuse(command: str, message: str) -> int:

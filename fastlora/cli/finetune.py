@@ -73,8 +73,8 @@ def register(subparsers: Any) -> None:
 
 def run(args: argparse.Namespace) -> int:
     """Run the job; 0 when every verdict is positive, 1 when one is not, 2 when the arguments do not fit."""
-    for module, extra in (("matplotlib", "cli"), ("rich", "cli"), ("safetensors", "hf"), ("transformers", "hf")):
-        common.require(module, extra)
+    for module in ("matplotlib", "rich", "safetensors", "transformers"):
+        common.require(module)
     from fastlora.finetune import report, train
 
     args.target_modules = _targets(args.target_modules)

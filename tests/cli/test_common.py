@@ -40,14 +40,10 @@ def test_wrong_usage(arguments: str, message: str, capsys: pytest.CaptureFixture
     assert message in capsys.readouterr().err
 
 
-@pytest.mark.parametrize(
-    ("command", "module", "extra"), [("bench", "rich", "cli"), ("parity", "rich", "cli"), ("finetune", "transformers", "hf")]
-)
-def test_a_missing_module_is_named_with_its_extra(
-    command: str, module: str, extra: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
+@pytest.mark.parametrize(("command", "module"), [("bench", "rich"), ("parity", "rich"), ("finetune", "transformers")])
+def test_a_missing_module_is_named(command: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setitem(sys.modules, module, None)
-    with pytest.raises(SystemExit, match=rf'{module} is not installed: pip install "fastlora\[{extra}\]"'):
+    with pytest.raises(SystemExit, match=rf"{module} is not installed: pip install {module}$"):
         cli.main([command])
 
 
