@@ -136,7 +136,7 @@ def quantize(linear: nn.Module, kind: str) -> nn.Module:
     try:
         from bitsandbytes.nn import Params4bit
     except ImportError as error:
-        raise ImportError(f'quantize={kind!r} needs bitsandbytes: pip install bitsandbytes') from error
+        raise ImportError(f"quantize={kind!r} needs bitsandbytes: pip install bitsandbytes") from error
     packed: Any = Params4bit(weight, requires_grad=False, quant_type=kind)
     packed = packed.to(weight.device)
     return linear_of(packed, linear.bias, packed.quant_state).train(linear.training)

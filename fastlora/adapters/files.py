@@ -169,5 +169,5 @@ def _safetensors() -> Any:
     try:
         import safetensors.torch
     except ImportError as error:
-        raise ImportError('adapter files need safetensors: pip install safetensors') from error
+        raise ImportError("adapter files need safetensors: pip install safetensors") from error
     return safetensors

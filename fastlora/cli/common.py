@@ -124,7 +124,7 @@ def require(module: str) -> Any:
     except ModuleNotFoundError as error:
         if error.name != module:
             raise
-        raise SystemExit(f'fastlora: {module} is not installed: pip install {module}') from error
+        raise SystemExit(f"fastlora: {module} is not installed: pip install {module}") from error
 
 
 def refuse(command: str, message: str) -> int:
