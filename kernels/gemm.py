@@ -138,7 +138,7 @@ def plan_gemm(
     P, Q and C go through tensor descriptors where all three can, otherwise through pointers.  The shape chooses the tile when
     `config` is None or not valid for these operands: one that was measured with descriptors, say.
     """
-    M, N = U.shape[0], V.shape[1]
+    M, N, hi_lo = U.shape[0], V.shape[1], lora_hi_lo(V, dtype, target)
     C = TensorSpec.new(M, N, dtype=dtype)
     described: tuple[TensorSpec, ...] = ()  # what goes through descriptors, as it is stored
     transposed = False
@@ -159,13 +159,14 @@ def plan_gemm(
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
-        "BLOCK_R": rank_block(U.shape[1], config.block_r),
+        # Split operands take twice the registers: 32 ranks a step spill 8 bytes at r = 128 (sm_90, Triton 3.6.0).
+        "BLOCK_R": rank_block(U.shape[1], 16 if hi_lo else config.block_r),
         "GROUP_M": config.group_m,
         "DTYPE": TRITON_DTYPES[dtype],
         "HAS_BIAS": bias is not None,
         "HAS_MASK": masked,
         "HAS_PRODUCT": P is not None,
-        "LORA_HI_LO": lora_hi_lo(V, dtype, target),
+        "LORA_HI_LO": hi_lo,
         "DESCRIPTORS": bool(described),
         "Q_TRANSPOSED": transposed,
         "EVEN_K": K % config.block_k == 0,
