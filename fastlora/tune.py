@@ -7,6 +7,7 @@ The fastest median wins among the candidates whose 80th percentile is below the 
 keeps the default.  Where the default itself cannot run or is wrong, the fastest median wins.
 """
 
+import itertools
 import warnings
 from collections.abc import Callable, Iterable, Mapping
 from dataclasses import dataclass, field
@@ -185,7 +186,8 @@ def _measure(
     progress(f"{problem}: timing {len(right)} candidates")
     copies = copies_beyond_cache(first.nbytes, device)
     sets = [first, *(draw(case, device, index) for index in range(1, copies))]
-    times = timer({choice: steps_of(providers[choice], case, sets)[problem.direction] for choice in right})
+    turn = itertools.cycle(range(copies))  # shared: no candidate finds in the cache what the one before it has read
+    times = timer({choice: steps_of(providers[choice], case, sets, turn)[problem.direction] for choice in right})
     seconds = {choice: quantiles(times[choice]) for choice in right}
     return Tuned(problem, default, decide(seconds, default), seconds, left_out)
 
