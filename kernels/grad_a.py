@@ -98,20 +98,7 @@ def grad_a_kernel(
                     dx_tile = lora_dot(u_tile, v_tile, zeros, keep_scale, PRECISION, DTYPE, LORA_HI_LO)
                 else:
                     dx_tile = lora_tile(
-                        U,
-                        V,
-                        offs_m,
-                        offs_k,
-                        M,
-                        K,
-                        stride_vr,
-                        stride_vk,
-                        keep_scale,
-                        R,
-                        DX_R,
-                        PRECISION,
-                        DTYPE,
-                        LORA_HI_LO,
+                        U, V, offs_m, offs_k, M, K, stride_vr, stride_vk, keep_scale, R, DX_R, PRECISION, DTYPE, LORA_HI_LO
                     )
                 if HAS_DROPOUT:
                     dx_tile = tl.where(keep, dx_tile, 0.0)

@@ -139,7 +139,8 @@ def shapes_of(model: str) -> list[tuple[int, int]]:
     if not Path(model).exists() and not HUB_ID.fullmatch(model):
         raise ValueError(f"--model must be a config.json or its folder, a hub id, or shapes such as 4096x4096, got {model!r}")
     transformers = common.require("transformers")
-    from fastlora.injection.matching import ALL_LINEAR, is_conv1d, match_targets
+    from fastlora.injection.layer_types import is_conv1d
+    from fastlora.injection.matching import ALL_LINEAR, match_targets
 
     config = transformers.AutoConfig.from_pretrained(model)
     kinds = transformers.AutoModelForCausalLM, transformers.AutoModel

@@ -14,7 +14,6 @@ from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
 from fastlora.injection.layer_types import LAYER_TYPES, linear_types, type_replacing
-from fastlora.injection.layer_types import is_conv1d as is_conv1d  # for those who import it from here
 from fastlora.injection.options import LoraOptions, compile_regex
 
 ALL_LINEAR = "all-linear"

@@ -66,6 +66,7 @@ def test_a_wrapped_model_has_the_files_of_its_inside(wrapper: str, tmp_path: Pat
 def test_the_head_of_a_holder_earns_a_warning(tmp_path: Path) -> None:
     with pytest.warns(UserWarning, match=r"2 trainable parameters such as 'head\.weight' are not part of the adapter"):
         save_adapter(Holder(adapted()), tmp_path)
+    assert b"base_model.model.head." not in (tmp_path / "adapter_model.safetensors").read_bytes()
 
 
 def test_several_injected_models_are_refused(tmp_path: Path) -> None:

@@ -126,12 +126,13 @@ def test_what_has_no_or_another_effect_earns_one_warning_at_the_caller(build: An
 
 
 def test_no_warning_without_a_reason() -> None:
-    with warnings.catch_warnings():
-        warnings.simplefilter("error")
+    with warnings.catch_warnings(record=True) as caught:
+        warnings.simplefilter("always")
         options = {"exclude_modules": ["1.self_attn.q_proj"], "rank_pattern": {"q_proj": 1}, "modules_to_save": ["lm_head"]}
         inject(llama(), **(Q | options))
         inject(gpt2(), target_modules=["c_attn"], r=2, fan_in_fan_out=True)
         inject(gpt2(), target_modules="all-linear", r=2)
+    assert [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)] == []
 
 
 def test_starts_as_the_base_with_its_parameters_and_gradients_for_what_is_trained() -> None:
