@@ -145,7 +145,7 @@ def stream_config(
     # and a shorter one where mma keeps its operands in registers.
     mixed = small_dtype.itemsize > dtype.itemsize
     hi_lo = mixed and block_r >= 64
-    many_warps = block_r >= 64 or (mixed and target.has_tensor_memory) or not aligned or (dropout and target.has_wgmma)
+    many_warps = block_r >= 64 or (mixed and target.has_tensor_memory) or not aligned
     block_m, warps = 64, 8 if many_warps else 4
     if hi_lo and not target.has_wgmma:
         block_m, warps = 32, 4 if aligned else 8
