@@ -92,12 +92,12 @@ def drop(x, m0, m1, m2, m3, MASK: tl.constexpr):
         low, high = words.to(tl.int16), (words >> 16).to(tl.int16)
     lanes = tl.reshape(tl.join(low, high), x.shape)  # [..., i, j, h] = lane 4i + 2j + h
     if x.dtype.primitive_bitwidth == 32:
-        return (x.to(tl.int32, bitcast=True) & lanes.to(tl.int32)).to(x.dtype, bitcast=True)
-    x_bits = x.to(tl.int16, bitcast=True)
-    if MASK == "f16x2":
+        kept = x.to(tl.int32, bitcast=True) & lanes.to(tl.int32)
+    elif MASK == "f16x2":
+        x_bits = x.to(tl.int16, bitcast=True)
         kept = tl.inline_asm_elementwise("and.b32 $0, $1, $2;", "=r,r,r", [x_bits, lanes], tl.int16, is_pure=True, pack=2)
     else:
-        kept = x_bits & lanes
+        kept = x.to(tl.int16, bitcast=True) & lanes
     return kept.to(x.dtype, bitcast=True)
 
 
