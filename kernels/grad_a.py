@@ -16,7 +16,7 @@ from fastlora.kernels.dot import TRITON_DTYPES, dot_mixed, lora_dot, lora_hi_lo,
 from fastlora.kernels.dropout import drop, keep_masks, mask_threshold, packed_mask, store_bytes
 from fastlora.kernels.launch import Plan, Result
 from fastlora.kernels.target import Target
-from fastlora.kernels.tensor_spec import TensorSpec, fits_descriptor, needs_int64
+from fastlora.kernels.tensor_spec import TensorSpec, fits_descriptor, in_units, needs_int64, row_unit
 
 DX_RANKS = 32  # ranks a step of dx's LoRA term: that tile of V stays in registers
 
@@ -49,6 +49,7 @@ def grad_a_kernel(
     BLOCK_R: tl.constexpr,
     DX_R: tl.constexpr,
     DTYPE: tl.constexpr,
+    UNIT: tl.constexpr,
     MASK: tl.constexpr,
     PACK: tl.constexpr,
     WITH_DX: tl.constexpr,
@@ -64,6 +65,7 @@ def grad_a_kernel(
     (WITH_DX).  row_bytes is not specialised: as a multiple of 16 it makes Triton give the store of bits its own layout and
     compute Philox a second time (20.8 instructions an element on sm_90 instead of 14.3).
     """
+    K, stride_xm = in_units(K, UNIT), in_units(stride_xm, UNIT)
     cols = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     pid_m = tl.program_id(1)
     ranks = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -149,6 +151,7 @@ def plan_grad_a(
         "BLOCK_R": config.block_r,
         "DX_R": rank_block(r, DX_RANKS),
         "DTYPE": TRITON_DTYPES[x.dtype],
+        "UNIT": row_unit(x),
         "MASK": mask,
         "PACK": pack,
         "WITH_DX": with_dx,

@@ -12,7 +12,7 @@ from fastlora.kernels.dot import dot_mixed
 from fastlora.kernels.dropout import drop, keep_masks, mask_threshold
 from fastlora.kernels.launch import Plan, Result
 from fastlora.kernels.target import Target
-from fastlora.kernels.tensor_spec import TensorSpec, fits_descriptor, needs_int64
+from fastlora.kernels.tensor_spec import TensorSpec, fits_descriptor, in_units, needs_int64, row_unit
 
 
 @triton.jit(do_not_specialize=["M", "steps", "t"], do_not_specialize_on_alignment=["seed"])
@@ -34,12 +34,16 @@ def shrink_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    UNIT: tl.constexpr,
+    UNIT_A: tl.constexpr,
     MASK: tl.constexpr,
     WAIT_FOR_DOT: tl.constexpr,
     USE_INT64: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """out[pid_k] (M, R) = scale · mask(x) Aᵀ over column blocks pid_k · steps .. (pid_k + 1) · steps."""
+    K, stride_xm = in_units(K, UNIT), in_units(stride_xm, UNIT)
+    stride_ar = in_units(stride_ar, UNIT_A)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     pid_k = tl.program_id(1)
     ranks = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
@@ -85,6 +89,8 @@ def plan_shrink(x: TensorSpec, A: TensorSpec, mask: str, precision: str, target:
         "BLOCK_M": config.block_m,
         "BLOCK_K": config.block_k,
         "BLOCK_R": config.block_r,
+        "UNIT": row_unit(x),
+        "UNIT_A": row_unit(A),
         "MASK": mask,
         "WAIT_FOR_DOT": bool(mask) and target.has_register_operands,
         "USE_INT64": needs_int64(x, A),

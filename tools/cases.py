@@ -33,11 +33,12 @@ TARGETS = {
     90: Target(capability=90, sms=132, shared_memory=227 * 1024),
     100: Target(capability=100, sms=148, shared_memory=227 * 1024),
 }
-# (M, in, out).  "ragged" rules out tensor descriptors and vector loads, "wide" needs 64-bit offsets, "short" and "tiny" get
-# smaller tiles.
+# (M, in, out).  "ragged" rules out tensor descriptors and vector loads, "eighths" has rows of a multiple of 8 elements and
+# not of 16, "wide" needs 64-bit offsets, "short" and "tiny" get smaller tiles.
 SHAPES = {
     "aligned": (8192, 4096, 4096),
     "ragged": (8191, 4095, 4093),
+    "eighths": (8192, 4104, 4104),
     "wide": (2**20, 4096, 4096),
     "short": (512, 4096, 4096),
     "tiny": (32, 512, 512),
