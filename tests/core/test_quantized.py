@@ -88,21 +88,6 @@ def test_bias_of_another_dtype_is_cast():
     assert torch.equal(dbias, torch.full((40,), 9.0))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast(dtype):
-    weight = weight_of(random_layer("nf4 double"))
-    x, (A, B) = torch.randn(9, 24, requires_grad=True), adapter(40, 24)
-    with torch.autocast("cpu", dtype=dtype):
-        y = lora_linear(x, weight, A, B)
-    cast = [t.detach().to(dtype).requires_grad_() for t in (x, A, B)]
-    expected = lora_linear(cast[0], weight, *cast[1:])
-    assert y.dtype == dtype
-    assert torch.equal(y, expected)
-    for leaf, grad in zip((x, A, B), torch.autograd.grad(expected.float().sum(), cast), strict=True):
-        (own,) = torch.autograd.grad(y.float().sum(), leaf, retain_graph=True)
-        assert torch.equal(own, grad.float())
-
-
 # What is kept.
 
 
@@ -216,9 +201,7 @@ def test_compile_in_one_graph_saves_the_packed_weight(kind):
     [
         ({"bias": torch.zeros(40, dtype=torch.int32)}, TypeError, "bias must be float32"),
         ({"x": torch.randn(3, 24).double()}, TypeError, r"x is torch\.float64, but a quantised weight can be made in"),
-        ({"x": torch.randn(3, 23)}, ValueError, r"weight \(40, 24\) expects its last dimension to be 24"),
         ({"device": "meta"}, ValueError, "weight is on meta, but x is on cpu"),
-        ({"weight": torch.zeros(480, 1, dtype=torch.uint8)}, TypeError, r"uint8; dequantise it first, or pass a Quan"),
         ({"weight": SimpleNamespace(shape=(40, 24))}, TypeError, r"weight must be a torch\.Tensor, got SimpleNamespace"),
     ],
 )

@@ -4,7 +4,6 @@ from typing import Any
 
 import pytest
 import torch
-from peft.utils.hotswap import prepare_model_for_compiled_hotswap
 from peft_models import MODELS, PRECISIONS, Judged, build, counted_calls, inputs_of, wrap
 from saved import saved_by
 from torch import Tensor, nn
@@ -21,13 +20,10 @@ CASES += [(kind, precision, 0.3) for kind in ("llama", "gpt2") for precision in 
 CASES += [("llama", precision, 0.0) for precision in PRECISIONS]
 
 
-def judged(kind: str, precision: str, *, tensor_scalings: bool = False, **options: Any) -> tuple[Judged, list[str]]:
+def judged(kind: str, precision: str, **options: Any) -> tuple[Judged, list[str]]:
     """The verdict, and the outputs that fail, over some inputs and masks."""
     dtype, autocast_dtype = PRECISIONS[precision]
-    model = wrap(build(kind, dtype), **options)
-    if tensor_scalings:
-        prepare_model_for_compiled_hotswap(model)
-    judge = Judged(model, autocast_dtype)
+    judge = Judged(wrap(build(kind, dtype), **options), autocast_dtype)
     compute = autocast_dtype or dtype
     for draw in range(DRAWS[compute]):
         judge.add(inputs_of(kind, seed=draw), seed=draw)
@@ -53,7 +49,6 @@ OPTIONS: list[tuple[str, str, dict[str, Any]]] = [
     ("llama", "float32", {"lora_dropout": 0.2, "use_rslora": True}),
     ("llama", "float32", {"lora_dropout": 0.2, "rank_pattern": {"q_proj": 7}, "alpha_pattern": {"v_proj": 11}}),
     ("llama", "mixed", {"lora_dropout": 0.2, "lora_alpha": 7, "autocast_adapter_dtype": False}),
-    ("llama", "mixed", {"lora_dropout": 0.2, "autocast_adapter_dtype": False, "tensor_scalings": True}),
 ]
 
 
