@@ -15,13 +15,6 @@ KINDS = {
     "fp4 double": {"quant_type": "fp4", "compress_statistics": True},
     "int8": None,
 }
-DTYPES = [
-    (torch.float32, None),
-    (torch.float16, None),
-    (torch.bfloat16, None),
-    (torch.float16, torch.float32),
-    (torch.bfloat16, torch.float32),
-]
 
 
 def quantize(weight: torch.Tensor, kind: str, bias: torch.Tensor | None = None, **options) -> nn.Module:
