@@ -7,6 +7,7 @@ import pytest
 import torch
 from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
+from transformers.pytorch_utils import Conv1D
 
 from fastlora import FusedLoraLinear, dropout_mask, functional, lora_linear, ops, reference
 
@@ -165,36 +166,24 @@ MODULE = {
 }
 
 
-class Conv1D(nn.Module):
-    """Like transformers' Conv1D: weight (in, out)."""
-
-    def __init__(self, bias: int) -> None:
-        super().__init__()
-        self.weight, self.bias = nn.Parameter(torch.randn(K, N)), nn.Parameter(torch.randn(bias))
-
-
-def changed(change):
-    linear = nn.Linear(K, N)
-    change(linear)
-    return lambda: linear
-
-
-packed = changed(lambda linear: setattr(linear, "weight", nn.Parameter(W.byte(), requires_grad=False)))
-hooked = changed(lambda linear: linear.register_forward_hook(lambda *arguments: None))
-patched = changed(lambda linear: setattr(linear, "forward", lambda x: x))
+packed, hooked, patched, biased = nn.Linear(K, N), nn.Linear(K, N), nn.Linear(K, N), Conv1D(N, K)
+packed.weight = nn.Parameter(W.byte(), requires_grad=False)
+hooked.register_forward_hook(lambda *arguments: None)
+patched.forward = lambda x: x
+biased.bias = nn.Parameter(torch.randn(K))
 CONV1D = {"fan_in_fan_out": True}
 LINEAR = {
-    "a ReLU": ({"make": nn.ReLU}, TypeError, "linear must be an nn.Linear with fan_in_fan_out=False, got ReLU"),
-    "a convolution": ({"make": lambda: nn.Conv2d(3, 8, 3)}, TypeError, "linear must be an nn.Linear.*got Conv2d"),
-    "an embedding": ({"make": lambda: nn.Embedding(K, N)} | CONV1D, TypeError, "a module with a bias.*got Embedding"),
-    "a LoRA linear": ({"make": lambda: FusedLoraLinear(K, N)}, TypeError, "linear must be an nn.Linear.*got FusedLoraLinear"),
-    "a Conv1D taken for a linear": ({"make": lambda: Conv1D(N)}, TypeError, "linear must be an nn.Linear.*got Conv1D"),
-    "a linear taken for a Conv1D": ({"make": lambda: nn.Linear(K, N)} | CONV1D, TypeError, "unlike an nn.Linear's"),
-    "packed": ({"make": packed}, TypeError, "weight must be float32.*got torch.uint8; dequantise it first"),
-    "parametrised": ({"make": lambda: weight_norm(nn.Linear(K, N))}, TypeError, "remove the parametrisation"),
-    "hooked": ({"make": hooked}, ValueError, "linear is a Linear with hooks"),
-    "with a forward of its own": ({"make": patched}, ValueError, "linear is a Linear with hooks or a forward of its own"),
-    "a bias of another length": ({"make": lambda: Conv1D(K)} | CONV1D, ValueError, r"bias must be .* = \(10,\), got \(8,\)"),
+    "a ReLU": ({"linear": nn.ReLU()}, TypeError, "linear must be an nn.Linear with fan_in_fan_out=False, got ReLU"),
+    "a convolution": ({"linear": nn.Conv2d(3, 8, 3)}, TypeError, "linear must be an nn.Linear.*got Conv2d"),
+    "an embedding": ({"linear": nn.Embedding(K, N)} | CONV1D, TypeError, "a module with a bias.*got Embedding"),
+    "a LoRA linear": ({"linear": FusedLoraLinear(K, N)}, TypeError, "linear must be an nn.Linear.*got FusedLoraLinear"),
+    "a Conv1D taken for a linear": ({"linear": Conv1D(N, K)}, TypeError, "linear must be an nn.Linear.*got Conv1D"),
+    "a linear taken for a Conv1D": ({"linear": nn.Linear(K, N)} | CONV1D, TypeError, "unlike an nn.Linear's"),
+    "packed": ({"linear": packed}, TypeError, "weight must be float32.*got torch.uint8; dequantise it first"),
+    "parametrised": ({"linear": weight_norm(nn.Linear(K, N))}, TypeError, "remove the parametrisation"),
+    "hooked": ({"linear": hooked}, ValueError, "linear is a Linear with hooks"),
+    "with a forward of its own": ({"linear": patched}, ValueError, "linear is a Linear with hooks or a forward of its own"),
+    "a bias of another length": ({"linear": biased} | CONV1D, ValueError, r"bias must be .* = \(10,\), got \(8,\)"),
 }
 MASK = {
     "p above 1": ({"p": 2.0}, ValueError, r"p must be in \[0, 1\], got 2.0"),
@@ -206,7 +195,7 @@ MASK = {
 CALLS = {
     "lora_linear": (lambda **changes: lora_linear(**arguments(**changes)), REFUSED),
     "module": (lambda **changes: FusedLoraLinear(**{"in_features": K, "out_features": N, "r": R} | changes), MODULE),
-    "from_linear": (lambda make, **options: FusedLoraLinear.from_linear(make(), r=R, **options), LINEAR),
+    "from_linear": (lambda **changes: FusedLoraLinear.from_linear(**{"r": R} | changes), LINEAR),
     "dropout_mask": (lambda **changes: dropout_mask(**{"seed": 1, "rows": 2, "cols": 3, "p": 0.5} | changes), MASK),
 }
 
