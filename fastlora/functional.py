@@ -50,7 +50,7 @@ def lora_linear(
         bias: (out,) or None; may require grad.  With a quantised weight it may have any floating dtype and is cast to x's, as
             bitsandbytes does.
         scaling: alpha / r, or alpha / √r with rsLoRA.
-        dropout_p: drop probability in [0, 1], realised in steps of 1/65536.
+        dropout_p: drop probability in [0, 1], realised in steps of 1/32768.
         training: False turns dropout off, whatever dropout_p and seed are.
         seed: the mask's seed: an int, or an int64 tensor of one element on x.device.  None draws one from torch's default
             generator of x.device.
@@ -104,13 +104,16 @@ def lora_linear(
     return ops.LORA_LINEAR(*arguments)[0]  # a fifth of the host's time less, which is what decoding waits for
 
 
-def dropout_mask(seed: int | Tensor, rows: int, cols: int, p: float, *, device: torch.device | str | None = None) -> Tensor:
+def dropout_mask(
+    seed: int | Tensor, rows: int, cols: int, p: float, *, projection: int = 0, device: torch.device | str | None = None
+) -> Tensor:
     """The keep mask of a (rows, cols) activation, True = kept, bit for bit the one that the kernels use.
 
     Args:
         seed: an int in [-2**63, 2**63), or an int64 tensor of one element.
         rows, cols: the shape of x viewed as (M, in).
-        p: drop probability in [0, 1]; the realised rate is round(p * 65536) / 65536.
+        p: drop probability in [0, 1]; the realised rate is round(p * 32768) / 32768.
+        projection: which of the masks of this seed, at least 0 and below 2**32; a single linear takes mask 0.
         device: where the mask is made; default: the seed's device for a tensor, torch's default device for an int.
 
     Returns:
@@ -118,15 +121,18 @@ def dropout_mask(seed: int | Tensor, rows: int, cols: int, p: float, *, device: 
 
     Raises:
         TypeError: seed is neither an int nor an int64 tensor.
-        ValueError: p outside [0, 1], a negative size, or a seed that does not fit.
+        ValueError: p outside [0, 1], a negative size, a projection or a seed that does not fit.
     """
     validation.check_dropout_p(p, "p")
     validation.check_size(rows, "rows")
     validation.check_size(cols, "cols")
+    validation.check_size(projection, "projection")
+    if projection >= 1 << 32:
+        raise ValueError(f"projection must be below 2**32, got {projection}")
     validation.check_seed(seed)
     if not isinstance(seed, Tensor):
         seed = torch.full((1,), seed, dtype=torch.int64, device=device)
-    return keep_mask(seed.to(device=device).reshape(1, 1), rows, cols, p)
+    return keep_mask(seed.to(device=device).reshape(1, 1), rows, cols, p, projection)
 
 
 def available_backends(device: torch.device | str) -> tuple[str, ...]:

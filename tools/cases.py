@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastlora.kernels import steps
-from fastlora.kernels.dropout import pack_bits, plan_pack_bits
+from fastlora.kernels.dropout import mask_code, pack_bits, plan_pack_bits
 from fastlora.kernels.launch import Result
 from fastlora.kernels.sums import plan_sum, sum_partials
 from fastlora.kernels.target import Target
@@ -81,7 +81,7 @@ class CompileCase:
                 both = Result((self.rank, K), adapter, parts=4), Result((N, self.rank), adapter, parts=3)
                 sum_partials(plan_sum(*both), *(result.empty(x.device) for result in both))
             elif seed is not None:
-                pack_bits(plan_pack_bits((M, K)), seed, dropout_p)
+                pack_bits(plan_pack_bits((M, K), mask_code(dropout_p, seed)), seed, dropout_p)
 
 
 def every_case(ranks: Iterable[int] = RANKS, shapes: Iterable[str] = ("aligned",)) -> list[CompileCase]:

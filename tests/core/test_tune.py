@@ -245,7 +245,7 @@ def test_an_interrupted_tune_keeps_what_it_has(target):
         ("an old GPU", RuntimeError, r"capability 8\.0 or newer; the device is cuda:0"),
         ("a capture", RuntimeError, "a CUDA graph cannot capture"),
         ("torch.compile", AssertionError, "forbidden callable <function tune"),
-        ("no rate", ValueError, r"dropout_p must be at least 1/65536, .* got 0"),
+        ("no rate", ValueError, r"dropout_p must be at least 1/32768, .* got 0"),
         ("no folder", OSError, "cache"),
     ],
 )
