@@ -166,7 +166,7 @@ class FusedLoraLinear(nn.Module):
         """scaling · B A, (out, in), in float32 (float64 for float64 adapters)."""
         if self.lora_A is None or self.lora_B is None:
             return torch.zeros((self.out_features, self.in_features), device=self.weight.device)
-        dtype = torch.float64 if self.lora_A.dtype == torch.float64 else torch.float32
+        dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
         return (self.lora_B.detach().to(dtype) @ self.lora_A.detach().to(dtype)) * self.scaling
 
     def merged_weight(self) -> Tensor:
@@ -252,8 +252,7 @@ class FusedLoraLinear(nn.Module):
         merged, keep_base = self.merged, self._base_weight is not None
         missing = [name for name in ("weight", "lora_A", "lora_B") if prefix + name not in state_dict]
         if merged and self.r and not keep_base and missing:
-            error_msgs = args[-1]
-            error_msgs.append(f"{prefix or 'the module'} was merged with keep_base=False: loading needs {missing} as well")
+            args[-1].append(f"{prefix or 'the module'} was merged with keep_base=False: loading needs {missing} as well")
             return
         if keep_base:
             self.unmerge()

@@ -14,10 +14,8 @@ NAMES = ("x", "weight", "lora_A", "lora_B", "bias")
 
 
 def inputs(M=33, K=24, N=40, r=4, dtype=torch.float32, adapter_dtype=None, requires_grad=True) -> dict[str, torch.Tensor]:
-    drawn = oracle.draw(Case((M, K, N), rank=r, dtype=torch.float32))
-    dtypes = {name: adapter_dtype or dtype if name.startswith("lora") else dtype for name in NAMES}
-    tensors = {name: getattr(drawn, name).to(dtypes[name]) for name in NAMES}
-    return {name: t.requires_grad_(requires_grad and name != "weight") for name, t in tensors.items()}
+    drawn = oracle.draw(Case((M, K, N), r, dtype, adapter_dtype))
+    return {name: getattr(drawn, name).requires_grad_(requires_grad and name != "weight") for name in NAMES}
 
 
 def grads(tensors: dict[str, torch.Tensor]) -> list[torch.Tensor]:
@@ -31,7 +29,8 @@ def all_equal(first, second) -> bool:
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("bias", [True, False])
 def test_gradcheck(dropout_p, bias):
-    tensors = inputs(M=7, K=5, N=6, r=3, dtype=torch.float64)
+    drawn = inputs(M=7, K=5, N=6, r=3, requires_grad=False)
+    tensors = {name: tensor.double().requires_grad_(name != "weight") for name, tensor in drawn.items()}
     weight = tensors.pop("weight")
     if not bias:
         del tensors["bias"]
