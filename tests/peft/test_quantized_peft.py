@@ -55,7 +55,6 @@ CASES = [(kind, precision, 0.3) for kind in KINDS for precision in ("float32", "
     ("nf4 double", "autocast", 0.3),
     ("fp4", "mixed", 0.3),
     ("int8", "mixed", 0.0),
-    ("int8", "float32", 0.0),
 ]
 
 
@@ -64,11 +63,12 @@ def test_logits_and_every_gradient(kind, precision, dropout_p):
     dtype, autocast_dtype = PRECISIONS[precision]
     model = quantized_llama(kind, dtype, compute_dtype=autocast_dtype)
     judge = Judged(wrap(model, lora_dropout=dropout_p), autocast_dtype, exact=dense)
-    with counted_calls() as calls:
-        for draw in range(4):
-            judge.add(inputs_of(seed=draw), seed=draw)
     compute = autocast_dtype or dtype
-    assert len(calls) == 4 * PROJECTIONS
+    draws = 2 if compute == torch.float32 else 4
+    with counted_calls() as calls:
+        for draw in range(draws):
+            judge.add(inputs_of(seed=draw), seed=draw)
+    assert len(calls) == draws * PROJECTIONS
     assert not judge.failures(oracle.FLOOR[compute, compute])
     assert not fastlora.peft.fallbacks(judge.fused)
 
