@@ -77,7 +77,11 @@ def lora_linear(
     validation.check_seed(seed, x.device)
     dtype = validation.autocast_target(x, autocast_dtype)
     backend = _choose_backend(backend, x.device, dtype)
-    _refuse_functorch()
+    if validation.is_transformed():
+        raise RuntimeError(
+            "lora_linear does not support functorch transforms (torch.func.grad, vmap, jvp, ...): "
+            "its backward is not itself differentiable; use torch.autograd"
+        )
     quantization: tuple[Scheme | Tensor, ...] = ()
     if isinstance(weight, QuantizedWeight):
         quantization, weight = (weight.scheme, *weight.statistics), weight.packed
@@ -93,7 +97,7 @@ def lora_linear(
     elif seed is None:
         seed = draw_seed(x.device)
     elif not isinstance(seed, Tensor):
-        seed = validation.seed_tensor(seed, x.device)
+        seed = torch.full((1,), seed, dtype=torch.int64, device=x.device)  # without a copy from the host
     arguments = x, weight, lora_A, lora_B, bias, seed, float(scaling), float(dropout_p), backend
     if quantization or torch.is_grad_enabled():
         return LoraLinearFunction.apply(*arguments, *quantization)
@@ -125,12 +129,10 @@ def dropout_mask(
     validation.check_size(projection, "projection")
     if projection >= 1 << 32:
         raise ValueError(f"projection must be below 2**32, got {projection}")
-    if device is None:
-        device = seed.device if isinstance(seed, Tensor) else torch.get_default_device()
-    if not isinstance(seed, Tensor):
-        seed = validation.seed_tensor(seed, torch.device(device))
     validation.check_seed(seed)
-    return keep_mask(seed.to(device).reshape(1, 1), rows, cols, p, projection)
+    if not isinstance(seed, Tensor):
+        seed = torch.full((1,), seed, dtype=torch.int64, device=device)
+    return keep_mask(seed.to(device=device).reshape(1, 1), rows, cols, p, projection)
 
 
 def available_backends(device: torch.device | str) -> tuple[str, ...]:
@@ -168,11 +170,3 @@ def _autocast_dtype(device: torch.device) -> torch.dtype | None:
     if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)
-
-
-def _refuse_functorch() -> None:
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        raise RuntimeError(
-            "lora_linear does not support functorch transforms (torch.func.grad, vmap, jvp, ...): "
-            "its backward is not itself differentiable; use torch.autograd"
-        )

@@ -58,9 +58,6 @@ def test_wheel_metadata(wheel: Path) -> None:
     required = described.get_all("Requires-Dist", [])
     assert described["Version"] == fastlora.__version__
     assert {line for line in required if "extra ==" not in line} == {"torch>=2.11", "triton>=3.6"}
-    assert set(described.get_all("Provides-Extra", [])) == {"cli", "hf", "bench", "quant", "dev"}
-    assert described["Requires-Python"] == "<3.14,>=3.11"
-    assert described["License-Expression"] == "Apache-2.0"
 
 
 @pytest.fixture(scope="module")
