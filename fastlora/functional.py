@@ -3,6 +3,7 @@
 `dropout_mask` is the mask that it takes for a seed.
 """
 
+import importlib.util
 import os
 import warnings
 
@@ -19,8 +20,12 @@ from fastlora.quantized import QuantizedWeight, Scheme
 #: Triton would import it, and neither `import fastlora` nor a graph that torch.compile traces needs that.
 INTERPRETING = os.environ.get("TRITON_INTERPRET", "").lower() in {"1", "true", "yes", "on", "y"}
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
 #: "fused" and "addmm" are the two forms of "triton"; "fused/<tile>" also names the tile of its GEMMs.
 BACKENDS = ("triton", "fused", "addmm", "torch")
+
+_NO_TRITON = "Triton is not installed (`pip install triton`; it has wheels for Linux)"
 
 
 def lora_linear(
@@ -136,13 +141,18 @@ def dropout_mask(
 
 
 def available_backends(device: torch.device | str) -> tuple[str, ...]:
-    """The backends that can run tensors on `device`.  The default one comes first."""
+    """The backends that can run tensors on `device`.  The default one comes first.
+
+    Warns where Triton alone is missing: the "torch" backend takes its place.
+    """
     device = torch.device(device)
-    if device.type == "cuda" and torch.version.cuda and torch.cuda.get_device_capability(device) >= (8, 0):
-        return BACKENDS
-    if device.type == "cpu" and INTERPRETING:
-        return BACKENDS[::-1]
-    return ("torch",)
+    on_gpu = device.type == "cuda" and torch.version.cuda and torch.cuda.get_device_capability(device) >= (8, 0)
+    if not on_gpu and not (device.type == "cpu" and INTERPRETING):
+        return ("torch",)
+    if not HAS_TRITON:
+        warnings.warn(f"{_NO_TRITON}, so fastlora computes with plain torch operations", RuntimeWarning, stacklevel=2)
+        return ("torch",)
+    return BACKENDS if on_gpu else BACKENDS[::-1]
 
 
 def _choose_backend(backend: str | None, device: torch.device, dtype: torch.dtype) -> str:
@@ -159,10 +169,11 @@ def _choose_backend(backend: str | None, device: torch.device, dtype: torch.dtyp
     if dtype == torch.float64:
         raise TypeError(f'backend="{backend}" computes in float32, float16 or bfloat16, got x in float64: use backend="torch"')
     if "triton" not in available:
-        raise RuntimeError(
-            f'backend="{backend}" cannot run tensors on {device}: it needs a CUDA GPU of capability 8.0 or newer, or '
-            "TRITON_INTERPRET=1 in the environment for Triton's interpreter on a CPU"
+        needs = (
+            "it needs a CUDA GPU of capability 8.0 or newer, or TRITON_INTERPRET=1 in the environment for Triton's interpreter "
+            "on a CPU"
         )
+        raise RuntimeError(f'backend="{backend}" cannot run tensors on {device}: {needs if HAS_TRITON else _NO_TRITON}')
     return backend
 
 

@@ -106,6 +106,18 @@ def test_a_gpu_below_capability_80_takes_torch(monkeypatch):
         functional._choose_backend("fused", gpu, torch.float16)
 
 
+@pytest.mark.parametrize("device", ["cpu", "cuda:0"])
+def test_without_triton_torch_takes_over_and_says_so(monkeypatch, device):
+    monkeypatch.setattr(functional, "HAS_TRITON", False)
+    monkeypatch.setattr(functional, "INTERPRETING", True)
+    monkeypatch.setattr(torch.version, "cuda", "12.8")
+    monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
+    with pytest.warns(RuntimeWarning, match=r"Triton is not installed.*plain torch operations"):
+        assert functional.available_backends(device) == ("torch",)
+    with pytest.warns(RuntimeWarning), pytest.raises(RuntimeError, match=r'"fused" cannot run tensors on .*: Triton is not'):
+        functional._choose_backend("fused", torch.device(device), torch.float16)
+
+
 def test_mixed_dtypes_are_judged_after_autocast():
     """Under autocast a float32 weight and a bfloat16 x are cast alike; float64 is not, so it stays a mismatch."""
     with torch.autocast("cpu", dtype=torch.bfloat16), pytest.raises(TypeError, match=r"x is torch.float64"):
