@@ -18,7 +18,7 @@ BACKENDS = ("triton", "torch")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", [(40, 24), (33, 65), (64, 64), (129, 70), (300, 259), (1, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(40, 24), (33, 65), (64, 64), (131, 129), (1, 2)], ids=str)
 def test_dense_weight_is_the_definition(kind, shape):
     """Rows that end within a block, odd sizes, and enough blocks for two of double quantisation; in every dtype."""
     layer = random_layer(kind, *shape)
