@@ -149,7 +149,7 @@ def grouped_lora_linear(x: Tensor, weight: Tensor, term: Adapter | None, ends: T
     A = term.lora_A.to(weight.dtype).view(experts, r, -1)
     B = (term.lora_B * term.scaling).to(weight.dtype).view(out, r, experts).permute(2, 1, 0)
     padding = -r % (ALIGNMENT // weight.itemsize)
-    A, B = F.pad(A, (0, 0, 0, padding)), F.pad(B, (0, 0, 0, padding))
+    A, B = F.pad(A, (0, 0, 0, padding)), F.pad(B, (0, 0, 0, padding)).contiguous()
     return y.add_(grouped_mm(grouped_mm(x, A.mT, ends), B, ends))
 
 

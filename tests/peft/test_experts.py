@@ -1,0 +1,195 @@
+"""LoRA on the experts of a mixture: PEFT's results and gradients without a second stack of weights."""
+
+import copy
+import warnings
+from collections.abc import Callable
+from types import SimpleNamespace
+from typing import Any
+
+import peft
+import pytest
+import torch
+import transformers
+from peft_models import CAUSAL, Judged, inputs_of, logits_of, randomise, wrap
+from torch import Tensor, nn
+from torch.nn.utils import parametrize
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves
+from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
+from transformers.models.mixtral.modeling_mixtral import MixtralExperts
+from transformers.models.muse_spark.modeling_muse_spark import MuseSparkExperts
+from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
+
+import fastlora
+from fastlora import oracle
+from fastlora.peft import calls, experts, fallbacks
+
+TOKENS, TOP_K, EXPERTS, HIDDEN, INNER = 24, 2, 5, 32, 24
+STACKS = ["experts.gate_up_proj", "experts.up_proj", "experts.down_proj"]
+MIXTURE = {**CAUSAL, "num_experts_per_tok": 2}
+MODELS: dict[str, tuple[str, dict[str, Any]]] = {
+    "mixtral": ("MixtralForCausalLM", {**MIXTURE, "num_local_experts": 4}),
+    "qwen3": ("Qwen3MoeForCausalLM", {**MIXTURE, "num_experts": 4, "moe_intermediate_size": 24}),
+    "gpt-oss": ("GptOssForCausalLM", {**MIXTURE, "num_local_experts": 4, "layer_types": ["full_attention"] * 2}),
+}
+KINDS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
+    "mixtral": (MixtralExperts, {}),
+    "gpt-oss": (GptOssExperts, {}),  # biases, weights stored (in, out), gate and up interleaved
+    "nemotron": (NemotronHExperts, {}),  # no gate
+    "muse": (MuseSparkExperts, {}),  # a norm after each expert
+    "unaligned": (MixtralExperts, {"hidden_size": 30, "intermediate_size": 23, "experts_implementation": "eager"}),
+}
+
+
+class Mixture(nn.Module):
+    """Experts whose input and routing weights are parameters. The last expert gets no token."""
+
+    def __init__(self, kind: str, **options: Any) -> None:
+        super().__init__()
+        cls, own = KINDS[kind]
+        options = {"hidden_size": HIDDEN, "intermediate_size": INNER, "experts_implementation": "grouped_mm"} | own | options
+        hidden, inner = options["hidden_size"], options["intermediate_size"]
+        config = transformers.MixtralConfig(**options, num_local_experts=EXPERTS)
+        config.update({"n_routed_experts": EXPERTS, "mlp_hidden_act": "relu2", "post_norm_eps": 1e-5, "swiglu_limit": 7.0})
+        config.update({"moe_intermediate_size": inner, "moe_latent_size": None, "moe_hidden_size": hidden, "swiglu_alpha": 1.7})
+        self.experts = cls(config)
+        self.x = nn.Parameter(torch.empty(TOKENS, hidden))
+        self.routing = nn.Parameter(torch.empty(TOKENS, TOP_K))
+        generator = torch.Generator().manual_seed(0)
+        with torch.no_grad():
+            for name, parameter in self.named_parameters():
+                size = parameter.shape[-2:].numel() ** 0.25 if "proj" in name else 1.0
+                parameter.copy_(torch.randn(parameter.shape, generator=generator) / size)
+
+    def forward(self, index: Tensor) -> Any:
+        return SimpleNamespace(logits=self.experts(self.x, index, self.routing))
+
+
+def mixture(kind: str = "mixtral", dtype: torch.dtype = torch.float32, stacks: list[str] = STACKS, **options: Any) -> Any:
+    """PEFT's model of a Mixture, its input, routing weights and biases trainable."""
+    model = Mixture(kind, **options).to(dtype)
+    target = [name for name in stacks if hasattr(model.experts, name.split(".")[1])]
+    model = wrap(model, target_modules=[], target_parameters=target, r=3, lora_alpha=5)
+    for name, parameter in model.named_parameters():
+        if name.endswith(("model.x", "routing", "bias")):
+            parameter.requires_grad_()
+    return model
+
+
+def accelerated(**options: Any) -> Any:
+    model = mixture(**options)
+    fastlora.accelerate(model)
+    return model
+
+
+def index_of(seed: int = 0) -> dict[str, Tensor]:
+    generator = torch.Generator().manual_seed(seed)
+    return {"index": torch.rand(TOKENS, EXPERTS - 1, generator=generator).argsort(-1)[:, :TOP_K]}
+
+
+def exact(model: nn.Module) -> nn.Module:
+    """A copy that runs the experts' own forward: torch has no grouped product in float64."""
+    model = copy.deepcopy(model)
+    for module in model.modules():
+        if hasattr(module, "config"):
+            module.config._experts_implementation = "eager"
+    return model
+
+
+def judged(model: nn.Module, draws: list[dict[str, Tensor]], autocast_dtype: torch.dtype | None = None) -> Judged:
+    judge = Judged(model, autocast_dtype, exact)
+    for seed, inputs in enumerate(draws):
+        judge.add(inputs, seed)
+    return judge
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float16])
+@pytest.mark.parametrize("kind", KINDS)
+def test_output_and_every_gradient(kind: str, dtype: torch.dtype) -> None:
+    judge = judged(mixture(kind, dtype), [index_of(seed) for seed in range(6)])
+    assert not judge.failures(oracle.FLOOR[dtype, dtype])
+    assert {"logits", "base_model.model.x", "base_model.model.routing"} < judge.sums.keys()
+    assert len(judge.sums) == (9 if kind == "gpt-oss" else 7)
+    assert fallbacks(judge.fused) == {}
+    unrouted = [parameter.grad for name, parameter in judge.fused.named_parameters() if "lora_A" in name]
+    assert all(not grad[-3:].any() and grad[:-3].any() for grad in unrouted)
+
+
+@pytest.mark.parametrize("implementation", ["eager", "batched_mm"])
+@pytest.mark.parametrize("stack", STACKS[::2])
+def test_one_stack_and_other_implementations(stack: str, implementation: str) -> None:
+    judge = judged(mixture(stacks=[stack], experts_implementation=implementation), [index_of()])
+    assert not judge.failures(oracle.FLOOR[torch.float32, torch.float32])
+    assert len(judge.sums) == 5
+    assert fallbacks(judge.fused) == {}
+
+
+def test_under_autocast() -> None:
+    judge = judged(mixture(), [index_of(seed) for seed in range(3)], torch.bfloat16)
+    assert not judge.failures(oracle.FLOOR[torch.bfloat16, torch.bfloat16])
+    assert fallbacks(judge.fused) == {}
+
+
+@pytest.mark.parametrize("targets", ["all-linear", []])
+@pytest.mark.parametrize("kind", MODELS)
+def test_models(kind: str, targets: Any) -> None:
+    name, options = MODELS[kind]
+    torch.manual_seed(0)
+    model = getattr(transformers, name)(getattr(transformers, name).config_class(**options))
+    judge = judged(wrap(model, target_modules=targets, target_parameters=STACKS[::2]), [inputs_of(seed=s) for s in range(3)])
+    assert not judge.failures(oracle.FLOOR[torch.float32, torch.float32])
+    assert fallbacks(judge.fused) == {}
+    report = fastlora.peft.status(judge.fused)
+    assert sum(".mlp.experts" in layer for layer in report.taken) == 4
+    assert all("TopKRouter.weight" in reason for _, reason in report.left)
+    assert len(judge.sums) - 1 == 2 * len(report.taken + report.left)
+
+
+PLANTED: dict[str, Callable[[Any], Any]] = {
+    "no adapter": lambda term: term._replace(scaling=0.0),
+    "no scaling": lambda term: term._replace(scaling=1.0),
+    "experts shifted": lambda term: term._replace(lora_A=term.lora_A.roll(3, 0)),
+    "columns by expert first": lambda term: term._replace(
+        lora_B=term.lora_B.view(-1, EXPERTS, 3).transpose(1, 2).reshape(term.lora_B.shape)
+    ),
+}
+
+
+@pytest.mark.parametrize("planted", PLANTED)
+def test_planted_errors_are_seen(monkeypatch: pytest.MonkeyPatch, planted: str) -> None:
+    right = experts.adapter
+    monkeypatch.setattr(experts, "adapter", lambda layer: PLANTED[planted](right(layer)))
+    judge = judged(mixture(), [index_of()])
+    assert len(judge.failures(0.05)) == len(judge.sums)
+
+
+class Allocations(TorchDispatchMode):
+    """The most elements of a tensor that an operation made, other than a view of one of `known`."""
+
+    def __init__(self, known: set[int]) -> None:
+        super().__init__()
+        self.known, self.most = known, 0
+
+    def __torch_dispatch__(self, func: Any, types: Any, args: Any = (), kwargs: Any = None) -> Any:
+        result = func(*args, **(kwargs or {}))
+        for tensor in tree_leaves(result):
+            if isinstance(tensor, Tensor) and tensor.untyped_storage().data_ptr() not in self.known:
+                self.most = max(self.most, tensor.numel())
+        return result
+
+
+def most_allocated(model: nn.Module) -> int:
+    known = {parameter.untyped_storage().data_ptr() for parameter in model.parameters()}
+    with Allocations(known) as seen:
+        logits_of(model, index_of()).sum().backward()
+    return seen.most
+
+
+@pytest.mark.parametrize("kind", ["mixtral", "gpt-oss", "unaligned"])
+def test_nothing_of_a_stacks_size_is_allocated(kind: str) -> None:
+    model = mixture(kind, hidden_size=96, intermediate_size=80)
+    rows = TOKENS * TOP_K * 2 * 80
+    stack = EXPERTS * 96 * 80
+    assert most_allocated(copy.deepcopy(model)) >= 2 * stack
+    fastlora.accelerate(model)
+    assert most_allocated(model) == rows < stack
