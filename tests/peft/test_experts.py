@@ -1,7 +1,6 @@
 """LoRA on the experts of a mixture: PEFT's results and gradients without a second stack of weights."""
 
 import copy
-import warnings
 from collections.abc import Callable
 from types import SimpleNamespace
 from typing import Any
@@ -12,7 +11,6 @@ import torch
 import transformers
 from peft_models import CAUSAL, Judged, inputs_of, logits_of, randomise, wrap
 from torch import Tensor, nn
-from torch.nn.utils import parametrize
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
@@ -22,7 +20,7 @@ from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
 import fastlora
 from fastlora import oracle
-from fastlora.peft import calls, experts, fallbacks
+from fastlora.peft import calls, experts, fallbacks, layers
 
 TOKENS, TOP_K, EXPERTS, HIDDEN, INNER = 24, 2, 5, 32, 24
 STACKS = ["experts.gate_up_proj", "experts.up_proj", "experts.down_proj"]
@@ -193,3 +191,119 @@ def test_nothing_of_a_stacks_size_is_allocated(kind: str) -> None:
     assert most_allocated(copy.deepcopy(model)) >= 2 * stack
     fastlora.accelerate(model)
     assert most_allocated(model) == rows < stack
+
+
+def outermost(model: Any) -> Any:
+    return model.base_model.model.experts
+
+
+def test_adapters_as_older_versions_of_peft_lay_them_out() -> None:
+    """PEFT before 0.19 takes the rows of weights (out, in) for inputs."""
+    model = mixture()
+    for layer in (outermost(model), outermost(model).base_layer):
+        _, out, inner = layer.get_param().shape
+        layer._did_swap_in_out_features = False
+        layer.lora_A["default"] = nn.Linear(out, 3 * EXPERTS, bias=False)
+        layer.lora_B["default"] = nn.Linear(3 * EXPERTS, inner, bias=False)
+    randomise(model)
+    judge = judged(model, [index_of()])
+    assert not judge.failures(oracle.FLOOR[torch.float32, torch.float32])
+    assert fallbacks(judge.fused) == {}
+
+
+def set_implementation(name: str) -> Callable[[Any], Any]:
+    return lambda layer: setattr(layer.get_base_layer().config, "_experts_implementation", name)
+
+
+def slow(*args: Any) -> Tensor:
+    return experts.moe.grouped_mm_experts_forward(*args)
+
+
+HOOKED = "its base layer has hooks, or a forward of its own"
+CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
+    "disabled": (lambda layer: layer.enable_adapters(False), calls.DISABLED),
+    "merged": (lambda layer: layer.merge(), calls.MERGED),
+    "hook on a wrapper below": (lambda layer: layer.base_layer.register_forward_hook(lambda *args: None), HOOKED),
+    "hook on the experts": (lambda layer: layer.get_base_layer().register_forward_hook(lambda *args: None), HOOKED),
+    "bias of B": (
+        lambda layer: setattr(layer.lora_B["default"], "bias", nn.Parameter(torch.zeros(HIDDEN))),
+        "the adapter has a bias (lora_bias)",
+    ),
+    "trainable base": (lambda layer: layer.get_base_layer().down_proj.requires_grad_(), "its base weight is trainable"),
+    "another implementation": (set_implementation("mine"), "its experts run through 'mine'"),
+    "expert parallel": (
+        lambda layer: setattr(layer.get_base_layer(), "_is_expert_parallel", True),
+        "its experts are spread over devices",
+    ),
+    "not accelerated": (
+        lambda layer: layers.restore(layer.base_layer),
+        "a layer below it is not accelerated",
+    ),
+}
+
+
+@pytest.mark.filterwarnings("ignore:an accelerated LoRA layer")
+@pytest.mark.parametrize("change", CHANGES)
+def test_a_changed_layer_is_pefts(monkeypatch: pytest.MonkeyPatch, change: str) -> None:
+    monkeypatch.setitem(experts.moe.ALL_EXPERTS_FUNCTIONS._global_mapping, "mine", slow)
+    alter, reason = CHANGES[change]
+    model = mixture()
+    fused = copy.deepcopy(model)
+    fastlora.accelerate(fused)
+    for each in (fused, model):
+        if change != "not accelerated" or each is fused:
+            alter(outermost(each))
+    assert dict(fastlora.peft.status(fused).waiting)["base_model.model.experts"] == reason
+    result, expected = (logits_of(each, index_of()) for each in (fused, model))
+    assert fallbacks(fused)[reason]["base_model.model.experts"] == 1
+    if change in ("disabled", "merged"):  # the wrapper below has a term of its own, and adds it
+        assert fallbacks(fused).keys() == {reason}
+        assert oracle.relative_error(result, expected) <= oracle.FLOOR[torch.float32, torch.float32]
+    else:
+        assert torch.equal(result, expected)
+
+
+def test_adapters_added_merged_and_removed_afterwards() -> None:
+    eager, fused = mixture(), accelerated()
+    assert sorted(fastlora.peft.status(fused).taken) == ["base_model.model.experts", "base_model.model.experts.base_layer"]
+    for model in (eager, fused):
+        model.add_adapter("second", peft.LoraConfig(r=2, target_modules=[], target_parameters=STACKS[::2]))
+        model.set_adapter("second")
+        randomise(model)
+        assert outermost(model).get_base_layer() is outermost(model).base_layer.base_layer
+        outermost(model).base_layer.merge()
+    floor = 2 * oracle.FLOOR[torch.float32, torch.float32]
+    assert oracle.relative_error(logits_of(fused, index_of()), logits_of(eager, index_of())) <= floor
+    assert fallbacks(fused) == {}
+    for model in (eager, fused):
+        outermost(model).base_layer.unmerge()
+        model.base_model.set_adapter(["default", "second"])
+    assert torch.equal(logits_of(fused.eval(), index_of()), logits_of(eager.eval(), index_of()))
+    assert fallbacks(fused).keys() == {"several adapters are active", "its base weight is parametrised"}
+    assert fastlora.decelerate(fused) == 2
+    assert type(outermost(fused)) is type(outermost(eager)) is type(outermost(eager).base_layer)
+    assert type(fused.merge_and_unload().experts) is MixtralExperts
+
+
+@pytest.mark.parametrize(
+    ("dtype", "reasons"),
+    [(torch.bfloat16, set()), (torch.float32, {"torch.compile traces grouped products in bfloat16 alone"})],
+)
+@pytest.mark.filterwarnings("ignore:an accelerated LoRA layer")
+def test_torch_compile(dtype: torch.dtype, reasons: set[str]) -> None:
+    model = accelerated(dtype=dtype)
+    expected = logits_of(model, index_of())
+    compiled = torch.compile(model, backend="aot_eager", fullgraph=not reasons)
+    result = logits_of(compiled, index_of())
+    result.sum().backward()
+    assert oracle.relative_error(result, expected) <= 2 * oracle.FLOOR[dtype, dtype]
+    assert fallbacks(model).keys() == reasons
+
+
+@pytest.mark.filterwarnings("ignore:fastlora")
+@pytest.mark.parametrize("parameter", ["routing", "experts.gate_up_proj_bias"])
+def test_other_parameters_are_left(parameter: str) -> None:
+    holder = nn.ModuleDict({"inner": Mixture("gpt-oss")})
+    model = wrap(holder, target_modules=[], target_parameters=[f"inner.{parameter}"])
+    ((_, reason),) = fastlora.accelerate(model).left
+    assert reason.endswith(f".{parameter.split('.')[-1]}, not a weight stack of transformers' experts")
