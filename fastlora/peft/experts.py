@@ -1,7 +1,7 @@
 """The experts of a mixture with LoRA on their weights. PEFT adds scaling · B A to the whole stack of weights; this does not.
 
-transformers keeps the weights of E experts in one tensor. PEFT's `ParamWrapper` (`target_parameters` of a LoraConfig) adapts one
-such stack. Sort the M = tokens · top_k rows of x by expert: segment e holds the rows that are routed to expert e. Then
+transformers keeps the weights of E experts in one tensor. PEFT's `ParamWrapper` (`target_parameters` of a LoraConfig) adapts
+one such stack. Sort the M = tokens · top_k rows of x by expert: segment e holds the rows that are routed to expert e. Then
 
     S_e = x_e A_eᵀ                             A_e (r, in)
     y_e = x_e W_eᵀ + scaling · S_e B_eᵀ        W_e (out, in), B_e (out, r)
@@ -22,7 +22,6 @@ from peft.tuners.lora import layer as pefts
 from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
-from transformers.integrations import moe
 
 from fastlora.peft.base import PLAIN_TENSORS
 from fastlora.peft.calls import INACTIVE, MERGED, Adapter, adapter
@@ -58,8 +57,10 @@ class ParamWrapper(Fused, pefts.ParamWrapper):
 def unsupported_reason(layer: pefts.ParamWrapper) -> str | None:
     """Why the wrapper cannot be accelerated, whatever its adapters are; None if it can."""
     experts, name = layer.get_base_layer(), layer.parameter_name
-    if not vars(experts).keys() >= OPTIONS or name not in stacks_of(experts):
+    if not vars(experts).keys() >= OPTIONS | {"_is_expert_parallel"} or name not in stacks_of(experts):
         return f"it adapts {type(experts).__name__}.{name}, not a weight stack of transformers' experts"
+    from transformers.integrations import moe  # transformers 4 has none, and no such experts
+
     known = OPTIONS | {"experts_class", "experts_interface"}
     if unknown := sorted(inspect.signature(moe.use_experts_implementation).parameters.keys() - known):
         return f"its experts may have {', '.join(unknown)}, which fastlora does not know"
@@ -107,7 +108,7 @@ def _factors(layer: pefts.ParamWrapper, given: Adapter) -> tuple[Tensor, Tensor]
     if not layer.get_base_layer().is_transposed and not getattr(layer, "_did_swap_in_out_features", False):
         A, B = B, A
     dtype = layer.get_param().dtype
-    return A.to(dtype).mT, B.to(dtype)
+    return A.to(dtype).contiguous().mT, B.to(dtype).contiguous()
 
 
 def _unsupported_experts(experts: Any) -> str | None:
@@ -154,7 +155,7 @@ def run(experts: Any, factors: Factors, x: Tensor, index: Tensor, routing: Tenso
     if experts.has_post_expert_norm:
         y = experts.post_expert_norm(y)
     y = y * routing.reshape(-1, 1)[order]
-    return y[order.argsort()].view(*index.shape, -1).sum(1).to(x.dtype)
+    return y[order.argsort()].view(*index.shape, y.shape[-1]).sum(1).to(x.dtype)
 
 
 def grouped_lora_linear(x: Tensor, weight: Tensor, factors: tuple[Tensor, Tensor] | None, ends: Tensor) -> Tensor:
@@ -167,7 +168,7 @@ def grouped_lora_linear(x: Tensor, weight: Tensor, factors: tuple[Tensor, Tensor
         return y
     A, B = factors
     padding = -A.shape[-1] % (ALIGNMENT // x.itemsize)
-    A, B = F.pad(A, (0, padding)), F.pad(B, (0, 0, 0, padding)).contiguous()
+    A, B = F.pad(A, (0, padding)), F.pad(B, (0, 0, 0, padding))
     return y.add_(grouped_mm(grouped_mm(x, A, ends), B, ends))
 
 
@@ -182,7 +183,8 @@ def grouped_mm(x: Tensor, stack: Tensor, ends: Tensor) -> Tensor:
 
 def takes_grouped_mm(stack: Tensor) -> bool:
     """Whether torch's grouped product takes stack (E, in, out), at present: torch.compile traces it in bfloat16 alone."""
-    if stack.is_cuda and torch.cuda.get_device_capability(stack.device) < (8, 0):
+    device = stack.device
+    if device.type != "cpu" and not (device.type == "cuda" and torch.cuda.get_device_capability(device) >= (8, 0)):
         return False
     dtypes = (torch.bfloat16,) if torch.compiler.is_compiling() else (torch.bfloat16, torch.float16, torch.float32)
     return stack.dtype in dtypes and all(size * stack.itemsize % ALIGNMENT == 0 for size in stack.shape[1:])
