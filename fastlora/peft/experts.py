@@ -45,9 +45,7 @@ class ParamWrapper(Fused, pefts.ParamWrapper):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x (tokens, in), expert indices and routing weights, both (tokens, top_k) -> (tokens, in), here or by PEFT."""
-        given = terms(self)
-        if not isinstance(given, str) and (len(args) != 2 or kwargs):
-            given = "the experts are called with other arguments than x, indices and routing weights"
+        given = decide(self, args, kwargs)
         if isinstance(given, str):
             note(self, given)
             return pefts.ParamWrapper.forward(self, x, *args, **kwargs)
@@ -57,21 +55,27 @@ class ParamWrapper(Fused, pefts.ParamWrapper):
 def unsupported_reason(layer: pefts.ParamWrapper) -> str | None:
     """Why the wrapper cannot be accelerated, whatever its adapters are; None if it can."""
     experts, name = layer.get_base_layer(), layer.parameter_name
-    if not vars(experts).keys() >= OPTIONS | {"_is_expert_parallel"} or name not in stacks_of(experts):
+    exchangeable = vars(experts).keys() >= OPTIONS | {"_is_expert_parallel"}
+    if not exchangeable or name not in stacks_of(experts) or layer.num_experts == 1:
         return f"it adapts {type(experts).__name__}.{name}, not a weight stack of transformers' experts"
     from transformers.integrations import moe  # transformers 4 has none, and no such experts
 
     known = OPTIONS | {"experts_class", "experts_interface"}
     if unknown := sorted(inspect.signature(moe.use_experts_implementation).parameters.keys() - known):
         return f"its experts may have {', '.join(unknown)}, which fastlora does not know"
-    if layer.num_experts < 2 or layer.get_param().dim() != 3:
-        return f"its parameter has shape {tuple(layer.get_param().shape)}, and is no stack of experts"
     return None
 
 
 def stacks_of(experts: Any) -> tuple[str, str]:
     """The names of the two stacks of weights."""
     return "gate_up_proj" if experts.has_gate else "up_proj", "down_proj"
+
+
+def decide(layer: pefts.ParamWrapper, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Factors | str:
+    """The LoRA term of each stack, or the reason why layer(x, *args, **kwargs) runs PEFT's forward."""
+    if len(args) != 2 or kwargs:
+        return "the experts are called with other arguments than x, indices and routing weights"
+    return terms(layer)
 
 
 def terms(layer: pefts.ParamWrapper) -> Factors | str:

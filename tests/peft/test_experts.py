@@ -160,7 +160,7 @@ def test_planted_errors_are_seen(monkeypatch: pytest.MonkeyPatch, planted: str) 
     right = experts.adapter
     monkeypatch.setattr(experts, "adapter", lambda layer: PLANTED[planted](right(layer)))
     judge = judged(mixture(), [index_of()])
-    assert len(judge.failures(0.05)) == len(judge.sums)
+    assert len(judge.failures(0.02)) == len(judge.sums)
 
 
 class Allocations(TorchDispatchMode):
