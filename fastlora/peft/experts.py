@@ -45,7 +45,7 @@ class ParamWrapper(Fused, pefts.ParamWrapper):
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x (tokens, in), expert indices and routing weights, both (tokens, top_k) -> (tokens, in), here or by PEFT."""
-        given = decide(self, args, kwargs)
+        given = decide(self, x, args, kwargs)
         if isinstance(given, str):
             note(self, given)
             return pefts.ParamWrapper.forward(self, x, *args, **kwargs)
@@ -71,11 +71,14 @@ def stacks_of(experts: Any) -> tuple[str, str]:
     return "gate_up_proj" if experts.has_gate else "up_proj", "down_proj"
 
 
-def decide(layer: pefts.ParamWrapper, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Factors | str:
+def decide(layer: pefts.ParamWrapper, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Factors | str:
     """The LoRA term of each stack, or the reason why layer(x, *args, **kwargs) runs PEFT's forward."""
     if len(args) != 2 or kwargs:
         return "the experts are called with other arguments than x, indices and routing weights"
-    return terms(layer)
+    given = terms(layer)
+    if not isinstance(given, str) and x.device != layer.get_param().device:
+        return f"x is on {x.device}, the base weight on {layer.get_param().device}"
+    return given
 
 
 def terms(layer: pefts.ParamWrapper) -> Factors | str:

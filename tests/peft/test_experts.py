@@ -8,83 +8,25 @@ import peft
 import pytest
 import torch
 import transformers
+from mixtures import EXPERTS, KINDS, STACKS, TOKENS, TOP_K, Mixture, accelerated, index_of, mixture, outermost
 from peft_models import CAUSAL, Judged, inputs_of, logits_of, randomise, wrap
 from torch import Tensor, nn
 from torch._dynamo.testing import CompileCounterWithBackend
 from torch.utils._python_dispatch import TorchDispatchMode
 from torch.utils._pytree import tree_leaves
 from transformers.integrations.moe import ALL_EXPERTS_FUNCTIONS, grouped_mm_experts_forward
-from transformers.modeling_outputs import CausalLMOutput
-from transformers.models.gpt_oss.modeling_gpt_oss import GptOssExperts
 from transformers.models.mixtral.modeling_mixtral import MixtralExperts
-from transformers.models.muse_spark.modeling_muse_spark import MuseSparkExperts
-from transformers.models.nemotron_h.modeling_nemotron_h import NemotronHExperts
 
 import fastlora
 from fastlora import oracle
 from fastlora.peft import calls, experts, fallbacks, layers
 
-TOKENS, TOP_K, EXPERTS, HIDDEN, INNER = 24, 2, 5, 32, 24
-STACKS = ["experts.gate_up_proj", "experts.up_proj", "experts.down_proj"]
 MIXTURE = {**CAUSAL, "num_experts_per_tok": 2}
 MODELS: dict[str, tuple[str, dict[str, Any]]] = {
     "mixtral": ("MixtralForCausalLM", {**MIXTURE, "num_local_experts": 4}),
     "qwen3": ("Qwen3MoeForCausalLM", {**MIXTURE, "num_experts": 4, "moe_intermediate_size": 24}),
     "gpt-oss": ("GptOssForCausalLM", {**MIXTURE, "num_local_experts": 4, "layer_types": ["full_attention"] * 2}),
 }
-KINDS: dict[str, tuple[type[nn.Module], dict[str, Any]]] = {
-    "mixtral": (MixtralExperts, {}),
-    "gpt-oss": (GptOssExperts, {}),  # biases, weights stored (in, out), gate and up interleaved
-    "nemotron": (NemotronHExperts, {}),  # no gate
-    "muse": (MuseSparkExperts, {}),  # a norm after each expert
-    "unaligned": (MixtralExperts, {"hidden_size": 30, "intermediate_size": 23, "experts_implementation": "eager"}),
-}
-
-
-class Mixture(nn.Module):
-    """Experts whose input and routing weights are parameters. The last expert gets no token."""
-
-    def __init__(self, kind: str, **options: Any) -> None:
-        super().__init__()
-        cls, own = KINDS[kind]
-        options = {"hidden_size": HIDDEN, "intermediate_size": INNER, "experts_implementation": "grouped_mm"} | own | options
-        hidden, inner = options["hidden_size"], options["intermediate_size"]
-        config = transformers.MixtralConfig(**options, num_local_experts=EXPERTS)
-        config.update({"n_routed_experts": EXPERTS, "mlp_hidden_act": "relu2", "post_norm_eps": 1e-5, "swiglu_limit": 7.0})
-        config.update({"moe_intermediate_size": inner, "moe_latent_size": None, "moe_hidden_size": hidden, "swiglu_alpha": 1.7})
-        self.experts = cls(config)
-        self.x = nn.Parameter(torch.empty(TOKENS, hidden))
-        self.routing = nn.Parameter(torch.empty(TOKENS, TOP_K))
-        generator = torch.Generator().manual_seed(0)
-        with torch.no_grad():
-            for name, parameter in self.named_parameters():
-                size = parameter.shape[-2:].numel() ** 0.25 if "proj" in name else 1.0
-                parameter.copy_(torch.randn(parameter.shape, generator=generator) / size)
-
-    def forward(self, index: Tensor) -> Any:
-        return CausalLMOutput(logits=self.experts(self.x, index, self.routing))
-
-
-def mixture(kind: str = "mixtral", dtype: torch.dtype = torch.float32, stacks: list[str] = STACKS, **options: Any) -> Any:
-    """PEFT's model of a Mixture, its input, routing weights and biases trainable."""
-    model = Mixture(kind, **options).to(dtype)
-    target = [name for name in stacks if hasattr(model.experts, name.split(".")[1])]
-    model = wrap(model, target_modules=[], target_parameters=target, r=3, lora_alpha=5)
-    for name, parameter in model.named_parameters():
-        if name.endswith(("model.x", "routing", "bias")):
-            parameter.requires_grad_()
-    return model
-
-
-def accelerated(**options: Any) -> Any:
-    model = mixture(**options)
-    fastlora.accelerate(model)
-    return model
-
-
-def index_of(seed: int = 0) -> dict[str, Tensor]:
-    generator = torch.Generator().manual_seed(seed)
-    return {"index": torch.rand(TOKENS, EXPERTS - 1, generator=generator).argsort(-1)[:, :TOP_K]}
 
 
 def exact(model: nn.Module) -> nn.Module:
@@ -195,10 +137,6 @@ def test_nothing_of_a_stacks_size_is_allocated(kind: str) -> None:
     assert most_allocated(model) == rows < stack
 
 
-def outermost(model: Any) -> Any:
-    return model.base_model.model.experts
-
-
 def test_adapters_as_older_versions_of_peft_lay_them_out() -> None:
     """PEFT before 0.19 takes the rows of weights (out, in) for inputs."""
     model = mixture()
@@ -223,10 +161,6 @@ CHANGES: dict[str, tuple[Callable[[Any], Any], str]] = {
     "merged": (lambda layer: layer.merge(), calls.MERGED),
     "hook on a wrapper below": (lambda layer: layer.base_layer.register_forward_hook(lambda *args: None), HOOKED),
     "hook on the experts": (lambda layer: layer.get_base_layer().register_forward_hook(lambda *args: None), HOOKED),
-    "bias of B": (
-        lambda layer: setattr(layer.lora_B["default"], "bias", nn.Parameter(torch.zeros(HIDDEN))),
-        "the adapter has a bias (lora_bias)",
-    ),
     "trainable base": (lambda layer: layer.get_base_layer().down_proj.requires_grad_(), "its base weight is trainable"),
     "another implementation": (set_implementation("mine"), "its experts run through 'mine'"),
     "expert parallel": (
@@ -320,3 +254,13 @@ def test_other_parameters_are_left(parameter: str) -> None:
     model = wrap(holder, target_modules=[], target_parameters=[f"inner.{parameter}"])
     ((_, reason),) = fastlora.accelerate(model).left
     assert reason.endswith(f".{parameter.split('.')[-1]}, not a weight stack of transformers' experts")
+
+
+def test_other_arguments_are_for_peft() -> None:
+    layer = outermost(accelerated())
+    x, index, routing = torch.zeros(TOKENS, 32), index_of()["index"], torch.zeros(TOKENS, TOP_K)
+    assert not isinstance(experts.decide(layer, x, (index, routing), {}), str)
+    assert experts.decide(layer, x, (index,), {"top_k_weights": routing}) == (
+        "the experts are called with other arguments than x, indices and routing weights"
+    )
+    assert experts.decide(layer, x.to("meta"), (index, routing), {}) == "x is on meta, the base weight on cpu"
