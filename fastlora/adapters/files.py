@@ -25,10 +25,10 @@ from fastlora import atomic
 from fastlora.adapters import config as adapter_config
 from fastlora.adapters import tensors as adapter_tensors
 from fastlora.adapters.config import CONFIG_NAME
-from fastlora.injection.inject import injected, install, prepare, unwrapped
-from fastlora.injection.layer_types import lora_layers
+from fastlora.injection.inject import injected, install, prepare
 from fastlora.injection.matching import match_modules_to_save, warn
 from fastlora.injection.options import LoraOptions
+from fastlora.injection.walk import named_modules, named_parameters, some_lora_layers, unwrapped
 from fastlora.modules import FusedLoraLinear
 from fastlora.validation import check_model
 
@@ -126,28 +126,23 @@ def from_pretrained(
 def _injected(model: nn.Module) -> tuple[nn.Module, dict[str, FusedLoraLinear], LoraOptions]:
     """The injected module in `model`, its LoRA linears by their first names in it, and what it was injected with."""
     check_model(model)
-    bases = injected(model) or [unwrapped(model)]
-    if len(bases) > 1:
-        names = [name for name, module in model.named_modules() if module in bases]
-        raise ValueError(f"model holds {len(bases)} injected models, {', '.join(map(repr, names))}: pass one of them")
-    (base,) = bases
-    layers = {names[0]: layer for layer, names in lora_layers(base).items() if layer.lora_A is not None}
-    if not layers:
-        raise ValueError("model holds no LoRA linear: call fastlora.inject(model, target_modules=...) first")
+    base, *others = injected(model) or [unwrapped(model)]
+    if others:
+        names = [name for name, module in named_modules(model) if module in (base, *others)]
+        raise ValueError(f"model holds {len(names)} injected models, {', '.join(map(repr, names))}: pass one of them")
+    layers = {names[0]: layer for layer, names in some_lora_layers(base).items() if layer.r}
     for path, layer in layers.items():
         if layer.merged and layer._base_weight is None:
             raise RuntimeError(
                 f"{path!r} is merged, and merge(keep_base=False) dropped the base weight that an adapter belongs to: "
                 "save before such a merge, load into a new layer on the base weight"
             )
-        if layer.weight.is_meta:
-            raise ValueError(f"the weight of {path!r} is on the meta device: load the base model first")
     return base, layers, vars(base).get("lora_options", LoraOptions())
 
 
 def _warn_unsaved(model: nn.Module, saved: Iterable[Tensor]) -> None:
     known = set(map(id, saved))
-    if unsaved := [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in known]:
+    if unsaved := [name for name, _, p in named_parameters(model) if p.requires_grad and id(p) not in known]:
         warn(
             f"{len(unsaved)} trainable parameters such as {unsaved[0]!r} are not part of the adapter and are not saved: "
             "name their modules in inject's modules_to_save, or save the model's state_dict as well"

@@ -26,6 +26,12 @@ from fastlora.quantized_module import FusedLoraLinear4bit
 from fastlora.reference import EagerLoraLinear
 
 
+def hooked() -> nn.Module:
+    linear = quantize(plain(), "nf4")
+    linear.register_forward_hook(lambda *_: None)
+    return linear
+
+
 def plain(dtype: torch.dtype = torch.float32, bias: bool = True) -> nn.Linear:
     torch.manual_seed(0)
     return nn.Linear(70, 33, bias=bias, dtype=dtype)
@@ -136,6 +142,7 @@ def test_merging():
         (lambda: trained(r=0), ValueError, "r=0 is not possible on a weight of 4 bits"),
         (lambda: FusedLoraLinear4bit.from_linear(random_layer("int8")), TypeError, "bitsandbytes Linear4bit, got Linear8bitLt"),
         (lambda: FusedLoraLinear4bit.from_linear(plain()), TypeError, r"got Linear$"),
+        (lambda: FusedLoraLinear4bit.from_linear(hooked()), ValueError, "is a Linear4bit with hooks or a forward of its own"),
         (lambda: FusedLoraLinear.from_linear(quantize(plain(), "nf4")), TypeError, "dequantise it first"),
         (lambda: quantize(plain(), "int4"), ValueError, r"quantize must be one of \('nf4', 'fp4'\), got 'int4'"),
         (lambda: quantize(plain(torch.float64), "nf4"), TypeError, r"got a weight in torch\.float64"),
