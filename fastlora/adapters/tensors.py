@@ -10,6 +10,7 @@ from pathlib import Path
 import torch
 from torch import Tensor, nn
 
+from fastlora.adapters import sharded
 from fastlora.injection.matching import embeddings, match_modules_to_save
 from fastlora.injection.options import LoraOptions
 from fastlora.injection.walk import named_modules, named_parameters
@@ -75,7 +76,7 @@ def fit(
 def copy(pairs: list[tuple[Tensor, Tensor]]) -> None:
     """Copy the file's tensors to the model's, see `fit`."""
     for into, tensor in pairs:
-        into.copy_(tensor)
+        into.copy_(sharded.like(tensor, into))
 
 
 def common_dtype(model: nn.Module, file: Mapping[str, Tensor]) -> torch.dtype | None:

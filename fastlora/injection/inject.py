@@ -7,16 +7,16 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from fastlora.injection import fast_path
 from fastlora.injection.layer_types import is_conv1d, lora_type
 from fastlora.injection.matching import match_modules_to_save, near, targets_of, warn
 from fastlora.injection.options import LoraOptions, pattern_matches
-from fastlora.injection.walk import lora_layers, named_modules, named_parameters, replace, unwrapped
+from fastlora.injection.walk import is_sharded, lora_layers, named_modules, named_parameters, replace, unwrapped
 from fastlora.modules import FusedLoraLinear
 from fastlora.quantized import is_quantized, quantize
 
+_DISTRIBUTED = {"DistributedDataParallel", "FullyShardedDataParallel"}
 Holders = list[tuple[nn.Module, str]]  # the modules that hold one parameter, with its full name in each
 
 
@@ -56,7 +56,8 @@ def inject(
         target_modules: a string is a regular expression that a module's full name must match; a list holds full names or
             ends of names ("q_proj" matches "model.layers.0.self_attn.q_proj"); "all-linear" is every nn.Linear and
             transformers' Conv1D except the output head (`model.get_output_embeddings()`, where the model has it) and, with a
-            warning, the out_proj of nn.MultiheadAttention, which reads that weight without calling the linear.
+            warning, the out_proj of nn.MultiheadAttention, which reads that weight without calling the linear.  What is a head
+            by its name only, as in timm's models, is adapted, with a warning.
         exclude_modules: modules that are no targets, by the same rule.  It wins over target_modules, as does modules_to_save.
         layers_to_transform: only the layers with these numbers, for names that a list matches by their end.
         layers_pattern: the name before the layer's number, "layers" or "h"; default: the first number in a name.
@@ -74,8 +75,8 @@ def inject(
 
     Raises:
         ValueError: nothing matches (the message lists near names) or all is excluded, a module to save does not exist or
-            holds a target, an option is out of range, or `model` is a DistributedDataParallel or holds LoRA linears or PEFT's
-            layers already.
+            holds a target, an option is out of range, or `model` is a DistributedDataParallel is sharded, or holds LoRA
+            linears or PEFT's layers already.
         ImportError: quantize without bitsandbytes.
         TypeError: an option has another type, a target is not of a supported type or has a weight that FusedLoraLinear cannot
             wrap, or a module to save cannot be trained.
@@ -150,10 +151,13 @@ def injected(model: nn.Module) -> list[nn.Module]:
 
 def _check_model(model: nn.Module) -> None:
     """`model` has no adapters yet, and is not wrapped by what would not see new ones."""
-    if layers := lora_layers(model):
+    layers = lora_layers(model)
+    if wrapped := {type(module).__name__ for module in model.modules()} & _DISTRIBUTED:
+        raise ValueError(f"model holds a {wrapped.pop()}, which would not reduce new parameters: inject before wrapping")
+    if layers:
         raise ValueError(f"model holds {len(layers)} LoRA linears already, the first one at {next(iter(layers.values()))[0]!r}")
-    if isinstance(model, DistributedDataParallel):
-        raise ValueError("model is a DistributedDataParallel, which would not reduce new parameters: inject before wrapping")
+    if sharded := [name for name, _, parameter in named_parameters(model) if is_sharded(parameter)]:
+        raise ValueError(f"{sharded[0]!r} is sharded, which new parameters would not be: inject before fully_shard")
     peft = sys.modules.get("peft.tuners.tuners_utils")
     if of_peft := [name for name, module in named_modules(model) if peft and isinstance(module, peft.BaseTunerLayer)]:
         raise ValueError(f"model holds layers of PEFT's, such as {of_peft[0]!r}: fastlora.accelerate(model) is for those")

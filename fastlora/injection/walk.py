@@ -2,6 +2,7 @@
 
 from collections import defaultdict
 from collections.abc import Iterator
+from typing import Any, TypeGuard
 
 from torch import nn
 
@@ -44,6 +45,11 @@ def replace(model: nn.Module, name: str, new: nn.Module) -> None:
     setattr(parent, last, new)
 
 
+def is_sharded(tensor: object) -> TypeGuard[Any]:
+    """Whether `tensor` is a DTensor, as FSDP2 and tensor parallelism make them."""
+    return hasattr(tensor, "full_tensor")
+
+
 def lora_layers(model: nn.Module) -> dict[FusedLoraLinear, list[str]]:
     """The LoRA layers of `model`, each with all of its names.  Raises TypeError when `model` is no module."""
     check_model(model)
@@ -54,8 +60,8 @@ def lora_layers(model: nn.Module) -> dict[FusedLoraLinear, list[str]]:
     return found
 
 
-def some_lora_layers(model: nn.Module) -> dict[FusedLoraLinear, list[str]]:
-    """`lora_layers`.  Raises ValueError where there is none."""
-    if layers := lora_layers(model):
+def some_lora_layers(model: nn.Module, least_rank: int = 0) -> dict[FusedLoraLinear, list[str]]:
+    """The `lora_layers` of this rank or a higher one.  Raises ValueError where there is none."""
+    if layers := {layer: names for layer, names in lora_layers(model).items() if layer.r >= least_rank}:
         return layers
     raise ValueError("model holds no LoRA linear: call fastlora.inject(model, target_modules=...) first")

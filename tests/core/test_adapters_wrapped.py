@@ -120,5 +120,5 @@ def test_layers_made_by_hand_are_unwrapped_too(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("process_group")
 def test_a_model_in_ddp_is_not_injected() -> None:
-    with pytest.raises(ValueError, match="is a DistributedDataParallel, which would not reduce new parameters"):
+    with pytest.raises(ValueError, match="holds a DistributedDataParallel, which would not reduce new parameters"):
         inject(DistributedDataParallel(llama()), target_modules=["q_proj"])
