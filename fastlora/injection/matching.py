@@ -19,6 +19,9 @@ from fastlora.injection.walk import named_modules, unwrapped
 
 ALL_LINEAR = "all-linear"
 
+# The heads of timm's and torchvision's models and of transformers' classifiers, none of which says which it is.
+_HEADS = {"head", "heads", "head_dist", "fc", "classifier", "score"}
+
 
 def match_targets(model: nn.Module, target_modules: str | Iterable[str], **options: Any) -> dict[str, nn.Module]:
     """`targets_of` these options of `inject`."""
@@ -59,6 +62,8 @@ def targets_of(model: nn.Module, options: LoraOptions) -> dict[str, nn.Module]:
     if not targets:
         by = " and ".join(excluders)
         raise ValueError(f"target_modules={wanted!r} matches {len(found)} modules, and {by} excludes all of them")
+    if every_linear and (heads := [name for name in targets if name.partition(".")[0] in _HEADS]):
+        warn(f"{ALL_LINEAR!r} adapts {heads}, by name the model's head: exclude_modules={heads} leaves it out")
     for name, module in targets.items():
         if lora_type(module) is None:
             raise TypeError(f"target_modules={wanted!r}: {name!r} is a {type(module).__name__}, expected {REPLACED}")
