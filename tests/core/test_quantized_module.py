@@ -11,7 +11,6 @@ from torch import nn
 
 from fastlora import (
     from_pretrained,
-    get_nb_trainable_parameters,
     inject,
     load_adapter,
     merge_and_unload,
@@ -190,8 +189,6 @@ def test_inject(kind):
     model(torch.randn(3, 24)).sum().backward()
     trained = {name for name, p in model.named_parameters() if p.grad is not None}
     assert trained == {"0.bias", "0.lora_A", "0.lora_B", "2.lora_A", "2.lora_B"}
-    weights = 24 * 40 * 2 + 24 * 5 + 5
-    assert get_nb_trainable_parameters(model) == (4 * 64 * 2 + 40, 4 * 64 * 2 + 40 + weights)
 
 
 def test_inject_into_a_quantised_model():
@@ -263,12 +260,11 @@ def test_adapter_files(tmp_path):
     [
         ({"quantize": "int3"}, ValueError, "quantize must be None or one of 'nf4', 'fp4', got 'int3'"),
         ({"layer": EagerLoraLinear}, TypeError, "layer=EagerLoraLinear cannot hold a quantised weight"),
-        ({"dtype": torch.float64}, TypeError, r"got a weight in torch\.float64"),
     ],
-    ids=["kind", "layer", "dtype"],
+    ids=["kind", "layer"],
 )
 def test_inject_refuses(options, error, message):
-    model = network(options.pop("dtype", torch.float32))
+    model = network()
     before = list(model)
     with pytest.raises(error, match=message):
         inject(model, target_modules=["0", "2"], **{"quantize": "nf4", **options})
