@@ -133,7 +133,8 @@ SOURCES = {
     "peft/base.py": {"weight_of"},
     "peft/calls.py": {"operands", "unsupported_input", "decide"},
     "peft/layers.py": {"unsupported_reason"},
-    "quantized.py": {"unsupported_reason", "unsupported_input"},
+    "quantized/__init__.py": {"unsupported_input"},
+    **{f"quantized/{library}.py": {"read"} for library in ("bitsandbytes", "torchao", "hqq", "gptq", "fp8")},
 }
 #: What other reasons are put into.
 FRAMES = {"its base layer …", " under autocast to …"}
