@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from quantized_layers import KINDS, adapter, by_definition, random_layer
+from quantized_layers import KINDS, adapter, by_definition, random_layer, saved_tensors, size
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -103,17 +103,6 @@ def test_autocast(dtype):
 
 
 # What is kept.
-
-
-def saved_tensors(call) -> list[torch.Tensor]:
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
-        call()
-    return saved
-
-
-def size(tensors) -> int:
-    return sum(tensor.numel() * tensor.itemsize for tensor in tensors)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -1,5 +1,7 @@
 """Linears of the real bitsandbytes, what they stand for, and PEFT's layer on one: shared by the tests of quantised weights."""
 
+from collections.abc import Callable, Iterable
+
 import torch
 from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 from peft import LoraConfig
@@ -74,3 +76,16 @@ def peft_layer(layer: nn.Module, r: int, scaling: float) -> nn.Module:
     """PEFT's own layer on a layer of bitsandbytes."""
     kind = bnb.Linear8bitLt if isinstance(layer, Linear8bitLt) else bnb.Linear4bit
     return kind(layer, "default", config=LoraConfig(r=r, lora_alpha=scaling * r), r=r, lora_alpha=scaling * r)
+
+
+def saved_tensors(call: Callable[[], object]) -> list[torch.Tensor]:
+    """What autograd keeps of `call`."""
+    saved = []
+    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
+        call()
+    return saved
+
+
+def size(tensors: Iterable[torch.Tensor]) -> int:
+    """In bytes."""
+    return sum(tensor.numel() * tensor.itemsize for tensor in tensors)
