@@ -2,7 +2,7 @@
 
 import pytest
 import torch
-from packed_layers import BaseQuantLinear, formats, gptqmodel, packed, stand_ins, torchao
+from packed_layers import FORMATS, BaseQuantLinear, gptqmodel, packed, stand_ins, torchao
 from quantized_layers import adapter, saved_tensors, size
 from torch import nn
 from transformers.integrations.finegrained_fp8 import FP8Linear
@@ -24,7 +24,7 @@ def random_layer(name: str, dtype: torch.dtype = F32, N: int = 48, K: int = 64):
     return packed(name, weight)
 
 
-@pytest.mark.parametrize("name", formats())
+@pytest.mark.parametrize("name", FORMATS)
 def test_dense_weight_is_the_librarys(name):
     """In every dtype, contiguous; the fake tensor of the operator agrees."""
     layer, dense = random_layer(name)
@@ -40,13 +40,13 @@ def test_dense_weight_is_the_librarys(name):
     assert set(torch.library.opcheck(torch.ops.fastlora.dequantize, arguments, test_utils=tests).values()) == {"SUCCESS"}
 
 
-@pytest.mark.parametrize("name", formats("torchao int8", "torchao float8", "torchao int4", "hqq 3 axis 1", "hqq 4 axis 0"))
+@pytest.mark.parametrize("name", ["torchao int8", "torchao float8", "torchao int4", "hqq 3 axis 1", "hqq 4 axis 0"])
 def test_dense_weight_in_the_librarys_dtype_is_bit_for_bit_its_own(name):
     layer, dense = random_layer(name, BF16)
     assert torch.equal(weight_of(layer).dequantize(BF16).float(), dense)
 
 
-@pytest.mark.parametrize("name", formats("torchao int8", "torchao float8", "hqq 4 axis 1", "gptq 4", "awq", "fp8 blocks"))
+@pytest.mark.parametrize("name", ["torchao int8", "torchao float8", "hqq 4 axis 1", "gptq 4", "awq", "fp8 blocks"])
 def test_saved_for_backward(name):
     """x, S, A, B and the packed weight with its statistics, by reference."""
     layer, _ = random_layer(name, BF16)
@@ -62,7 +62,7 @@ def test_saved_for_backward(name):
     )
 
 
-@pytest.mark.parametrize("name", formats("torchao int8", "hqq 4 axis 1", "gptq act order", "fp8 blocks"))
+@pytest.mark.parametrize("name", ["torchao int8", "hqq 4 axis 1", "gptq act order", "fp8 blocks"])
 def test_compile_in_one_graph(name):
     torch._dynamo.reset()
     layer, _ = random_layer(name)
@@ -93,8 +93,7 @@ def test_layers_of_no_format():
 
 def int4() -> nn.Module:
     """A weight of torchao's for kernels that PEFT cannot train through; `quantize_` would need a GPU."""
-    from torchao.quantization import Int4Tensor
-
+    Int4Tensor = pytest.importorskip("torchao.quantization").Int4Tensor
     scale = torch.ones(1, 16)
     weight = Int4Tensor(torch.zeros(16, 8, dtype=torch.uint8), scale, scale, [1, 16], torch.Size((16, 16)))
     return changed(nn.Linear(16, 16), weight=nn.Parameter(weight, requires_grad=False))
@@ -137,8 +136,6 @@ def test_recognised_but_not_supported(layer, reason):
 )
 def test_dtypes_of_a_call(name, x, autocast, taken):
     """x has what the layer computes in: the dtype of torchao's tensor, HQQ's compute dtype, any for the others."""
-    if name.startswith(("torchao", "hqq")):
-        pytest.importorskip(name.split()[0])
     layer, _ = random_layer(name, BF16)
     with torch.autocast("cpu", dtype=autocast, enabled=autocast is not None):
         reason = unsupported_input(layer, torch.randn(3, 64).to(x))

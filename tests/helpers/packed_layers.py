@@ -1,13 +1,12 @@
 """Layers of libraries other than bitsandbytes on a packed weight, and the dense weight that each stands for.
 
-torchao and hqq build theirs where they are installed.  GPTQModel needs a build for a GPU, so its layouts are packed here as
-checkpoints have them, into classes that stand in for its own.  transformers' FP8Linear is the real one.
+torchao and hqq build theirs; a test that needs a missing one is skipped.  GPTQModel needs a build for a GPU, so its layouts are
+packed here as checkpoints have them, into classes that stand in for its own.  transformers' FP8Linear is the real one.
 """
 
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
-from importlib.util import find_spec
 from types import ModuleType
 from typing import Any
 
@@ -20,7 +19,7 @@ Pair = tuple[nn.Module, Tensor]  # a layer, and its dense weight (out, in) in fl
 
 
 def torchao(weight: Tensor, config: str, **options: Any) -> Pair:
-    from torchao import quantization
+    quantization = pytest.importorskip("torchao.quantization")
 
     linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
     linear.weight = nn.Parameter(weight.clone(), requires_grad=False)
@@ -31,10 +30,9 @@ def torchao(weight: Tensor, config: str, **options: Any) -> Pair:
 
 
 def hqq(weight: Tensor, bits: int, axis: int, **options: Any) -> Pair:
-    from hqq.core.quantize import BaseQuantizeConfig, HQQLinear
-
-    config = BaseQuantizeConfig(nbits=bits, group_size=16, axis=axis, **options)
-    layer = HQQLinear.from_weights(weight.float(), None, config, compute_dtype=weight.dtype, device="cpu")
+    quantize = pytest.importorskip("hqq.core.quantize")
+    config = quantize.BaseQuantizeConfig(nbits=bits, group_size=16, axis=axis, **options)
+    layer = quantize.HQQLinear.from_weights(weight.float(), None, config, compute_dtype=weight.dtype, device="cpu")
     return layer, layer.dequantize().float()
 
 
@@ -128,20 +126,6 @@ FORMATS: dict[str, tuple[Callable[..., Pair], dict[str, Any]]] = {
     "fp8 cut blocks": (fp8, {"block": (32, 40)}),
     "fp8 tensor": (fp8, {"block": None}),
 }
-
-
-def formats(*names: str) -> list[Any]:
-    """Parameters of a test: the named formats, all without a name; those whose library is missing are skipped."""
-    return [
-        pytest.param(
-            name,
-            marks=pytest.mark.skipif(
-                FORMATS[name][0] in (torchao, hqq) and find_spec(FORMATS[name][0].__name__) is None,
-                reason=f"{FORMATS[name][0].__name__} is not installed",
-            ),
-        )
-        for name in names or FORMATS
-    ]
 
 
 def packed(name: str, weight: Tensor) -> Pair:

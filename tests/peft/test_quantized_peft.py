@@ -7,7 +7,7 @@ from functools import partial
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
-from packed_layers import formats, packed, stand_ins
+from packed_layers import packed, stand_ins
 from peft import prepare_model_for_kbit_training
 from peft_models import (
     PRECISIONS,
@@ -188,7 +188,7 @@ def _stand_ins():
 @pytest.mark.filterwarnings("ignore:TorchaoLoraLinear was instantiated without")
 @pytest.mark.parametrize("precision", ["float32", "mixed", "mixed-autocast"])
 @pytest.mark.parametrize(
-    "name", formats("torchao int8", "torchao float8", "torchao int4", "hqq 4 axis 1", "gptq 4", "awq", "fp8 cut blocks")
+    "name", ["torchao int8", "torchao float8", "torchao int4", "hqq 4 axis 1", "gptq 4", "awq", "fp8 cut blocks"]
 )
 def test_other_formats(name, precision):
     """Logits and every gradient with float32 adapters and dropout; PEFT's own classes come back."""
