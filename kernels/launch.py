@@ -1,13 +1,26 @@
 """The one place that launches kernels, so that a test or a report can watch every launch."""
 
+import copy
+import inspect
+import sys
 from collections.abc import Callable
 from dataclasses import dataclass, field
+from types import BuiltinFunctionType
 from typing import Any, NamedTuple
 
 import torch
+import triton
 from torch import Tensor
+from triton import knobs
 from triton.compiler import CompiledKernel
+from triton.runtime import driver
 from triton.runtime.jit import KernelInterface
+from triton.tools.tensor_descriptor import TensorDescriptor
+
+# The versions of Triton whose launchers were read and compared with `_direct`, byte for byte (tests/compile/test_launch.py).
+KNOWN_LAUNCHERS = ("3.6", "3.7", "3.8", "3.9")
+NVIDIA_DRIVER = "triton.backends.nvidia.driver"
+DESCRIPTORS = 1024  # kept for each plan: some 0.5 KiB each; a training step has as many as the model has layers of one shape
 
 
 class Result(NamedTuple):
@@ -33,7 +46,7 @@ class Plan:
         options: its constexprs, num_warps and num_stages.
         results: what it computes.
         descriptors: (shape, strides, block) of the leading arguments that the kernel takes as tensor descriptors.
-        compiled: device index -> (launcher of the compiled kernel, constexprs in the kernel's order).
+        compiled: device index -> what launches the compiled kernel on run-time arguments; None: Triton does, each time.
     """
 
     kernel: KernelInterface
@@ -42,24 +55,89 @@ class Plan:
     options: dict[str, Any]
     results: tuple[Result, ...] = ()
     descriptors: tuple[tuple[list[int], list[int], list[int]], ...] = ()
-    compiled: dict[int, tuple[Callable[..., None], tuple[Any, ...]]] = field(default_factory=dict)
+    compiled: dict[int, Callable[[tuple[Any, ...]], None] | None] = field(default_factory=dict)
 
 
 def launch(plan: Plan, *args: Any) -> None:
-    """Run the plan's kernel on run-time `args`, in the kernel's order.  An empty grid launches nothing.
+    """Run the plan's kernel on run-time `args`, tensors and numbers in the kernel's order.  An empty grid launches nothing.
 
-    Triton finds the compiled kernel at the first launch.  The plan fixes every integer and alignment that Triton specialises
-    on, so later launches call that kernel directly, in an eighth of the host time (benches/NOTES.md).  Profiler hooks still
-    see each launch.  Triton's compile-time knobs count at the first launch only.
+    The first launch is Triton's: it finds the compiled kernel.  The plan fixes every integer and alignment that Triton
+    specialises on, so later launches call the C function of Triton's launcher themselves, in a fifth of the host time
+    (benches/NOTES.md).  Triton launches again while a profiler's hook or `knobs.runtime.debug` is set, under the interpreter,
+    and where `_direct` says so.  Triton's other compile-time knobs count at the first launch only.
     """
+    if plan.compiled and (run := plan.compiled.get(torch.cuda.current_device())) and not _watched():
+        run(args)
+        return
     if 0 in plan.grid:
         return
-    if plan.compiled and (known := plan.compiled.get(torch.cuda.current_device())):
-        run, constexprs = known
-        run(*args, *constexprs)
-        return
+    described = [TensorDescriptor(matrix, *facts) for matrix, facts in zip(args, plan.descriptors, strict=False)]
     # Triton 3.9 announces that 3.10 turns FP fusion off by default.
-    result = plan.kernel[plan.grid](*args, enable_fp_fusion=True, **plan.options)
-    if isinstance(result, CompiledKernel):
-        constexprs = tuple(plan.options[name] for name in plan.kernel.arg_names[len(args) :])
-        plan.compiled[torch.cuda.current_device()] = result[(*plan.grid, 1, 1)[:3]], constexprs
+    result = plan.kernel[plan.grid](*described, *args[len(described) :], enable_fp_fusion=True, **plan.options)
+    if isinstance(result, CompiledKernel) and (device := torch.cuda.current_device()) not in plan.compiled:
+        plan.compiled[device] = _direct(plan, result, device, len(args))
+
+
+def _watched() -> bool:
+    """Whether a hook or a debugging knob asks for Triton's own path.  A chain of hooks lists its `calls`."""
+    runtime = knobs.runtime
+    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave) or runtime.debug)
+
+
+def _direct(plan: Plan, kernel: CompiledKernel, device: int, count: int) -> Callable[[tuple[Any, ...]], None] | None:
+    """What hands `count` run-time arguments to the C function of Triton's launcher, as Triton would; None: only Triton can.
+
+    The launcher is called once with placeholders and a stand-in for the C function, which sees what is handed over: the grid,
+    the stream, facts of the kernel, and the arguments, as one sequence from Triton 3.7 on.  Scratch memory, instrumentation,
+    another launcher than NVIDIA's and an unknown Triton are left to Triton.
+    """
+    launcher, module, metadata = kernel.run, sys.modules[type(kernel.run).__module__], kernel.metadata
+    if ".".join(triton.__version__.split(".")[:2]) not in KNOWN_LAUNCHERS or module.__name__ != NVIDIA_DRIVER:
+        return None
+    if metadata.global_scratch_size or metadata.profile_scratch_size or metadata.instrumentation_mode:
+        return None
+    c_launch, handed = launcher.launch, []
+    if plan.descriptors:  # Triton's wrapper makes the descriptors
+        c_launch = inspect.getclosurevars(c_launch).nonlocals.get("launcher")
+    asked = copy.copy(launcher)
+    asked.launch = lambda *args: handed.extend(args)
+    grid, stream, argument = (*plan.grid, 1, 1)[:3], object(), object()
+    asked(*grid, stream, kernel.function, kernel.packed_metadata, None, None, None, argument)
+    *before, given = handed
+    if (
+        not isinstance(c_launch, BuiltinFunctionType)
+        or (*grid, stream) != tuple(before[:4])
+        or given not in (argument, (argument,))
+    ):
+        return None
+    facts, in_sequence = before[4:], given == (argument,)
+    constexprs = tuple(plan.options[name] for name in plan.kernel.arg_names[count:])
+    current_stream = driver.active.get_current_stream
+
+    def run(args: tuple[Any, ...]) -> None:
+        arguments = args + constexprs
+        c_launch(*grid, current_stream(device), *facts, *((arguments,) if in_sequence else arguments))
+
+    if not plan.descriptors:
+        return run
+
+    # Triton 3.8 added a third parameter, which it does not read.
+    unread = (None,) * (len(inspect.signature(module.make_tensordesc_arg).parameters) - 2)
+    # For each descriptor: address -> what the C function takes.  The plan fixes the shape, strides, type and block at any address.
+    known: tuple[dict[int, list[Any]], ...] = tuple({} for _ in plan.descriptors)
+
+    def describe(index: int, matrix: Tensor) -> list[Any]:
+        if len(known[index]) == DESCRIPTORS:
+            known[index].clear()
+        described = TensorDescriptor(matrix, *plan.descriptors[index])
+        made = known[index][matrix.data_ptr()] = module.make_tensordesc_arg(described, metadata.tensordesc_meta[index], *unread)
+        return made
+
+    def run_described(args: tuple[Any, ...]) -> None:
+        operands: list[Any] = []
+        for index, made in enumerate(known):
+            operands += made.get(args[index].data_ptr()) or describe(index, args[index])
+        run((*operands, *args[len(known) :]))
+
+    return run_described
