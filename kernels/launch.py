@@ -104,27 +104,26 @@ def _direct(plan: Plan, kernel: CompiledKernel, device: int, count: int) -> Call
     asked.launch = lambda *args: handed.extend(args)
     grid, stream, argument = (*plan.grid, 1, 1)[:3], object(), object()
     asked(*grid, stream, kernel.function, kernel.packed_metadata, None, None, None, argument)
-    *before, given = handed
-    if (
-        not isinstance(c_launch, BuiltinFunctionType)
-        or (*grid, stream) != tuple(before[:4])
-        or given not in (argument, (argument,))
-    ):
+    first, facts, given = handed[:5], handed[5:-1], handed[-1]
+    understood = first == [*grid, stream, kernel.function] and given in (argument, (argument,))
+    if not understood or not isinstance(c_launch, BuiltinFunctionType):
         return None
-    facts, in_sequence = before[4:], given == (argument,)
+    in_sequence = given == (argument,)
     constexprs = tuple(plan.options[name] for name in plan.kernel.arg_names[count:])
     current_stream = driver.active.get_current_stream
 
     def run(args: tuple[Any, ...]) -> None:
         arguments = args + constexprs
-        c_launch(*grid, current_stream(device), *facts, *((arguments,) if in_sequence else arguments))
+        # This keeps the kernel: from Triton 3.8 on one that nobody holds is unloaded.
+        function = kernel.function
+        c_launch(*grid, current_stream(device), function, *facts, *((arguments,) if in_sequence else arguments))
 
     if not plan.descriptors:
         return run
 
     # Triton 3.8 added a third parameter, which it does not read.
     unread = (None,) * (len(inspect.signature(module.make_tensordesc_arg).parameters) - 2)
-    # For each descriptor: address -> what the C function takes.  The plan fixes the shape, strides, type and block at any address.
+    # Address -> what the C function takes, for each descriptor.  The plan fixes the shape, strides, type and block.
     known: tuple[dict[int, list[Any]], ...] = tuple({} for _ in plan.descriptors)
 
     def describe(index: int, matrix: Tensor) -> list[Any]:

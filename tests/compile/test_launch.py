@@ -1,8 +1,10 @@
-"""Launches that call the C function of Triton's launcher: what reaches libcuda is what Triton itself would send, byte for byte."""
+"""launch.py: what reaches libcuda is what Triton itself would send, byte for byte, and when Triton's own path is taken."""
 
 import copy
 import ctypes
+import gc
 import re
+import weakref
 from collections.abc import Iterator
 from typing import Any
 
@@ -231,6 +233,16 @@ def test_scratch_memory_and_instrumentation_are_left_to_triton(
     needy = copy.copy(kernel)
     needy.metadata = kernel.metadata._replace(**need)
     assert launch._direct(plan, needy, 90, len(args)) is None
+    needy.module = None  # it is `kernel`'s, to unload
+
+
+def test_a_plan_keeps_its_kernel(sent: Sent, asked: list[str], summing: Any) -> None:
+    """Triton unloads a kernel that nobody holds, from 3.8 on."""
+    summing()
+    kernel = weakref.ref(LOADED.popitem()[1])
+    sum_partials_kernel.device_caches.clear()
+    gc.collect()
+    assert kernel() is not None
 
 
 def test_descriptors_are_kept_for_each_address(sent: Sent, monkeypatch: pytest.MonkeyPatch) -> None:
