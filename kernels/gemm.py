@@ -7,7 +7,6 @@ holds one accumulator.  The mask is read from packed bits.  Persistent programs 
 Without P and Q the same kernel writes bias + mask(alpha · U V) alone.  cuBLAS then accumulates P Q onto it.
 """
 
-
 import torch
 import triton
 import triton.language as tl
