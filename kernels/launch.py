@@ -22,6 +22,8 @@ KNOWN_LAUNCHERS = ("3.6", "3.7", "3.8", "3.9")
 NVIDIA_DRIVER = "triton.backends.nvidia.driver"
 DESCRIPTORS = 1024  # kept for each plan: some 0.5 KiB each; a training step has as many as the model has layers of one shape
 
+Run = Callable[[tuple[Any, ...]], None]
+
 
 class Result(NamedTuple):
     """A tensor that a launch computes.  With parts > 1 the launch writes that many float32 partial sums; sums.py adds them."""
@@ -46,7 +48,8 @@ class Plan:
         options: its constexprs, num_warps and num_stages.
         results: what it computes.
         descriptors: (shape, strides, block) of the leading arguments that the kernel takes as tensor descriptors.
-        compiled: device index -> what launches the compiled kernel on run-time arguments; None: Triton does, each time.
+        compiled: device index -> two functions that launch the compiled kernel on run-time arguments: `_direct`'s, if it has
+            one, and Triton's.
     """
 
     kernel: KernelInterface
@@ -55,38 +58,49 @@ class Plan:
     options: dict[str, Any]
     results: tuple[Result, ...] = ()
     descriptors: tuple[tuple[list[int], list[int], list[int]], ...] = ()
-    compiled: dict[int, Callable[[tuple[Any, ...]], None] | None] = field(default_factory=dict)
+    compiled: dict[int, tuple[Run | None, Run]] = field(default_factory=dict)
 
 
 def launch(plan: Plan, *args: Any) -> None:
     """Run the plan's kernel on run-time `args`, tensors and numbers in the kernel's order.  An empty grid launches nothing.
 
-    The first launch is Triton's: it finds the compiled kernel.  The plan fixes every integer and alignment that Triton
-    specialises on, so later launches call the C function of Triton's launcher themselves, in a fifth of the host time
-    (benches/NOTES.md).  Triton launches again while a profiler's hook or `knobs.runtime.debug` is set, under the interpreter,
-    and where `_direct` says so.  Triton's other compile-time knobs count at the first launch only.
+    Triton finds the compiled kernel at the first launch.  The plan fixes every integer and alignment that Triton specialises
+    on, so later launches hand their arguments to the C function of Triton's launcher, in a thirteenth of the host time, or,
+    while a profiler's hook is set and where `_direct` knows no better, to Triton's compiled kernel, in a quarter of it
+    (benches/NOTES.md).  Triton's compile-time knobs count at the first launch only.
     """
-    if plan.compiled and (run := plan.compiled.get(torch.cuda.current_device())) and not _watched():
-        run(args)
+    if plan.compiled and (known := plan.compiled.get(torch.cuda.current_device())):
+        direct, by_triton = known
+        (by_triton if direct is None or _hooked() else direct)(args)
         return
     if 0 in plan.grid:
         return
-    described = [TensorDescriptor(matrix, *facts) for matrix, facts in zip(args, plan.descriptors, strict=False)]
     # Triton 3.9 announces that 3.10 turns FP fusion off by default.
-    result = plan.kernel[plan.grid](*described, *args[len(described) :], enable_fp_fusion=True, **plan.options)
-    if isinstance(result, CompiledKernel) and (device := torch.cuda.current_device()) not in plan.compiled:
-        plan.compiled[device] = _direct(plan, result, device, len(args))
+    result = plan.kernel[plan.grid](*_described(plan, args), enable_fp_fusion=True, **plan.options)
+    if isinstance(result, CompiledKernel):  # not under the interpreter
+        device = torch.cuda.current_device()
+        constexprs = tuple(plan.options[name] for name in plan.kernel.arg_names[len(args) :])
+        run = result[(*plan.grid, 1, 1)[:3]]
+        plan.compiled[device] = (
+            _direct(plan, result, device, constexprs),
+            lambda args: run(*_described(plan, args), *constexprs),
+        )
 
 
-def _watched() -> bool:
-    """Whether a hook or a debugging knob asks for Triton's own path.  A chain of hooks lists its `calls`."""
-    runtime = knobs.runtime
-    enter, leave = runtime.launch_enter_hook, runtime.launch_exit_hook
-    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave) or runtime.debug)
+def _described(plan: Plan, args: tuple[Any, ...]) -> tuple[Any, ...]:
+    """`args` with tensor descriptors where the kernel takes them."""
+    described = (TensorDescriptor(matrix, *facts) for matrix, facts in zip(args, plan.descriptors, strict=False))
+    return (*described, *args[len(plan.descriptors) :])
 
 
-def _direct(plan: Plan, kernel: CompiledKernel, device: int, count: int) -> Callable[[tuple[Any, ...]], None] | None:
-    """What hands `count` run-time arguments to the C function of Triton's launcher, as Triton would; None: only Triton can.
+def _hooked() -> bool:
+    """Whether a hook wants to see launches.  A chain of hooks lists its `calls`."""
+    enter, leave = knobs.runtime.launch_enter_hook, knobs.runtime.launch_exit_hook
+    return bool(getattr(enter, "calls", enter) or getattr(leave, "calls", leave))
+
+
+def _direct(plan: Plan, kernel: CompiledKernel, device: int, constexprs: tuple[Any, ...]) -> Run | None:
+    """What hands run-time arguments to the C function of Triton's launcher, as Triton would; None where only Triton can.
 
     The launcher is called once with placeholders and a stand-in for the C function, which sees what is handed over: the grid,
     the stream, facts of the kernel, and the arguments, as one sequence from Triton 3.7 on.  Scratch memory, instrumentation,
@@ -104,19 +118,16 @@ def _direct(plan: Plan, kernel: CompiledKernel, device: int, count: int) -> Call
     asked.launch = lambda *args: handed.extend(args)
     grid, stream, argument = (*plan.grid, 1, 1)[:3], object(), object()
     asked(*grid, stream, kernel.function, kernel.packed_metadata, None, None, None, argument)
-    first, facts, given = handed[:5], handed[5:-1], handed[-1]
-    understood = first == [*grid, stream, kernel.function] and given in (argument, (argument,))
+    first, facts, given = handed[:4], handed[4:-1], handed[-1]
+    understood = first == [*grid, stream] and given in (argument, (argument,))
     if not understood or not isinstance(c_launch, BuiltinFunctionType):
         return None
     in_sequence = given == (argument,)
-    constexprs = tuple(plan.options[name] for name in plan.kernel.arg_names[count:])
     current_stream = driver.active.get_current_stream
 
     def run(args: tuple[Any, ...]) -> None:
         arguments = args + constexprs
-        # This keeps the kernel: from Triton 3.8 on one that nobody holds is unloaded.
-        function = kernel.function
-        c_launch(*grid, current_stream(device), function, *facts, *((arguments,) if in_sequence else arguments))
+        c_launch(*grid, current_stream(device), *facts, *((arguments,) if in_sequence else arguments))
 
     if not plan.descriptors:
         return run

@@ -16,7 +16,6 @@ from triton import knobs
 from triton.backends.nvidia import driver as nvidia
 from triton.compiler import CompiledKernel
 from triton.runtime import driver
-from triton.runtime.jit import JITFunction
 
 from fastlora.kernels import launch, steps
 from fastlora.kernels.launch import Result
@@ -81,15 +80,15 @@ def sent(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> Ite
 
 @pytest.fixture
 def asked(monkeypatch: pytest.MonkeyPatch) -> list[str]:
-    """The kernels that Triton was asked to launch."""
+    """The kernels that Triton launched by its own path."""
     names: list[str] = []
-    run = JITFunction.run
+    describe = CompiledKernel.launch_metadata
 
-    def note(kernel: JITFunction[Any], *args: Any, **options: Any) -> Any:
-        names.append(kernel.__name__)
-        return run(kernel, *args, **options)
+    def note(kernel: CompiledKernel, *args: Any) -> Any:
+        names.append(kernel.metadata.name)
+        return describe(kernel, *args)
 
-    monkeypatch.setattr(JITFunction, "run", note)
+    monkeypatch.setattr(CompiledKernel, "launch_metadata", note)
     return names
 
 
@@ -187,10 +186,9 @@ class Other(nvidia.CudaLauncher):
         (knobs.runtime, "launch_exit_hook", lambda facts: None),
         (knobs.runtime.launch_enter_hook, "calls", [lambda facts: None]),
         (knobs.runtime.launch_exit_hook, "calls", [lambda facts: None]),
-        (knobs.runtime, "debug", True),
     ],
 )
-def test_hooks_and_debugging_get_tritons_own_path(
+def test_hooks_get_tritons_own_path(
     sent: Sent, asked: list[str], summing: Any, monkeypatch: pytest.MonkeyPatch, owner: Any, name: str, value: Any
 ) -> None:
     summing()
@@ -229,10 +227,10 @@ def test_scratch_memory_and_instrumentation_are_left_to_triton(
     plan = plan_sum(Result((512,), torch.float32, 2))
     args = torch.zeros(2, 512), torch.zeros(512), None, None, *plan.sizes
     kernel = plan.kernel[plan.grid](*args, enable_fp_fusion=True, **plan.options)
-    assert launch._direct(plan, kernel, 90, len(args)) is not None
+    assert launch._direct(plan, kernel, 90, ()) is not None
     needy = copy.copy(kernel)
     needy.metadata = kernel.metadata._replace(**need)
-    assert launch._direct(plan, needy, 90, len(args)) is None
+    assert launch._direct(plan, needy, 90, ()) is None
     needy.module = None  # it is `kernel`'s, to unload
 
 
