@@ -19,7 +19,6 @@ from triton.tools.tensor_descriptor import TensorDescriptor
 
 # The versions of Triton whose launchers were read and compared with `_direct`, byte for byte (tests/compile/test_launch.py).
 KNOWN_LAUNCHERS = ("3.6", "3.7", "3.8", "3.9")
-NVIDIA_DRIVER = "triton.backends.nvidia.driver"
 DESCRIPTORS = 1024  # kept for each plan: some 0.5 KiB each; a training step has as many as the model has layers of one shape
 
 Run = Callable[[tuple[Any, ...]], None]
@@ -81,10 +80,8 @@ def launch(plan: Plan, *args: Any) -> None:
         device = torch.cuda.current_device()
         constexprs = tuple(plan.options[name] for name in plan.kernel.arg_names[len(args) :])
         run = result[(*plan.grid, 1, 1)[:3]]
-        plan.compiled[device] = (
-            _direct(plan, result, device, constexprs),
-            lambda args: run(*_described(plan, args), *constexprs),
-        )
+        direct = _direct(plan, result, device, constexprs)
+        plan.compiled[device] = direct, lambda args: run(*_described(plan, args), *constexprs)
 
 
 def _described(plan: Plan, args: tuple[Any, ...]) -> tuple[Any, ...]:
@@ -107,7 +104,8 @@ def _direct(plan: Plan, kernel: CompiledKernel, device: int, constexprs: tuple[A
     another launcher than NVIDIA's and an unknown Triton are left to Triton.
     """
     launcher, module, metadata = kernel.run, sys.modules[type(kernel.run).__module__], kernel.metadata
-    if ".".join(triton.__version__.split(".")[:2]) not in KNOWN_LAUNCHERS or module.__name__ != NVIDIA_DRIVER:
+    version = ".".join(triton.__version__.split(".")[:2])
+    if version not in KNOWN_LAUNCHERS or module.__name__ != "triton.backends.nvidia.driver":
         return None
     if metadata.global_scratch_size or metadata.profile_scratch_size or metadata.instrumentation_mode:
         return None
@@ -118,11 +116,10 @@ def _direct(plan: Plan, kernel: CompiledKernel, device: int, constexprs: tuple[A
     asked.launch = lambda *args: handed.extend(args)
     grid, stream, argument = (*plan.grid, 1, 1)[:3], object(), object()
     asked(*grid, stream, kernel.function, kernel.packed_metadata, None, None, None, argument)
-    first, facts, given = handed[:4], handed[4:-1], handed[-1]
-    understood = first == [*grid, stream] and given in (argument, (argument,))
+    facts, in_sequence = handed[4:-1], handed[-1] == (argument,)
+    understood = handed[:4] == [*grid, stream] and (in_sequence or handed[-1] is argument)
     if not understood or not isinstance(c_launch, BuiltinFunctionType):
         return None
-    in_sequence = given == (argument,)
     current_stream = driver.active.get_current_stream
 
     def run(args: tuple[Any, ...]) -> None:
@@ -132,8 +129,7 @@ def _direct(plan: Plan, kernel: CompiledKernel, device: int, constexprs: tuple[A
     if not plan.descriptors:
         return run
 
-    # Triton 3.8 added a third parameter, which it does not read.
-    unread = (None,) * (len(inspect.signature(module.make_tensordesc_arg).parameters) - 2)
+    unread = (None,) * (len(inspect.signature(module.make_tensordesc_arg).parameters) - 2)  # one, from Triton 3.8 on
     # Address -> what the C function takes, for each descriptor.  The plan fixes the shape, strides, type and block.
     known: tuple[dict[int, list[Any]], ...] = tuple({} for _ in plan.descriptors)
 
