@@ -7,13 +7,10 @@ holds one accumulator.  The mask is read from packed bits.  Persistent programs 
 Without P and Q the same kernel writes bias + mask(alpha · U V) alone.  cuBLAS then accumulates P Q onto it.
 """
 
-from typing import Any
-
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
-from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastlora.kernels import launch
 from fastlora.kernels.config import GemmConfig, cdiv, gemm_config, lora_tile_config, rank_block
@@ -188,13 +185,6 @@ def plan_gemm(
     )
 
 
-class _Described(TensorDescriptor):
-    """A descriptor without the checks that `TensorDescriptor` repeats at every launch, a third of its cost."""
-
-    def __post_init__(self) -> None:
-        """The plan has checked the operands: `fits_descriptor`."""
-
-
 def gemm(
     plan: Plan,
     P: Tensor | None,
@@ -212,8 +202,5 @@ def gemm(
     The plan has the layouts of Q and V, so that Wᵀ and Bᵀ may be given as W and B.
     """
     C = plan.results[0].empty(U.device) if out is None else out
-    operands: tuple[Any, ...] = (P, Q, C)
-    if plan.descriptors:
-        operands = tuple(_Described(matrix, *facts) for matrix, facts in zip(operands, plan.descriptors, strict=True))
-    launch.launch(plan, *operands, bias, U, V, bits, *plan.sizes, alpha)
+    launch.launch(plan, P, Q, C, bias, U, V, bits, *plan.sizes, alpha)
     return C
