@@ -15,7 +15,7 @@ POOLED_ELEMENTS elements, and all draws are judged as one vector. In float32 the
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -42,6 +42,7 @@ FLOOR = {
 SHORT = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
 View = Callable[[Tensor], Tensor]
+Results = dict[str, Any]  # output -> its tensor, or None where autograd returned none
 Weights = tuple[Tensor, Tensor, Tensor, Tensor | None]  # W (N, K), A (r, K), B (N, r), bias (N,) or None
 ARGUMENT_OF = {"dx": "x", "dA": "lora_A", "dB": "lora_B", "dbias": "bias"}
 
@@ -168,7 +169,7 @@ def draw(case: Case, *, index: int = 0, device: torch.device | str = "cpu", view
     )
 
 
-def evaluate(function: Callable[..., Tensor], case: Case, inputs: Inputs, outputs: Iterable[str]) -> dict[str, Any]:
+def evaluate(function: Callable[..., Tensor], case: Case, inputs: Inputs, outputs: Iterable[str]) -> Results:
     """y and the wanted gradients of `function`; None where autograd returned none.  No other input requires a gradient."""
     wanted = [output for output in outputs if output != "y"]
     leaves = inputs.map(Tensor.detach)
@@ -234,27 +235,48 @@ def check(
     outputs = case.outputs if outputs is None else tuple(outputs)
     if unknown := set(outputs) - set(case.outputs):
         raise ValueError(f"outputs must be among {case.outputs} for this case, got {sorted(unknown)}")
+    sets = [draw(case, device=device, views=views)]
+    if case.dtype.itemsize == 2:
+        sizes = (getattr(sets[0], ARGUMENT_OF.get(output, "dy")).numel() for output in outputs)
+        smallest = min(filter(None, sizes), default=POOLED_ELEMENTS)
+        sets += [
+            draw(case, index=index, device=device, views=views) for index in range(1, math.ceil(POOLED_ELEMENTS / smallest))
+        ]
     function = function or partial(functional.lora_linear, backend=backend)
+    return judge_inputs(function, case, sets, outputs, truths(case, sets, outputs, expected))
+
+
+def truths(
+    case: Case, sets: Sequence[Inputs], outputs: Iterable[str], expected: Callable[..., Tensor] | None = None
+) -> tuple[Results, Results]:
+    """The eager and the float64 results of `expected`, default `masked_reference()`."""
     expected = expected or masked_reference()
-
-    found: dict[str, list[Any]] = {output: [] for output in outputs}  # (result, eager, ref) of each draw
-    index, draws = 0, 1
-    while index < draws:
-        inputs = draw(case, index=index, device=device, views=views)
-        refs, eager = (evaluate(expected, case, given, outputs) for given in (inputs.double(), inputs))
-        results = evaluate(function, case, inputs, outputs)
-        for output in outputs:
-            found[output].append((results[output], eager[output], refs[output]))
-        index += 1
-        if case.dtype.itemsize == 2:
-            smallest = min((refs[output].numel() for output in outputs if refs[output].numel()), default=POOLED_ELEMENTS)
-            draws = math.ceil(POOLED_ELEMENTS / smallest)
-    return [judge(case, output, *map(_joined, zip(*found[output], strict=True))) for output in outputs]
+    return _pooled(expected, case, sets, outputs), _pooled(expected, case, [inputs.double() for inputs in sets], outputs)
 
 
-def _joined(tensors: tuple[Any, ...]) -> Any:
-    """The tensors of all draws as one; None where there are none."""
-    return tensors[0] if len(tensors) == 1 or any(t is None for t in tensors) else torch.stack(tensors)
+def judge_inputs(
+    function: Callable[..., Tensor],
+    case: Case,
+    sets: Sequence[Inputs],
+    outputs: Iterable[str],
+    known: tuple[Results, Results] | None = None,
+) -> list[Row]:
+    """The verdicts on `function` for given inputs; all sets are judged as one.
+
+    known: their `truths`, which functions with the same mask can share.
+    """
+    eager, refs = known or truths(case, sets, outputs)
+    results = _pooled(function, case, sets, outputs)
+    return [judge(case, output, results[output], eager[output], refs[output]) for output in outputs]
+
+
+def _pooled(function: Callable[..., Tensor], case: Case, sets: Iterable[Inputs], outputs: Iterable[str]) -> Results:
+    """`evaluate` on all sets: the results of each output stacked, None where one is missing."""
+    found = [evaluate(function, case, inputs, outputs) for inputs in sets]
+    if len(found) == 1:
+        return found[0]
+    columns = {output: [results[output] for results in found] for output in outputs}
+    return {output: None if any(t is None for t in column) else torch.stack(column) for output, column in columns.items()}
 
 
 def judge(case: Case, output: str, result: Tensor | None, eager: Tensor, ref: Tensor) -> Row:

@@ -8,6 +8,7 @@ import transformers
 from tuned import NAMED
 
 from fastlora import cli, dispatch, tune
+from fastlora.benchmark import trial
 from fastlora.cli.tune import shapes_of
 
 pytestmark = pytest.mark.usefixtures("empty_cache")
@@ -26,7 +27,7 @@ def gpu(target, monkeypatch):
         return {choice: [0.001 if choice == "fused" else 0.002] * repeats for choice in steps}
 
     monkeypatch.setattr(tune, "measure", measure)
-    monkeypatch.setattr(tune.Judge, "verify", lambda judge, provider: [])
+    monkeypatch.setattr(trial, "verify", lambda *args: [])
 
 
 @pytest.fixture
@@ -76,7 +77,7 @@ def test_the_shapes_of_a_configuration(config, shapes, tmp_path):
 def test_a_model_is_tuned(tmp_path, target, monkeypatch):
     """Every shape, row count, rank, direction, with and without dropout: once, with the options given."""
     asked = []
-    monkeypatch.setattr(tune, "tune", lambda problems, device, **options: asked.append((problems, device, options)))
+    monkeypatch.setattr(tune, "tune", lambda problems, device, **options: asked.append((problems, device, options)) or ())
     LLAMA.save_pretrained(tmp_path)
     arguments = ["-r", "8", "32", "-p", "0.05", "0", "--dtype", "float16", "--adapter-dtype", "float32", "--repeats", "7"]
     assert cli.main(["tune", "--model", str(tmp_path), *arguments]) == 0
@@ -167,23 +168,23 @@ def test_the_help(capsys):
 
 
 def test_a_wrong_result_and_a_skipped_problem(gpu, tune_json, monkeypatch, capsys):
-    right = tune.draw
+    right = trial.draw
 
-    def wrong(judge, provider):
+    def wrong(provider, *args):
         if provider.name == "fused":
-            raise tune.WrongResultError("OVER")
+            raise trial.WrongResultError("OVER")
 
     def full(case, *args):
         if case.dropout_p:
             raise torch.OutOfMemoryError("CUDA out of memory.")
         return right(case, *args)
 
-    monkeypatch.setattr(tune.Judge, "verify", wrong)
+    monkeypatch.setattr(trial, "verify", wrong)
     assert cli.main(["tune", *SMALL, "-p", "0"]) == 1
     out, err = capsys.readouterr()
     assert "2 of 2 problems measured, 0 better than the default" in out
     assert err.count("fused is left out: its result is wrong") == 2
-    monkeypatch.setattr(tune, "draw", full)
+    monkeypatch.setattr(trial, "draw", full)
     assert cli.main(["tune", *SMALL]) == 1
     out, err = capsys.readouterr()
     assert sum("skipped" in line.split() for line in out.splitlines()) == 2

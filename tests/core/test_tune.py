@@ -1,6 +1,6 @@
 """The tuner: what decides, what is stored, what is left out, and where it must not run.
 
-The interpreter's GPU is given a name.  The timer is the test's own: it runs every step that it is given.
+The interpreter's GPU is given a name.  The timer is the test's own.
 """
 
 from dataclasses import replace
@@ -11,6 +11,7 @@ from triton.runtime.errors import OutOfResources
 from tuned import NAMED, watch
 
 from fastlora import dispatch, functional, oracle, tune
+from fastlora.benchmark import trial
 from fastlora.benchmark.clock import Prepared, Quantiles
 from fastlora.dispatch import Problem, candidates, default_choice, store, stored
 from fastlora.kernels import launch
@@ -22,9 +23,15 @@ PROBLEM = Problem("forward", torch.float32, 16, 32, 48, 4, True)
 PROBLEMS = [PROBLEM, replace(PROBLEM, direction="backward"), replace(PROBLEM, in_features=48, dropout=False)]
 
 
-def run(problems, timer, **options):
-    """Tune on the interpreter; a remark is a failure unless `remark` is given."""
-    return tune.tune(problems, "cpu", timer=timer, **{"remark": pytest.fail, **options})
+@pytest.fixture
+def run(monkeypatch):
+    """run(problems, timer, **options) -> the outcomes on the interpreter."""
+
+    def run(problems, timer, **options):
+        monkeypatch.setattr(tune, "measure", lambda steps, device, repeats: timer(steps))
+        return list(tune.tune(problems, "cpu", **options))
+
+    return run
 
 
 def favouring(winner):
@@ -78,7 +85,7 @@ def test_the_speedup_and_its_spread():
     assert tune.Tuned(PROBLEM, "addmm", skipped="out of memory").speedup is None
 
 
-def test_the_winner_is_stored(target):
+def test_the_winner_is_stored(target, run):
     for winner in ("fused", candidates(PROBLEM, target)[-1], "addmm"):
         (tuned,) = run([PROBLEM], favouring(winner), again=True)
         assert tuned.choice == winner == dispatch.choose(PROBLEM, target)
@@ -87,7 +94,7 @@ def test_the_winner_is_stored(target):
 
 
 @pytest.mark.parametrize("problem", PROBLEMS, ids=str)
-def test_every_step_runs_its_own_choice(problem, target, monkeypatch):
+def test_every_step_runs_its_own_choice(problem, target, monkeypatch, run):
     """The timed half has the problem's size and mask, whatever was stored before."""
     store(target, {problem: "fused"})
     plans = []
@@ -117,14 +124,12 @@ def test_the_real_clock(target):
     assert stored(target) == {str(PROBLEMS[2]): tuned.choice}
 
 
-def test_what_is_stored_is_kept_unless_asked_for_again(target):
+def test_what_is_stored_is_kept_unless_asked_for_again(target, run):
     first, second, third = PROBLEMS
     store(target, {second: "fused"})
     store(replace(target, name="Another GPU"), {first: "fused"})
     store(target, {replace(first, precision="tf32"): "fused"})
-    finished = []
-    outcomes = run(PROBLEMS, favouring("addmm"), finished=finished.append)
-    assert outcomes == finished
+    outcomes = run(PROBLEMS, favouring("addmm"))
     assert [(tuned.problem, tuned.kept) for tuned in outcomes] == [(first, False), (second, True), (third, False)]
     assert outcomes[1] == tune.Tuned(second, "addmm", "fused", kept=True)
     assert all(tuned.kept for tuned in run(PROBLEMS, not_measured))
@@ -154,12 +159,10 @@ def spoilt(monkeypatch):
 
 
 @pytest.mark.parametrize("direction", ["forward", "backward"])
-def test_a_wrong_candidate_is_left_out(direction, target, spoilt):
+def test_a_wrong_candidate_is_left_out(direction, target, spoilt, run):
     problem = replace(PROBLEM, direction=direction)
     spoilt(lambda options: options["HAS_PRODUCT"])
-    message = f"{direction} float32 16 x 32 -> 48 r=4 with dropout: fused.* is left out: its result is"
-    with pytest.warns(UserWarning, match=message):
-        (tuned,) = tune.tune([problem], "cpu", timer=favouring("fused"))
+    (tuned,) = run([problem], favouring("fused"))
     assert tuned.seconds.keys() == {"addmm"}
     assert stored(target) == {str(problem): "addmm"}
     assert tuned.wrong
@@ -167,33 +170,29 @@ def test_a_wrong_candidate_is_left_out(direction, target, spoilt):
     assert "OVER" in tuned.left_out["fused"]
 
 
-def test_a_wrong_default_gives_way_and_no_candidate_stores_nothing(target, spoilt):
+def test_a_wrong_default_gives_way_and_no_candidate_stores_nothing(target, spoilt, run):
     spoilt(lambda options: not options["HAS_PRODUCT"])
-    remarks = []
-    (tuned,) = run([PROBLEM], favouring("fused"), remark=remarks.append)
-    assert (tuned.default, tuned.choice, tuned.speedup, len(remarks)) == ("addmm", "fused", None, 1)
+    (tuned,) = run([PROBLEM], favouring("fused"))
+    assert (tuned.default, tuned.choice, tuned.speedup, list(tuned.left_out)) == ("addmm", "fused", None, ["addmm"])
     spoilt(lambda options: True)
-    outcomes = run(PROBLEMS[1:], favouring("fused"), remark=remarks.append)
+    outcomes = run(PROBLEMS[1:], favouring("fused"))
     assert [(tuned.choice, tuned.skipped) for tuned in outcomes] == [(None, "no candidate is left"), ("torch", "")]
-    assert "backward float32 16 x 32 -> 48 r=4 with dropout is skipped: no candidate is left" in remarks
     assert stored(target) == {str(PROBLEM): "fused", str(PROBLEMS[2]): "torch"}
 
 
 @pytest.mark.parametrize("error", [OutOfResources(300000, 232448, "shared memory"), RuntimeError("PassManager::run failed")])
-def test_a_candidate_that_does_not_compile_is_left_out(error, target, monkeypatch):
+def test_a_candidate_that_does_not_compile_is_left_out(error, target, monkeypatch, run):
     def fail(plan):
         if plan.kernel is gemm_kernel and plan.options["HAS_PRODUCT"] and plan.options["BLOCK_M"] == 32:
             raise error
 
     watch(monkeypatch, fail)
-    remarks = []
-    (tuned,) = run([PROBLEM], favouring("addmm"), remark=remarks.append)
-    assert candidates(PROBLEM, target)[-1] in tuned.left_out
+    (tuned,) = run([PROBLEM], favouring("addmm"))
+    assert tuned.left_out[candidates(PROBLEM, target)[-1]].startswith(f"{type(error).__name__}: ")
     assert (tuned.choice, tuned.wrong) == ("addmm", False)
-    assert f"{type(error).__name__}: " in remarks[0]
 
 
-def test_a_lost_device_is_no_candidates_fault(target, monkeypatch):
+def test_a_lost_device_is_no_candidates_fault(target, monkeypatch, run):
     def lost(plan):
         raise torch.AcceleratorError("an illegal memory access was encountered")
 
@@ -203,34 +202,33 @@ def test_a_lost_device_is_no_candidates_fault(target, monkeypatch):
     assert stored(target) == {}
 
 
-@pytest.mark.parametrize("place", ["draw", "Judge", "steps_of"])
-def test_a_problem_that_runs_out_of_memory_is_skipped(place, target, monkeypatch):
-    right, remarks = getattr(tune, place), []
+@pytest.mark.parametrize("place", ["draw", "verify", "steps_of"])
+def test_a_problem_that_runs_out_of_memory_is_skipped(place, target, monkeypatch, run):
+    right = getattr(trial, place)
 
     def full(*args):
         if any(isinstance(arg, oracle.Case) and arg.dropout_p == 0 for arg in args):
             raise torch.OutOfMemoryError("CUDA out of memory. Tried to allocate 2.00 GiB.\nMore.")
         return right(*args)
 
-    monkeypatch.setattr(tune, place, full)
-    outcomes = run([PROBLEMS[2], PROBLEM], favouring("fused"), remark=remarks.append)
-    assert [tuned.choice for tuned in outcomes] == [None, "fused"]
-    assert [remark.partition("is skipped: ")[2] for remark in remarks] == [
-        "out of memory: CUDA out of memory. Tried to allocate 2.00 GiB."
-    ]
+    monkeypatch.setattr(trial, place, full)
+    skipped, tuned = run([PROBLEMS[2], PROBLEM], favouring("fused"))
+    assert (skipped.choice, tuned.choice) == (None, "fused")
+    assert skipped.skipped == "out of memory: CUDA out of memory. Tried to allocate 2.00 GiB."
     assert stored(target) == {str(PROBLEM): "fused"}
 
 
-def test_an_interrupted_tune_keeps_what_it_has(target):
+def test_an_interrupted_tune_keeps_what_it_has(target, run):
     done = []
 
     def timer(steps):
         if done:
             raise KeyboardInterrupt
+        done.append(steps)
         return favouring("fused")(steps)
 
     with pytest.raises(KeyboardInterrupt):
-        run(PROBLEMS[:2], timer, finished=done.append)
+        run(PROBLEMS[:2], timer)
     assert stored(target) == {str(PROBLEM): "fused"}
     assert [tuned.kept for tuned in run(PROBLEMS[:2], favouring("fused"))] == [True, False]
 
@@ -264,7 +262,7 @@ def test_where_it_must_not_run(place, error, message, empty_cache, monkeypatch, 
         empty_cache.write_text("")
 
     def call(x):
-        tune.tune([PROBLEM], device, timer=not_measured, **{"dropout_p": 0.0} if place == "no rate" else {})
+        tune.tune([PROBLEM], device, **{"dropout_p": 0.0} if place == "no rate" else {})
         return x + 1
 
     with pytest.raises(error, match=message):
