@@ -151,7 +151,7 @@ def _measure(problem: Problem, case: oracle.Case, choices: list[str], device: to
 
     providers = [Provider(choice, of_call(partial(lora_linear, backend=choice))) for choice in choices]
     try:
-        steps, _ = trial.prepare(providers, case, device, leave_out)
+        steps, _ = trial.prepare(providers, case, device, failed=leave_out)
         if not steps:
             return Tuned(problem, choices[0], left_out=left_out, skipped="no candidate is left")
         times = measure({choice: passes[problem.direction] for choice, passes in steps.items()}, device, repeats)

@@ -128,19 +128,24 @@ def timed(
     return rows, seconds
 
 
+def reraise(provider: Provider, error: Exception) -> None:
+    """No failure is accepted."""
+    raise error
+
+
 def prepare(
     rivals: Iterable[Provider],
     case: oracle.Case,
     device: torch.device,
-    failed: Callable[[Provider, Exception], None],
     *,
+    failed: Callable[[Provider, Exception], None] = reraise,
     copies: int | None = None,
     progress: Callable[[str], None] = lambda what: None,
 ) -> tuple[dict[str, dict[str, Step]], list[oracle.Inputs]]:
     """Check every provider: the steps of those that are right, by name and pass, and the sets of inputs that these read.
 
     Args:
-        failed: called with each provider that is wrong or fails, and its error.
+        failed: called with each provider that is wrong or fails, and its error; the provider is left out unless it raises.
         copies: sets of inputs to take in turn; default as many as exceed the cache.
         progress: called after each check.
     """
@@ -161,12 +166,12 @@ def prepare(
 
 
 def run(
-    rivals: Iterable[Provider],
+    rivals: Sequence[Provider],
     case: oracle.Case,
     device: torch.device,
     *,
+    failed: Callable[[Provider, Exception], None] = reraise,
     copies: int | None = None,
-    excluded: dict[str, Exception] | None = None,
     progress: Callable[[str], None] = lambda what: None,
     **options: Any,
 ) -> Timed:
@@ -174,9 +179,7 @@ def run(
 
     Args:
         rivals: among them the frozen linear and eager LoRA, to which all rows relate.
-        copies: sets of inputs to take in turn; default as many as exceed the cache.
-        excluded: collects the errors of providers that are wrong or fail, by name, and leaves these providers out.  The error
-            of the frozen linear or of eager LoRA is raised, and by default any.
+        failed, copies: see `prepare`.
         progress: called with what was just done: len(rivals) + WARMUP times, and after each timed round.
         options: repeats and limit, see `measure`.
 
@@ -187,16 +190,9 @@ def run(
     needed = compulsory_bytes(case, "forward") * (1 + 8 // case.dtype.itemsize)  # and again in float64
     if needed > (memory := total_bytes(device)):
         raise torch.OutOfMemoryError(f"{case} needs at least {needed >> 30:,} GiB; {device} has {memory >> 30:,} GiB")
-    rivals = list(rivals)
     if any(provider.name in COMPILED for provider in rivals):
         torch.compiler.reset()  # what was compiled for other cases counts against the limit of recompilations
-
-    def failed(provider: Provider, error: Exception) -> None:
-        if excluded is None or provider.name in (FROZEN, EAGER):
-            raise error
-        excluded[provider.name] = error.with_traceback(None)  # its frames hold the tensors
-
-    steps, sets = prepare(rivals, case, device, failed, copies=copies, progress=progress)
+    steps, sets = prepare(rivals, case, device, failed=failed, copies=copies, progress=progress)
     by_pass = {(name, pass_): steps[name][pass_] for pass_ in PASSES for name in steps}
     parameters = [tensor for inputs in sets for tensor in inputs.weights]
     return timed(by_pass, device, {"over_frozen": FROZEN, "over_eager": EAGER}, parameters, progress=progress, **options)

@@ -4,8 +4,6 @@ In the drawn cases every dtype, shape, rank, dropout rate and bias setting comes
 
 import argparse
 import itertools
-import json
-import math
 import random
 import warnings
 from collections.abc import Iterator, Sequence
@@ -59,8 +57,8 @@ def run(args: argparse.Namespace) -> int:
     over = sum(not row.passed for _, row in verdicts)
     if args.json:
         facts = {"device": str(args.device), "backends": backends, "seed": args.seed, "cases": args.cases}
-        rows = [{"backend": backend, **_plain(row)} for backend, row in verdicts]
-        print(json.dumps({"passed": not over, **facts, "rows": rows}, indent=2, default=str))
+        rows = [{"backend": backend, **asdict(row), "passed": row.passed} for backend, row in verdicts]
+        print(common.to_json({"passed": not over, **facts, "rows": rows}))
         return min(over, 1)
     stdout, _ = common.consoles()
     columns = {"backend": "left", "output": "left", **dict.fromkeys(("fastlora", "eager", "bound"), "right"), "verdict": "left"}
@@ -115,7 +113,3 @@ def _lines(verdicts: Verdicts) -> Iterator[list[str]]:
             figures = [f"{value:.1e}" for value in (row.error, row.eager, row.bound)]
             yield [f" {backend}", row.output, *figures, "[green]ok" if row.passed else f"[bold red]OVER[/] {row.note}"]
 
-
-def _plain(row: oracle.Row) -> dict[str, Any]:
-    """A row as JSON has it; an infinite error becomes null."""
-    return {name: None if value == math.inf else value for name, value in asdict(row).items()} | {"passed": row.passed}
