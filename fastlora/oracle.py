@@ -38,8 +38,10 @@ FLOOR = {
     (torch.bfloat16, torch.bfloat16): 2e-3,
     (torch.float16, torch.float32): 2e-4,
     (torch.bfloat16, torch.float32): 2e-5,
+    (torch.float64, torch.float64): 4e-15,
 }
-SHORT = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+DTYPES = list(FLOOR)[:-1]  # those that every backend computes in
+SHORT = {torch.float64: "f64", torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
 View = Callable[[Tensor], Tensor]
 Results = dict[str, Any]  # output -> its tensor, or None where autograd returned none
@@ -170,12 +172,17 @@ def draw(case: Case, *, index: int = 0, device: torch.device | str = "cpu", view
 
 
 def evaluate(function: Callable[..., Tensor], case: Case, inputs: Inputs, outputs: Iterable[str]) -> Results:
-    """y and the wanted gradients of `function`; None where autograd returned none.  No other input requires a gradient."""
+    """y and the wanted gradients of `function`; no other input requires a gradient.
+
+    A gradient is None where autograd returns none, y does not depend on an input, or y has another shape than dy.
+    """
     wanted = [output for output in outputs if output != "y"]
     leaves = inputs.map(Tensor.detach)
     needed = [getattr(leaves, ARGUMENT_OF[output]).requires_grad_() for output in wanted]
     y = function(leaves.x, *leaves.weights, scaling=case.scaling, dropout_p=case.dropout_p, seed=inputs.seed)
-    grads = torch.autograd.grad(y, needed, inputs.dy, allow_unused=True) if wanted else ()
+    grads: Sequence[Tensor | None] = [None] * len(wanted)
+    if wanted and y.requires_grad and y.shape == inputs.dy.shape:
+        grads = torch.autograd.grad(y, needed, inputs.dy.to(y.dtype), allow_unused=True)
     return {"y": y.detach(), **dict(zip(wanted, grads, strict=True))}
 
 

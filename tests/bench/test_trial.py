@@ -17,7 +17,7 @@ from fastlora.oracle import Case
 
 CPU = torch.device("cpu")
 CASE = Case((96, 64, 80), rank=4, dropout_p=0.1, bias=False)
-in_all_dtypes = pytest.mark.parametrize("dtypes", oracle.FLOOR, ids=lambda pair: "+".join(map(oracle.SHORT.get, pair)))
+in_all_dtypes = pytest.mark.parametrize("dtypes", oracle.DTYPES, ids=lambda pair: "+".join(map(oracle.SHORT.get, pair)))
 
 
 def judge_of(case):
