@@ -7,6 +7,7 @@ The fastest median wins among the candidates whose 80th percentile is below the 
 keeps the default.  Where the default itself cannot run or is wrong, the fastest median wins.
 """
 
+import itertools
 from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
@@ -60,23 +61,13 @@ class Tuned:
 
 
 def problems_for(
-    shapes: Iterable[tuple[int, int]],
-    rows: Iterable[int],
-    ranks: Iterable[int],
-    dropouts: Iterable[bool],
-    dtype: torch.dtype,
+    shapes: Iterable[tuple[int, int]], rows: Iterable[int], ranks: Iterable[int], dropouts: Iterable[bool], dtype: torch.dtype
 ) -> list[Problem]:
     """Both steps of linears of these shapes (in, out), each problem once: rows count as the next power of two."""
-    precision = matmul_precision(dtype)
-    found = {
-        Problem(direction, dtype, next_power_of_2(m), in_features, out_features, r, dropout, precision): None
-        for in_features, out_features in shapes
-        for r in ranks
-        for m in rows
-        for dropout in dropouts
-        for direction in ("forward", "backward")
-    }
-    return list(found)
+    precision, powers = matmul_precision(dtype), map(next_power_of_2, rows)
+    combinations = itertools.product(shapes, ranks, powers, dropouts, ("forward", "backward"))
+    problems = (Problem(direction, dtype, m, k, n, r, p, precision) for (k, n), r, m, p, direction in combinations)
+    return list(dict.fromkeys(problems))
 
 
 def decide(seconds: Mapping[str, Quantiles], default: str) -> str:

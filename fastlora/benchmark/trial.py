@@ -40,10 +40,10 @@ def draw(case: oracle.Case, device: torch.device, index: int = 0) -> oracle.Inpu
     return inputs
 
 
-def verify(provider: Provider, case: oracle.Case, inputs: oracle.Inputs, known: dict[Any, Any]) -> list[oracle.Row]:
+def verify(provider: Provider, case: oracle.Case, inputs: oracle.Inputs, known: dict[Any, oracle.Judge]) -> list[oracle.Row]:
     """The oracle's verdict on y and each gradient of a provider.
 
-    known: keeps the expected results for these inputs, which providers with the same mask share.
+    known: keeps the judges for these inputs, which providers with the same mask share.
 
     Raises:
         WrongResultError: an error is over its bound; the message has the table of all errors.
@@ -58,13 +58,12 @@ def verify(provider: Provider, case: oracle.Case, inputs: oracle.Inputs, known: 
         torch.manual_seed(seed)
         return provider.mask(rows, cols, p, device)
 
-    outputs, sets = provider.outputs, [inputs]
-    key = provider.mask, provider.keep_scale, outputs
+    key = provider.mask, provider.keep_scale, provider.outputs
     with torch.random.fork_rng([inputs.x.device] if inputs.x.is_cuda else []):
         if key not in known:
-            right = case if "dA" in outputs else replace(case, scaling=0.0, dropout_p=0.0)  # the frozen linear alone
-            known[key] = oracle.truths(right, sets, outputs, oracle.masked_reference(mask, provider.keep_scale))
-        rows = oracle.judge_inputs(function, case, sets, outputs, known[key])
+            right = case if "dA" in provider.outputs else replace(case, scaling=0.0, dropout_p=0.0)  # the frozen linear alone
+            known[key] = oracle.Judge(right, [inputs], provider.outputs, oracle.masked_reference(mask, provider.keep_scale))
+        rows = known[key].rows(function)
     if not all(row.passed for row in rows):
         raise WrongResultError(f"{provider.name} is wrong on {case}, so it is not timed:\n{oracle.table(rows)}")
     return rows
@@ -150,7 +149,7 @@ def prepare(
         progress: called after each check.
     """
     first, right = draw(case, device), []
-    known: dict[Any, Any] = {}
+    known: dict[Any, oracle.Judge] = {}
     for provider in rivals:
         try:
             verify(provider, case, first, known)

@@ -81,7 +81,7 @@ def _judge(layer: Any, x: Tensor, dy: Tensor, seed: int) -> list[oracle.Row]:
     inputs = oracle.Inputs(x, layer._W(), layer.lora_A, layer.lora_B, layer.bias, dy, mask_seed)
     shape, dtypes = (x[..., 0].numel(), layer.in_features, layer.out_features), (x.dtype, layer.lora_A.dtype)
     case = oracle.Case(shape, layer.r, *dtypes, layer.bias is not None, dropout_p=layer.lora_dropout, scaling=layer.scaling)
-    return oracle.judge_inputs(function, case, [inputs], OUTPUTS)
+    return oracle.Judge(case, [inputs], OUTPUTS, oracle.masked_reference()).rows(function)
 
 
 def _add_noise(size: float, generator: torch.Generator, t: Tensor) -> Tensor:

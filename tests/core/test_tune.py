@@ -217,26 +217,18 @@ def test_a_problem_that_runs_out_of_memory_is_skipped(target, monkeypatch, run):
     ("place", "error", "message"),
     [
         ("a CPU", RuntimeError, r"capability 8\.0 or newer; the device is cpu"),
-        ("an old GPU", RuntimeError, r"capability 8\.0 or newer; the device is cuda:0"),
         ("a capture", RuntimeError, "a CUDA graph cannot capture"),
         ("torch.compile", AssertionError, "forbidden callable <function tune"),
         ("no rate", ValueError, r"dropout_p must be at least 1/65536, .* got 0"),
-        ("no folder", OSError, "cache"),
     ],
 )
-def test_where_it_must_not_run(place, error, message, empty_cache, monkeypatch, request):
+def test_where_it_must_not_run(place, error, message, empty_cache, monkeypatch):
     """It measures and writes nothing."""
-    device = {"an old GPU": "cuda:0", "a capture": "cuda"}.get(place, "cpu")
-    if place == "an old GPU":
-        monkeypatch.setattr(torch.version, "cuda", "12.8")
-        monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    elif place == "a capture":
+    device = "cuda" if place == "a capture" else "cpu"
+    if place == "a capture":
         monkeypatch.setattr(tune, "available_backends", lambda device: functional.BACKENDS)
         monkeypatch.setattr(tune, "target_of", lambda device: NAMED)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
-    elif place == "no folder":
-        request.getfixturevalue("target")
-        empty_cache.write_text("")
 
     def call(x):
         tune.tune([PROBLEM], device, **{"dropout_p": 0.0} if place == "no rate" else {})
@@ -244,4 +236,4 @@ def test_where_it_must_not_run(place, error, message, empty_cache, monkeypatch, 
 
     with pytest.raises(error, match=message):
         (torch.compile(call, backend="eager") if place == "torch.compile" else call)(torch.ones(2))
-    assert empty_cache.is_file() or not empty_cache.exists()
+    assert not empty_cache.exists()
