@@ -84,12 +84,10 @@ def run(args: argparse.Namespace) -> int:
     adapters = common.DTYPES[args.adapter_dtype or args.dtype]
     try:
         oracle.Case((1, 1, 1), dtype=dtype, adapter_dtype=adapters)  # refuses what cannot be judged
-        rates = {p for p in args.dropout if threshold(p)}
+        rates = sorted({p for p in args.dropout if threshold(p)})
         if len(rates) > 1:
-            raise ValueError(
-                f"-p takes one rate above 0, which stands for all of them, got {', '.join(map(str, sorted(rates)))}"
-            )
-        dropouts = {threshold(p) > 0: None for p in args.dropout}
+            raise ValueError(f"-p takes one rate above 0, which stands for all of them, got {', '.join(map(str, rates))}")
+        dropouts = [threshold(p) > 0 for p in args.dropout]
         problems = tune.problems_for(shapes_of(args.model), args.rows, args.rank, dropouts, dtype)
         target = tune.check_device(args.device)  # last: wrong arguments are reported without a GPU too
         options: dict[str, Any] = {"adapter_dtype": adapters, "repeats": args.repeats, "again": args.again}
@@ -109,10 +107,10 @@ def run(args: argparse.Namespace) -> int:
                     stderr.print(remark, style="yellow", markup=False, soft_wrap=True)
                 step(str(tuned.problem))
     finally:  # an interruption or a lost device still shows what is stored
-        measured = [tuned for tuned in outcomes if tuned.choice is not None and not tuned.kept]
         kept = sum(tuned.kept for tuned in outcomes)
-        file = str(dispatch.path_of(target))
-        facts = {"device": target.name, "file": file, "problems": len(problems), "measured": len(measured), "kept": kept}
+        measured = sum(tuned.choice is not None for tuned in outcomes) - kept
+        facts = {"device": target.name, "file": dispatch.path_of(target), "problems": len(problems)}
+        facts |= {"measured": measured, "kept": kept}
         if args.json:
             print(common.to_json({**facts, "rows": [_row(tuned) for tuned in outcomes]}))
         else:

@@ -55,9 +55,7 @@ def disturb(model: nn.Module, verdicts: dict[str, list[oracle.Row]], seed: int) 
         y, dx, dA, dB = (partial(_add_noise, row.bound, generator) for row in rows)
         layer.lora_A.register_hook(dA)
         layer.lora_B.register_hook(dB)
-        layer.register_full_backward_hook(
-            lambda layer, grads, _, noisy=dx: tuple(grad if grad is None else noisy(grad) for grad in grads)
-        )
+        layer.register_full_backward_hook(partial(_hook_dx, dx))
         layer.register_forward_hook(lambda layer, args, result, noisy=y: noisy(result))
 
 
@@ -89,3 +87,8 @@ def _add_noise(size: float, generator: torch.Generator, t: Tensor) -> Tensor:
     noise = torch.empty_like(t, dtype=torch.float32).uniform_(-math.sqrt(3), math.sqrt(3), generator=generator)
     noise *= size * t.detach().float().square().mean().sqrt()
     return t + noise.to(t.dtype)
+
+
+def _hook_dx(noisy: partial[Tensor], layer: nn.Module, grads: tuple[Tensor | None], _: tuple[Tensor]) -> tuple[Tensor | None]:
+    (dx,) = grads
+    return (None if dx is None else noisy(dx),)  # x may require no gradient
