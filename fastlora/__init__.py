@@ -1,7 +1,9 @@
 """fastlora: LoRA linears on fused Triton kernels, with dropout, at any shape, with gradients one can trust."""
 
+from fastlora._version import __version__  # first: it refuses a torch that is too old
+
+# isort: split
 from fastlora import oracle, reference
-from fastlora._version import __version__
 from fastlora.adapters import from_pretrained, load_adapter, save_adapter
 from fastlora.autograd import LoraLinearFunction
 from fastlora.functional import dropout_mask, lora_linear

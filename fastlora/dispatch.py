@@ -110,25 +110,25 @@ def choose(problem: Problem, target: Target) -> str:
 
 
 @functools.lru_cache(maxsize=4096)
-def plan_forward(choice: str, target: Target, precision: str, dropout: bool, *specs: Any) -> Callable[..., Any]:
+def plan_forward(choice: str, target: Target, precision: str, mask: str, *specs: Any) -> Callable[..., Any]:
     """`steps.plan_forward`, which also takes the choices "triton", for the one that suits the shape, and "torch"."""
     if choice == "triton":
-        choice = _choose("forward", target, precision, dropout, *specs[:3])
-    return torch_backend.forward if choice == "torch" else steps.plan_forward(choice, target, precision, dropout, *specs)
+        choice = _choose("forward", target, precision, bool(mask), *specs[:3])
+    return torch_backend.forward if choice == "torch" else steps.plan_forward(choice, target, precision, mask, *specs)
 
 
 @functools.lru_cache(maxsize=4096)
 def plan_backward(
-    choice: str, target: Target, precision: str, dropout: bool, adapter_dtype: torch.dtype, *specs: Any
+    choice: str, target: Target, precision: str, mask: str, adapter_dtype: torch.dtype, *specs: Any
 ) -> Callable[..., Any]:
     """`steps.plan_backward`, which also takes "triton" and "torch".  Without dx there is no GEMM to choose for."""
     dy, _, weight, lora_A, *_ = specs
     if choice == "triton" and weight is not None and lora_A is not None:
-        choice = _choose("backward", target, precision, dropout, dy, weight, lora_A)
+        choice = _choose("backward", target, precision, bool(mask), dy, weight, lora_A)
     if choice == "torch":
         return torch_backend.backward
     choice = "addmm" if choice == "triton" else choice
-    return steps.plan_backward(choice, target, precision, dropout, adapter_dtype, *specs)
+    return steps.plan_backward(choice, target, precision, mask, adapter_dtype, *specs)
 
 
 def _choose(

@@ -3,6 +3,7 @@
 `dropout_mask` is the mask that it takes for a seed.
 """
 
+import importlib.util
 import os
 import warnings
 
@@ -19,8 +20,12 @@ from fastlora.quantized import QuantizedWeight, Scheme
 #: Triton would import it, and neither `import fastlora` nor a graph that torch.compile traces needs that.
 INTERPRETING = os.environ.get("TRITON_INTERPRET", "").lower() in {"1", "true", "yes", "on", "y"}
 
+HAS_TRITON = importlib.util.find_spec("triton") is not None
+
 #: "fused" and "addmm" are the two forms of "triton"; "fused/<tile>" also names the tile of its GEMMs.
 BACKENDS = ("triton", "fused", "addmm", "torch")
+
+_NO_TRITON = "Triton is not installed (`pip install triton`; it has wheels for Linux)"
 
 
 def lora_linear(
@@ -50,7 +55,7 @@ def lora_linear(
         bias: (out,) or None; may require grad.  With a quantised weight it may have any floating dtype and is cast to x's, as
             bitsandbytes does.
         scaling: alpha / r, or alpha / √r with rsLoRA.
-        dropout_p: drop probability in [0, 1], realised in steps of 1/65536.
+        dropout_p: drop probability in [0, 1], realised in steps of 1/32768.
         training: False turns dropout off, whatever dropout_p and seed are.
         seed: the mask's seed: an int, or an int64 tensor of one element on x.device.  None draws one from torch's default
             generator of x.device.
@@ -77,7 +82,11 @@ def lora_linear(
     validation.check_seed(seed, x.device)
     dtype = validation.autocast_target(x, autocast_dtype)
     backend = _choose_backend(backend, x.device, dtype)
-    _refuse_functorch()
+    if validation.is_transformed():
+        raise RuntimeError(
+            "lora_linear does not support functorch transforms (torch.func.grad, vmap, jvp, ...): "
+            "its backward is not itself differentiable; use torch.autograd"
+        )
     quantization: tuple[Scheme | Tensor, ...] = ()
     if isinstance(weight, QuantizedWeight):
         quantization, weight = (weight.scheme, *weight.statistics), weight.packed
@@ -93,20 +102,23 @@ def lora_linear(
     elif seed is None:
         seed = draw_seed(x.device)
     elif not isinstance(seed, Tensor):
-        seed = validation.seed_tensor(seed, x.device)
+        seed = torch.full((1,), seed, dtype=torch.int64, device=x.device)  # without a copy from the host
     arguments = x, weight, lora_A, lora_B, bias, seed, float(scaling), float(dropout_p), backend
     if quantization or torch.is_grad_enabled():
         return LoraLinearFunction.apply(*arguments, *quantization)
     return ops.LORA_LINEAR(*arguments)[0]  # a fifth of the host's time less, which is what decoding waits for
 
 
-def dropout_mask(seed: int | Tensor, rows: int, cols: int, p: float, *, device: torch.device | str | None = None) -> Tensor:
+def dropout_mask(
+    seed: int | Tensor, rows: int, cols: int, p: float, *, projection: int = 0, device: torch.device | str | None = None
+) -> Tensor:
     """The keep mask of a (rows, cols) activation, True = kept, bit for bit the one that the kernels use.
 
     Args:
         seed: an int in [-2**63, 2**63), or an int64 tensor of one element.
         rows, cols: the shape of x viewed as (M, in).
-        p: drop probability in [0, 1]; the realised rate is round(p * 65536) / 65536.
+        p: drop probability in [0, 1]; the realised rate is round(p * 32768) / 32768.
+        projection: which of the masks of this seed, at least 0 and below 2**32; a single linear takes mask 0.
         device: where the mask is made; default: the seed's device for a tensor, torch's default device for an int.
 
     Returns:
@@ -114,27 +126,33 @@ def dropout_mask(seed: int | Tensor, rows: int, cols: int, p: float, *, device: 
 
     Raises:
         TypeError: seed is neither an int nor an int64 tensor.
-        ValueError: p outside [0, 1], a negative size, or a seed that does not fit.
+        ValueError: p outside [0, 1], a negative size, a projection or a seed that does not fit.
     """
     validation.check_dropout_p(p, "p")
     validation.check_size(rows, "rows")
     validation.check_size(cols, "cols")
-    if device is None:
-        device = seed.device if isinstance(seed, Tensor) else torch.get_default_device()
-    if not isinstance(seed, Tensor):
-        seed = validation.seed_tensor(seed, torch.device(device))
+    validation.check_size(projection, "projection")
+    if projection >= 1 << 32:
+        raise ValueError(f"projection must be below 2**32, got {projection}")
     validation.check_seed(seed)
-    return keep_mask(seed.to(device).reshape(1, 1), rows, cols, p)
+    if not isinstance(seed, Tensor):
+        seed = torch.full((1,), seed, dtype=torch.int64, device=device)
+    return keep_mask(seed.to(device=device).reshape(1, 1), rows, cols, p, projection)
 
 
 def available_backends(device: torch.device | str) -> tuple[str, ...]:
-    """The backends that can run tensors on `device`.  The default one comes first."""
+    """The backends that can run tensors on `device`.  The default one comes first.
+
+    Warns where Triton alone is missing: the "torch" backend takes its place.
+    """
     device = torch.device(device)
-    if device.type == "cuda" and torch.version.cuda and torch.cuda.get_device_capability(device) >= (8, 0):
-        return BACKENDS
-    if device.type == "cpu" and INTERPRETING:
-        return BACKENDS[::-1]
-    return ("torch",)
+    on_gpu = device.type == "cuda" and torch.version.cuda and torch.cuda.get_device_capability(device) >= (8, 0)
+    if not on_gpu and not (device.type == "cpu" and INTERPRETING):
+        return ("torch",)
+    if not HAS_TRITON:
+        warnings.warn(f"{_NO_TRITON}, so fastlora computes with plain torch operations", RuntimeWarning, stacklevel=2)
+        return ("torch",)
+    return BACKENDS if on_gpu else BACKENDS[::-1]
 
 
 def _choose_backend(backend: str | None, device: torch.device, dtype: torch.dtype) -> str:
@@ -151,10 +169,11 @@ def _choose_backend(backend: str | None, device: torch.device, dtype: torch.dtyp
     if dtype == torch.float64:
         raise TypeError(f'backend="{backend}" computes in float32, float16 or bfloat16, got x in float64: use backend="torch"')
     if "triton" not in available:
-        raise RuntimeError(
-            f'backend="{backend}" cannot run tensors on {device}: it needs a CUDA GPU of capability 8.0 or newer, or '
-            "TRITON_INTERPRET=1 in the environment for Triton's interpreter on a CPU"
+        needs = (
+            "it needs a CUDA GPU of capability 8.0 or newer, or TRITON_INTERPRET=1 in the environment for Triton's interpreter "
+            "on a CPU"
         )
+        raise RuntimeError(f'backend="{backend}" cannot run tensors on {device}: {needs if HAS_TRITON else _NO_TRITON}')
     return backend
 
 
@@ -162,11 +181,3 @@ def _autocast_dtype(device: torch.device) -> torch.dtype | None:
     if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
         return None
     return torch.get_autocast_dtype(device.type)
-
-
-def _refuse_functorch() -> None:
-    if not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active():
-        raise RuntimeError(
-            "lora_linear does not support functorch transforms (torch.func.grad, vmap, jvp, ...): "
-            "its backward is not itself differentiable; use torch.autograd"
-        )

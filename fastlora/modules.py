@@ -68,8 +68,8 @@ class FusedLoraLinear(nn.Module):
         validation.check_flag(fan_in_fan_out, "fan_in_fan_out")
         validation.check_dtype(dtype or torch.get_default_dtype(), "dtype")
         base = nn.Linear(in_features, out_features, bias, device=device, dtype=dtype)
-        weight = base.weight.detach().t().contiguous() if fan_in_fan_out else base.weight.detach()
-        self._setup(weight, base.bias.detach() if bias else None, r, lora_alpha, lora_dropout, **options)
+        weight = base.weight.t().contiguous() if fan_in_fan_out else base.weight
+        self._setup(weight.detach(), base.bias, r, lora_alpha, lora_dropout, **options)
 
     @classmethod
     def from_linear(
@@ -82,7 +82,7 @@ class FusedLoraLinear(nn.Module):
         """
         weight, bias = validation.check_linear(linear, options.get("fan_in_fan_out", False))
         module = cls.__new__(cls)
-        module._setup(weight.detach(), None if bias is None else bias.detach(), r, lora_alpha, lora_dropout, **options)
+        module._setup(weight.detach(), bias, r, lora_alpha, lora_dropout, **options)
         return module.train(linear.training)
 
     def _setup(
@@ -98,14 +98,18 @@ class FusedLoraLinear(nn.Module):
         merge_weights: bool = False,
         adapter_dtype: torch.dtype | None = None,
     ) -> None:
+        validation.check_tensor(weight, "weight", 2)
         adapter_dtype = adapter_dtype or weight.dtype
-        validation.check_frozen(weight, bias, adapter_dtype, fan_in_fan_out)
+        validation.check_dtype(adapter_dtype, "adapter_dtype")
         out_features, in_features = weight.shape[::-1] if fan_in_fan_out else weight.shape
         validation.check_rank(r, in_features, out_features)
         validation.check_dropout_p(lora_dropout, "lora_dropout")
         validation.check_number(lora_alpha, "lora_alpha")
         validation.check_flag(use_rslora, "use_rslora")
         validation.check_flag(merge_weights, "merge_weights")
+        lora_A = torch.empty((r, in_features), device=weight.device, dtype=adapter_dtype)
+        lora_B = torch.empty((out_features, r), device=weight.device, dtype=adapter_dtype)
+        validation.check_inputs(None, weight.t() if fan_in_fan_out else weight, lora_A, lora_B, bias, None)
         super().__init__()
         self.in_features, self.out_features, self.r = in_features, out_features, r
         self.lora_alpha, self.lora_dropout, self.use_rslora = lora_alpha, lora_dropout, use_rslora
@@ -114,8 +118,6 @@ class FusedLoraLinear(nn.Module):
         self.weight = self._frozen(weight)
         self.register_parameter("bias", None if bias is None else self._frozen(bias))
         self.register_buffer("_base_weight", None, persistent=False)
-        lora_A = torch.empty((r, in_features), device=weight.device, dtype=adapter_dtype)
-        lora_B = torch.empty((out_features, r), device=weight.device, dtype=adapter_dtype)
         self.register_parameter("lora_A", nn.Parameter(lora_A) if r else None)
         self.register_parameter("lora_B", nn.Parameter(lora_B) if r else None)
         self.reset_lora_parameters()
@@ -131,8 +133,12 @@ class FusedLoraLinear(nn.Module):
         """(..., in) -> (..., out).  A merged module in training warns: its adapter gets no gradient."""
         W = self._W()
         if self.merged or self.lora_A is None or self.lora_B is None:
-            if self.merged and self.training and not torch.compiler.is_compiling():
-                self._warn_untrained()
+            untrained = self.merged and self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+            if untrained and any(p is not None and p.requires_grad for p in (self.lora_A, self.lora_B)):
+                warnings.warn(
+                    "a merged LoRA linear runs in training mode: its adapter gets no gradient, call unmerge() before training",
+                    stacklevel=2,
+                )
             return nn.functional.linear(x, W, self.bias)
         return lora_linear(
             x,
@@ -145,13 +151,6 @@ class FusedLoraLinear(nn.Module):
             training=self.training,
             backend=self.backend,
         )
-
-    def _warn_untrained(self) -> None:
-        if torch.is_grad_enabled() and any(p is not None and p.requires_grad for p in (self.lora_A, self.lora_B)):
-            warnings.warn(
-                "a merged LoRA linear runs in training mode: its adapter gets no gradient, call unmerge() before training",
-                stacklevel=3,
-            )
 
     def _W(self) -> Any:
         """W (out, in) as `lora_linear` takes it: a tensor, or in a subclass a QuantizedWeight."""
@@ -167,7 +166,7 @@ class FusedLoraLinear(nn.Module):
         """scaling · B A, (out, in), in float32 (float64 for float64 adapters)."""
         if self.lora_A is None or self.lora_B is None:
             return torch.zeros((self.out_features, self.in_features), device=self.weight.device)
-        dtype = torch.float64 if self.lora_A.dtype == torch.float64 else torch.float32
+        dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
         return (self.lora_B.detach().to(dtype) @ self.lora_A.detach().to(dtype)) * self.scaling
 
     def merged_weight(self) -> Tensor:
@@ -233,7 +232,7 @@ class FusedLoraLinear(nn.Module):
     @staticmethod
     def _frozen(weight: Tensor) -> nn.Parameter:
         """A new Parameter: a graph that saved the old one for its backward keeps it."""
-        return nn.Parameter(weight, requires_grad=False)
+        return nn.Parameter(weight.detach(), requires_grad=False)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """A merged module saves its base weight or, without it, a zero B, so that what is saved is the same function."""
@@ -253,10 +252,9 @@ class FusedLoraLinear(nn.Module):
         merged, keep_base = self.merged, self._base_weight is not None
         missing = [name for name in ("weight", "lora_A", "lora_B") if prefix + name not in state_dict]
         if merged and self.r and not keep_base and missing:
-            error_msgs = args[-1]
-            error_msgs.append(f"{prefix or 'the module'} was merged with keep_base=False: loading needs {missing} as well")
+            args[-1].append(f"{prefix or 'the module'} was merged with keep_base=False: loading needs {missing} as well")
             return
-        if merged and keep_base:
+        if keep_base:
             self.unmerge()
         self.merged = False
         super()._load_from_state_dict(state_dict, prefix, *args)

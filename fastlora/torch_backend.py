@@ -160,7 +160,7 @@ def _keep(seed: Tensor | None, rows: range, cols: int, dropout_p: float, dtype: 
     if seed is None:
         return None
     integer = torch.int64 if dtype == torch.float64 else torch.int32
-    return keep_rows(seed.view(1, 1), rows, cols, dropout_p, integer).neg_()
+    return keep_rows(seed.view(1, 1), rows, cols, dropout_p, dtype=integer).neg_()
 
 
 def _masked(tensor: Tensor, keep: Tensor | None, out: Tensor | None) -> Tensor:

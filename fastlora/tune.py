@@ -106,7 +106,7 @@ def tune(
         OSError: the cache cannot be written; before anything is measured.
     """
     if threshold(dropout_p) == 0:
-        raise ValueError(f"dropout_p must be at least 1/65536, the rate of the problems with dropout, got {dropout_p}")
+        raise ValueError(f"dropout_p must be at least 1/32768, the rate of the problems with dropout, got {dropout_p}")
     device = torch.device(device)
     target = check_device(device)
     dispatch.store(target, {})

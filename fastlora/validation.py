@@ -63,12 +63,6 @@ def check_seed(seed: int | Tensor | None, device: torch.device | None = None) ->
             raise ValueError(f"seed must fit in 64 signed bits, got {seed}")
 
 
-def seed_tensor(seed: int, device: torch.device) -> Tensor:
-    """The int `seed` as an int64 tensor of one element, filled on `device` without a copy from the host."""
-    check_seed(seed)
-    return torch.full((1,), seed, dtype=torch.int64, device=device)
-
-
 def check_rank(r: int, in_features: int, out_features: int) -> None:
     """r >= 0. Warns for r > min(in, out): a smaller rank gives the same functions."""
     check_size(r, "r")
@@ -98,85 +92,56 @@ def check_tensor(tensor: Tensor, name: str, dim: int | None = None) -> None:
         raise ValueError(f"{name} must have {dim} dimension(s), got shape {tuple(tensor.shape)}")
 
 
-def _check_shapes(x: Tensor, weight: Weight, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None) -> None:
-    if x.dim() == 0:
-        raise ValueError("x must have at least one dimension, (..., in), got a scalar")
-    out_features, in_features = weight.shape
-    if x.shape[-1] != in_features:
-        raise ValueError(
-            f"x has shape {tuple(x.shape)}, but weight {tuple(weight.shape)} expects its last dimension to be {in_features}"
-        )
-    if lora_A.shape[1] != in_features:
-        raise ValueError(f"lora_A must be (r, in) with in={in_features}, got {tuple(lora_A.shape)}")
-    expected = (out_features, lora_A.shape[0])
-    if tuple(lora_B.shape) != expected:
-        raise ValueError(f"lora_B must be (out, r) = {expected}, got {tuple(lora_B.shape)}")
-    if bias is not None and tuple(bias.shape) != (out_features,):
-        raise ValueError(f"bias must be (out,) = ({out_features},), got {tuple(bias.shape)}")
-
-
-def _check_dtypes(base: str, dtypes: dict[str, torch.dtype]) -> None:
-    """All of `dtypes` equal that of `base`. The adapters may also be float32 if `base` is 16-bit."""
-    for name in ("weight", "bias"):
-        if name in dtypes and dtypes[name] != dtypes[base]:
-            raise TypeError(f"{name} is {dtypes[name]} but {base} is {dtypes[base]}: x, weight and bias must share a dtype")
-    if dtypes["lora_A"] != dtypes["lora_B"]:
-        raise TypeError(f"lora_A is {dtypes['lora_A']} but lora_B is {dtypes['lora_B']}: they must share a dtype")
-    if dtypes["lora_A"] != dtypes[base] and not (dtypes["lora_A"] == torch.float32 and dtypes[base] in HALF_DTYPES):
-        raise TypeError(
-            f"lora_A and lora_B are {dtypes['lora_A']} but {base} is {dtypes[base]}: the adapters must have {base}'s dtype, or "
-            f"be float32 with {base} in float16 or bfloat16"
-        )
-
-
 def check_inputs(
-    x: Tensor, weight: Weight, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, autocast_dtype: torch.dtype | None
+    x: Tensor | None, weight: Weight, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, autocast_dtype: torch.dtype | None
 ) -> None:
-    """Types, layouts, devices and shapes, and the dtypes after autocast. `check_tensor(x)` comes before."""
+    """Types, layouts, devices and shapes, and the dtypes after autocast. `check_tensor(x)` comes before; a module has no x yet.
+
+    weight and bias must have x's dtype. lora_A and lora_B must have it too, or be float32 if x is 16-bit.
+    """
     packed = None if isinstance(weight, Tensor) else getattr(weight, "packed", None)
     frozen = cast(Tensor, weight) if packed is None else packed
-    named = [
-        ("weight", frozen, 2),
-        ("lora_A", lora_A, 2),
-        ("lora_B", lora_B, 2),
-        *([] if bias is None else [("bias", bias, 1)]),
-    ]
-    device, dtypes = x.device, {"x": autocast_target(x, autocast_dtype)}
-    for name, tensor, dim in named:
+    base, like = ("weight", frozen) if x is None else ("x", x)
+    dtype, dtypes = autocast_target(like, autocast_dtype), {}
+    named = [("weight", frozen, 2), ("lora_A", lora_A, 2), ("lora_B", lora_B, 2)]
+    for name, tensor, dim in named if bias is None else [*named, ("bias", bias, 1)]:
         if tensor is not packed:
             check_tensor(tensor, name, dim)
-        if tensor.device != device:
-            raise ValueError(f"{name} is on {tensor.device}, but x is on {device}: all tensors must share a device")
+        if tensor.device != like.device:
+            raise ValueError(f"{name} is on {tensor.device}, but {base} is on {like.device}: all tensors must share a device")
         dtypes[name] = autocast_target(tensor, autocast_dtype)
-    _check_shapes(x, weight, lora_A, lora_B, bias)
-    if packed is not None:
-        if dtypes["x"] == torch.float64:
-            raise TypeError(f"x is {x.dtype}, but a quantised weight can be made in float32, float16 and bfloat16 only")
-        dtypes["weight"] = dtypes["bias"] = dtypes["x"]  # lora_linear casts both to x's dtype
-    _check_dtypes("x", dtypes)
+
+    (out_features, in_features), r = weight.shape, lora_A.shape[0]
+    if x is not None and x.shape[-1:] != (in_features,):
+        expected = f"weight {(out_features, in_features)} expects its last dimension to be {in_features}"
+        raise ValueError(f"x has shape {tuple(x.shape)}, but {expected}")
+    if lora_A.shape[1] != in_features:
+        raise ValueError(f"lora_A must be (r, in) with in={in_features}, got {tuple(lora_A.shape)}")
+    if lora_B.shape != (out_features, r):
+        raise ValueError(f"lora_B must be (out, r) = {(out_features, r)}, got {tuple(lora_B.shape)}")
+    if bias is not None and bias.shape != (out_features,):
+        raise ValueError(f"bias must be (out,) = ({out_features},), got {tuple(bias.shape)}")
+
+    if packed is None:
+        for name in ("weight", "bias"):
+            if dtypes.get(name, dtype) != dtype:
+                raise TypeError(f"{name} is {dtypes[name]} but {base} is {dtype}: x, weight and bias must share a dtype")
+    elif dtype == torch.float64:
+        raise TypeError(f"x is {dtype}, but a quantised weight can be made in float32, float16 and bfloat16 only")
+    if dtypes["lora_A"] != dtypes["lora_B"]:
+        raise TypeError(f"lora_A is {dtypes['lora_A']} but lora_B is {dtypes['lora_B']}: they must share a dtype")
+    if dtypes["lora_A"] != dtype and not (dtypes["lora_A"] == torch.float32 and dtype in HALF_DTYPES):
+        raise TypeError(
+            f"lora_A and lora_B are {dtypes['lora_A']} but {base} is {dtype}: the adapters must have {base}'s dtype, or be "
+            f"float32 with {base} in float16 or bfloat16"
+        )
     if frozen.requires_grad and not is_transformed():  # lora_linear refuses transforms with an error of their own
         raise ValueError(
             "weight requires grad, but fastlora computes no gradient for the frozen weight: "
             "call weight.requires_grad_(False), or pass weight.detach()"
         )
-    check_rank(lora_A.shape[0], weight.shape[1], weight.shape[0])
-
-
-def check_frozen(weight: Tensor, bias: Tensor | None, adapter_dtype: torch.dtype, fan_in_fan_out: bool) -> None:
-    """The weight and bias of a base layer, and the dtype of its future adapters."""
-    check_tensor(weight, "weight", 2)
-    check_dtype(adapter_dtype, "adapter_dtype")
-    dtypes = {"weight": weight.dtype, "lora_A": adapter_dtype, "lora_B": adapter_dtype}
-    if bias is not None:
-        check_tensor(bias, "bias", 1)
-        dtypes["bias"] = bias.dtype
-        out_features = weight.shape[1] if fan_in_fan_out else weight.shape[0]
-        if bias.shape[0] != out_features:
-            stored = f"{tuple(weight.shape)} with {fan_in_fan_out=}"
-            raise ValueError(f"bias must be ({out_features},) for a weight {stored}, got {tuple(bias.shape)}")
-        if bias.device != weight.device:
-            raise ValueError(f"bias is on {bias.device}, but weight is on {weight.device}")
-    _check_dtypes("weight", dtypes)
+    if x is not None:
+        check_rank(r, in_features, out_features)
 
 
 def check_linear(linear: nn.Module, fan_in_fan_out: bool) -> tuple[Tensor, Tensor | None]:
@@ -185,10 +150,8 @@ def check_linear(linear: nn.Module, fan_in_fan_out: bool) -> tuple[Tensor, Tenso
     Refuses a linear that computes more than x Wᵀ + bias, because the new module would not.
     """
     kind = type(linear).__name__
-    if isinstance(linear, nn.Linear) and fan_in_fan_out:
-        raise TypeError(f"fan_in_fan_out=True is for a weight stored (in, out); {kind} stores it (out, in)")
-    if not isinstance(linear, nn.Linear) and not (fan_in_fan_out and hasattr(linear, "weight") and hasattr(linear, "bias")):
-        expected = "a module with weight (in, out) and bias" if fan_in_fan_out else "an nn.Linear"
+    if isinstance(linear, nn.Linear) == fan_in_fan_out or not (hasattr(linear, "weight") and hasattr(linear, "bias")):
+        expected = "a module with a bias and a weight (in, out), unlike an nn.Linear's," if fan_in_fan_out else "an nn.Linear"
         raise TypeError(f"linear must be {expected} with fan_in_fan_out={fan_in_fan_out}, got {kind}")
     if parametrize.is_parametrized(linear) or any(name in linear._parameters for name in ("weight_g", "weight_orig")):
         raise TypeError(f"linear is a {kind} whose weight is parametrised: remove the parametrisation first")

@@ -135,8 +135,7 @@ def stream_config(
 
     Args:
         aligned: rows start at multiples of 16 bytes.  Others load element by element, and more warps share the addresses.
-        dropout: Philox is most of the work, and waits for itself.  Eight warps hide that where registers leave room for two
-            programs; they do not where mma keeps its operands in registers.
+        dropout: Philox's words take registers.  Without tensor cores and from rank 64 on the tile has half the height.
         with_dx: the kernel also writes a product U V.  Its accumulator takes half the width.  V stays in registers and takes
             half the height where it is large, where addresses are many, or where dots use no tensor core.
     """
@@ -145,7 +144,7 @@ def stream_config(
     # and a shorter one where mma keeps its operands in registers.
     mixed = small_dtype.itemsize > dtype.itemsize
     hi_lo = mixed and block_r >= 64
-    many_warps = block_r >= 64 or (mixed and target.has_tensor_memory) or not aligned or (dropout and target.has_wgmma)
+    many_warps = block_r >= 64 or (mixed and target.has_tensor_memory) or not aligned
     block_m, warps = 64, 8 if many_warps else 4
     if hi_lo and not target.has_wgmma:
         block_m, warps = 32, 4 if aligned else 8

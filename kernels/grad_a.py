@@ -13,15 +13,15 @@ from fastlora.dropout import keep_scale
 from fastlora.kernels import launch
 from fastlora.kernels.config import cdiv, rank_block, split_steps, stream_config
 from fastlora.kernels.dot import TRITON_DTYPES, dot_mixed, lora_dot, lora_hi_lo, lora_tile, round_to
-from fastlora.kernels.dropout import keep_tile, keep_words, lane_limit, packed_mask, store_bytes
+from fastlora.kernels.dropout import drop, keep_masks, mask_threshold, packed_mask, store_bytes
 from fastlora.kernels.launch import Plan, Result
 from fastlora.kernels.target import Target
-from fastlora.kernels.tensor_spec import TensorSpec, fits_descriptor, needs_int64
+from fastlora.kernels.tensor_spec import TensorSpec, fits_descriptor, in_units, needs_int64, row_unit
 
 DX_RANKS = 32  # ranks a step of dx's LoRA term: that tile of V stays in registers
 
 
-@triton.jit(do_not_specialize=["M", "steps", "row_bytes", "limit"], do_not_specialize_on_alignment=["seed"])
+@triton.jit(do_not_specialize=["M", "steps", "row_bytes", "t"], do_not_specialize_on_alignment=["seed"])
 def grad_a_kernel(
     x,
     U,
@@ -42,14 +42,15 @@ def grad_a_kernel(
     stride_vk,
     scale,
     keep_scale,
-    limit,
+    t,
     R: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
     DX_R: tl.constexpr,
     DTYPE: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
+    UNIT: tl.constexpr,
+    MASK: tl.constexpr,
     PACK: tl.constexpr,
     WITH_DX: tl.constexpr,
     HI_LO: tl.constexpr,
@@ -64,11 +65,12 @@ def grad_a_kernel(
     (WITH_DX).  row_bytes is not specialised: as a multiple of 16 it makes Triton give the store of bits its own layout and
     compute Philox a second time (20.8 instructions an element on sm_90 instead of 14.3).
     """
+    K, stride_xm = in_units(K, UNIT), in_units(stride_xm, UNIT)
     cols = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
     pid_m = tl.program_id(1)
     ranks = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
     offs_k = cols.to(tl.int64) if USE_INT64 else cols
-    if HAS_DROPOUT:
+    if MASK != "":
         seed = tl.load(seed)
     # A constant with one rank block: a branch or a loop in the loop over rows keeps Triton from pipelining its loads.
     rank_block = tl.program_id(2) if R > BLOCK_R else 0
@@ -83,14 +85,13 @@ def grad_a_kernel(
         x_tile = tl.load(x + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk, mask=x_mask, other=0.0)
         u_mask = (rows[:, None] < M) & (ranks[None, :] < R)
         u_tile = tl.load(U + offs_m[:, None] * R + ranks[None, :], mask=u_mask, other=0.0)
-        if HAS_DROPOUT:
+        if MASK != "":
             first_col = tl.program_id(0) * BLOCK_K
-            w0, w1, w2, w3 = keep_words(seed, rows, first_col, BLOCK_K)
-            keep = keep_tile(w0, w1, w2, w3, limit, BLOCK_M, BLOCK_K)
-            x_tile = tl.where(keep, x_tile, 0.0)
+            m0, m1, m2, m3 = keep_masks(seed, rows, first_col, t, BLOCK_K, MASK)
+            x_tile = drop(x_tile, m0, m1, m2, m3, MASK)
             if PACK:
                 if rank_block == 0:
-                    store_bytes(bits, w0, w1, w2, w3, limit, rows, first_col, M, row_bytes, BLOCK_K)
+                    store_bytes(bits, m0, m1, m2, m3, rows, first_col, M, row_bytes, BLOCK_K)
         if WITH_DX:
             if rank_block == 0:
                 if R <= BLOCK_R:
@@ -100,9 +101,10 @@ def grad_a_kernel(
                     dx_tile = lora_tile(
                         U, V, offs_m, offs_k, M, K, stride_vr, stride_vk, keep_scale, R, DX_R, PRECISION, DTYPE, LORA_HI_LO
                     )
-                if HAS_DROPOUT:
-                    dx_tile = tl.where(keep, dx_tile, 0.0)
-                tl.store(dx + offs_m[:, None].to(tl.int64) * K + offs_k[None, :], round_to(dx_tile, DTYPE), mask=x_mask)
+                dx_tile = round_to(dx_tile, DTYPE)
+                if MASK != "":
+                    dx_tile = drop(dx_tile, m0, m1, m2, m3, MASK)
+                tl.store(dx + offs_m[:, None].to(tl.int64) * K + offs_k[None, :], dx_tile, mask=x_mask)
         acc = dot_mixed(tl.trans(x_tile), u_tile, acc, PRECISION, HI_LO)
         if WAIT_FOR_DOT:
             # This select makes Triton wait for the wgmma.  Without it the copy of a later U lands in the buffer that the wgmma
@@ -125,17 +127,17 @@ def plan_grad_a(
     target: Target,
     *,
     transposed: bool = False,
-    dropout: bool = False,
+    mask: str = "",
     pack: bool = False,
     V: TensorSpec | None = None,
 ) -> Plan:
     """The launch for x (M, K) and a contiguous U (M, r).
 
     Its first result is (r, K), or (K, r) with `transposed`, in `dtype`, and may come in parts.  With `pack`, which needs
-    `dropout`, the packed mask is a second one.  With V (r, K) the launch also writes drop(U V) (M, K).
+    a `mask`, the packed mask is a second one.  With V (r, K) the launch also writes drop(U V) (M, K).
     """
     (M, K), r, with_dx = x.shape, U.shape[1], V is not None
-    config = stream_config((M, K), r, x.dtype, U.dtype, target, aligned=fits_descriptor(x), dropout=dropout, with_dx=with_dx)
+    config = stream_config((M, K), r, x.dtype, U.dtype, target, aligned=fits_descriptor(x), dropout=bool(mask), with_dx=with_dx)
     col_blocks, rank_blocks = cdiv(K, config.block_k), cdiv(r, config.block_r)
     splits, steps = split_steps(
         cdiv(M, config.block_m), col_blocks * rank_blocks, target, config.block_r * 4 / (config.block_m * x.dtype.itemsize)
@@ -149,7 +151,8 @@ def plan_grad_a(
         "BLOCK_R": config.block_r,
         "DX_R": rank_block(r, DX_RANKS),
         "DTYPE": TRITON_DTYPES[x.dtype],
-        "HAS_DROPOUT": dropout,
+        "UNIT": row_unit(x),
+        "MASK": mask,
         "PACK": pack,
         "WITH_DX": with_dx,
         "HI_LO": dtype == torch.float32,
@@ -183,6 +186,7 @@ def grad_a(
     """
     out = plan.results[0].empty(x.device)
     bits = plan.results[1].empty(x.device) if plan.options["PACK"] else None
-    scale, limit = (1.0, 0) if seed is None else (keep_scale(dropout_p), lane_limit(dropout_p))
-    launch.launch(plan, x, U, out, bits, V, dx, seed, *plan.sizes, scaling * scale, scale, limit)
+    scale = 1.0 if seed is None else keep_scale(dropout_p)
+    t = mask_threshold(dropout_p, plan.options["MASK"])
+    launch.launch(plan, x, U, out, bits, V, dx, seed, *plan.sizes, scaling * scale, scale, t)
     return out, bits

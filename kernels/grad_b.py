@@ -10,7 +10,7 @@ from fastlora.kernels.config import cdiv, split_steps, super_tile_config
 from fastlora.kernels.dot import dot_mixed, round_to
 from fastlora.kernels.launch import Plan, Result
 from fastlora.kernels.target import Target
-from fastlora.kernels.tensor_spec import TensorSpec, needs_int64
+from fastlora.kernels.tensor_spec import TensorSpec, in_units, needs_int64, row_unit
 
 MAX_RANK = 32  # above it the partial dS, one for each block of dy's columns, cost as much as a second pass over dy
 
@@ -34,6 +34,7 @@ def grad_b_kernel(
     BLOCK_M: tl.constexpr,
     BLOCK_N: tl.constexpr,
     BLOCK_R: tl.constexpr,
+    UNIT: tl.constexpr,
     HI_LO: tl.constexpr,
     USE_INT64: tl.constexpr,
     PRECISION: tl.constexpr,
@@ -42,6 +43,7 @@ def grad_b_kernel(
 
     dS[pid_n] (M, R) and dB[pid_m] (N, R) are float32 partial sums.
     """
+    N, stride_ym = in_units(N, UNIT), in_units(stride_ym, UNIT)
     pid_n, pid_m = tl.program_id(0), tl.program_id(1)
     cols = pid_n * BLOCK_N + tl.arange(0, BLOCK_N)
     ranks = tl.arange(0, BLOCK_R)
@@ -80,6 +82,7 @@ def plan_grad_s_and_b(dy: TensorSpec, B: TensorSpec, S: TensorSpec, dtype: torch
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_k,
         "BLOCK_R": config.block_r,
+        "UNIT": row_unit(dy),
         "HI_LO": dtype == torch.float32,
         "USE_INT64": needs_int64(dy, B, S, TensorSpec.new(N, r, dtype=dtype)),
         "PRECISION": precision,

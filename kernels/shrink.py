@@ -9,13 +9,13 @@ from fastlora.dropout import keep_scale
 from fastlora.kernels import launch
 from fastlora.kernels.config import cdiv, split_steps, stream_config
 from fastlora.kernels.dot import dot_mixed
-from fastlora.kernels.dropout import keep_tile, keep_words, lane_limit
+from fastlora.kernels.dropout import drop, keep_masks, mask_threshold
 from fastlora.kernels.launch import Plan, Result
 from fastlora.kernels.target import Target
-from fastlora.kernels.tensor_spec import TensorSpec, fits_descriptor, needs_int64
+from fastlora.kernels.tensor_spec import TensorSpec, fits_descriptor, in_units, needs_int64, row_unit
 
 
-@triton.jit(do_not_specialize=["M", "steps", "limit"], do_not_specialize_on_alignment=["seed"])
+@triton.jit(do_not_specialize=["M", "steps", "t"], do_not_specialize_on_alignment=["seed"])
 def shrink_kernel(
     x,
     A,
@@ -29,23 +29,27 @@ def shrink_kernel(
     stride_ar,
     stride_ak,
     scale,
-    limit,
+    t,
     R: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
-    HAS_DROPOUT: tl.constexpr,
+    UNIT: tl.constexpr,
+    UNIT_A: tl.constexpr,
+    MASK: tl.constexpr,
     WAIT_FOR_DOT: tl.constexpr,
     USE_INT64: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """out[pid_k] (M, R) = scale · mask(x) Aᵀ over column blocks pid_k · steps .. (pid_k + 1) · steps."""
+    K, stride_xm = in_units(K, UNIT), in_units(stride_xm, UNIT)
+    stride_ar = in_units(stride_ar, UNIT_A)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
     pid_k = tl.program_id(1)
     ranks = tl.program_id(2) * BLOCK_R + tl.arange(0, BLOCK_R)
     offs_m = rows.to(tl.int64) if USE_INT64 else rows
     offs_r = ranks.to(tl.int64) if USE_INT64 else ranks
-    if HAS_DROPOUT:
+    if MASK != "":
         seed = tl.load(seed)
     acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
     for start in range(pid_k * steps * BLOCK_K, tl.minimum(K, (pid_k + 1) * steps * BLOCK_K), BLOCK_K):
@@ -55,9 +59,9 @@ def shrink_kernel(
         x_tile = tl.load(x + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk, mask=x_mask, other=0.0)
         a_mask = (cols[:, None] < K) & (ranks[None, :] < R)
         a_tile = tl.load(A + offs_r[None, :] * stride_ar + offs_k[:, None] * stride_ak, mask=a_mask, other=0.0)
-        if HAS_DROPOUT:
-            w0, w1, w2, w3 = keep_words(seed, rows, start, BLOCK_K)
-            x_tile = tl.where(keep_tile(w0, w1, w2, w3, limit, BLOCK_M, BLOCK_K), x_tile, 0.0)
+        if MASK != "":
+            m0, m1, m2, m3 = keep_masks(seed, rows, start, t, BLOCK_K, MASK)
+            x_tile = drop(x_tile, m0, m1, m2, m3, MASK)
         acc = dot_mixed(x_tile, a_tile, acc, PRECISION, True)
         if WAIT_FOR_DOT:
             # This select makes Triton wait for the wgmma.  Without it the next iteration overwrites the masked x in registers
@@ -68,10 +72,10 @@ def shrink_kernel(
     tl.store(out + out_rows[:, None] + ranks[None, :], acc * scale, mask=out_mask)
 
 
-def plan_shrink(x: TensorSpec, A: TensorSpec, dropout: bool, precision: str, target: Target) -> Plan:
+def plan_shrink(x: TensorSpec, A: TensorSpec, mask: str, precision: str, target: Target) -> Plan:
     """The launch for x (M, K) and A (r, K) of any strides.  Split-K makes its result come in parts."""
     (M, K), r = x.shape, A.shape[0]
-    config = stream_config((M, K), r, x.dtype, A.dtype, target, aligned=fits_descriptor(x), dropout=dropout)
+    config = stream_config((M, K), r, x.dtype, A.dtype, target, aligned=fits_descriptor(x), dropout=bool(mask))
     row_blocks, rank_blocks = cdiv(M, config.block_m), cdiv(r, config.block_r)
     splits, steps = split_steps(
         cdiv(K, config.block_k),
@@ -85,8 +89,10 @@ def plan_shrink(x: TensorSpec, A: TensorSpec, dropout: bool, precision: str, tar
         "BLOCK_M": config.block_m,
         "BLOCK_K": config.block_k,
         "BLOCK_R": config.block_r,
-        "HAS_DROPOUT": dropout,
-        "WAIT_FOR_DOT": dropout and target.has_register_operands,
+        "UNIT": row_unit(x),
+        "UNIT_A": row_unit(A),
+        "MASK": mask,
+        "WAIT_FOR_DOT": bool(mask) and target.has_register_operands,
         "USE_INT64": needs_int64(x, A),
         "PRECISION": precision,
         "num_warps": config.num_warps,
@@ -101,6 +107,7 @@ def shrink(
 ) -> Tensor:
     """scaling · drop(x) Aᵀ, float32, without dropout where seed is None.  The plan has A's layout: Bᵀ may be given as B."""
     out = plan.results[0].empty(x.device)
-    scale, limit = (scaling, 0) if seed is None else (scaling * keep_scale(dropout_p), lane_limit(dropout_p))
-    launch.launch(plan, x, A, out, seed, *plan.sizes, scale, limit)
+    if seed is not None:
+        scaling *= keep_scale(dropout_p)
+    launch.launch(plan, x, A, out, seed, *plan.sizes, scaling, mask_threshold(dropout_p, plan.options["MASK"]))
     return out

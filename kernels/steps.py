@@ -25,7 +25,7 @@ from torch import Tensor
 from fastlora.dropout import keep_scale
 from fastlora.kernels.config import GemmConfig, valid_tiles
 from fastlora.kernels.dot import matmul_precision
-from fastlora.kernels.dropout import pack_bits, plan_pack_bits
+from fastlora.kernels.dropout import mask_code, pack_bits, plan_pack_bits
 from fastlora.kernels.gemm import gemm, plan_gemm
 from fastlora.kernels.grad_a import grad_a, plan_grad_a
 from fastlora.kernels.grad_b import MAX_RANK, grad_s_and_b, plan_grad_s_and_b
@@ -66,8 +66,8 @@ def forward(
     """
     with _on(x.device):
         specs = TensorSpec.of_each(x, weight, lora_A, lora_B, bias)
-        plan = plan or plan_forward
-        run = plan(choice, target or target_of(x.device), matmul_precision(x.dtype), seed is not None, *specs)
+        facts = target or target_of(x.device), matmul_precision(x.dtype), mask_code(dropout_p, seed)
+        run = (plan or plan_forward)(choice, *facts, *specs)
         return run(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, out)
 
 
@@ -95,17 +95,17 @@ def backward(
     with _on(dy.device):
         S = None if S is None else S.contiguous()
         specs = TensorSpec.of_each(dy, x, weight, lora_A, lora_B, S)
-        plan = plan or plan_backward
-        run = plan(choice, target or target_of(dy.device), matmul_precision(dy.dtype), seed is not None, adapter_dtype, *specs)
+        facts = target or target_of(dy.device), matmul_precision(dy.dtype), mask_code(dropout_p, seed)
+        run = (plan or plan_backward)(choice, *facts, adapter_dtype, *specs)
         return run(dy, x, weight, lora_A, lora_B, S, seed, scaling, dropout_p, adapter_dtype, out)
 
 
 @functools.lru_cache(maxsize=4096)
-def plan_forward(choice: str, target: Target, precision: str, dropout: bool, *specs: Any) -> Run:
+def plan_forward(choice: str, target: Target, precision: str, mask: str, *specs: Any) -> Run:
     """The function that runs forward.  specs: those of x, weight, lora_A, lora_B and bias."""
     x, weight, lora_A, lora_B, bias = specs
     fused, config = parse_choice(choice, x.dtype, precision, target)
-    to_S = plan_shrink(x, lora_A, dropout, precision, target)
+    to_S = plan_shrink(x, lora_A, mask, precision, target)
     sum_S = plan_sum(*to_S.results)
     U = TensorSpec.new(x.shape[0], lora_A.shape[0], dtype=torch.float32)
     P, Q = (x, weight.t()) if fused else (None, None)
@@ -122,7 +122,7 @@ def plan_forward(choice: str, target: Target, precision: str, dropout: bool, *sp
 
 @functools.lru_cache(maxsize=4096)
 def plan_backward(
-    choice: str, target: Target, precision: str, dropout: bool, adapter_dtype: torch.dtype, *specs: TensorSpec | None
+    choice: str, target: Target, precision: str, mask: str, adapter_dtype: torch.dtype, *specs: TensorSpec | None
 ) -> Run:
     """The function that runs backward.  specs: those of dy, x, weight, lora_A, lora_B and S, None for what is missing.
 
@@ -137,7 +137,7 @@ def plan_backward(
         to_dS_dB = plan_grad_s_and_b(dy, lora_B, S, adapter_dtype, precision, target)
     else:
         if lora_B is not None:
-            to_dS = plan_shrink(dy, lora_B.t(), False, precision, target)
+            to_dS = plan_shrink(dy, lora_B.t(), "", precision, target)
         if S is not None:
             to_dB = plan_grad_a(dy, S, adapter_dtype, precision, target, transposed=True)
     needs_dx = lora_B is not None and weight is not None and lora_A is not None
@@ -145,13 +145,13 @@ def plan_backward(
         U = TensorSpec.new(dy.shape[0], lora_B.shape[1], dtype=torch.float32)
         if x is not None:
             V = lora_A if needs_dx and not fused else None
-            pack = needs_dx and fused and dropout
-            to_dA = plan_grad_a(x, U, adapter_dtype, precision, target, dropout=dropout, pack=pack, V=V)
+            pack = needs_dx and fused and bool(mask)
+            to_dA = plan_grad_a(x, U, adapter_dtype, precision, target, mask=mask, pack=pack, V=V)
         if weight is not None and lora_A is not None and (fused or x is None):
-            if x is None and dropout:
-                to_bits = plan_pack_bits((dy.shape[0], weight.shape[1]))
+            if x is None and mask:
+                to_bits = plan_pack_bits((dy.shape[0], weight.shape[1]), mask)
             P, Q = (dy, weight) if fused else (None, None)
-            to_dx = plan_gemm(P, Q, U, lora_A, dy.dtype, precision, target, masked=dropout, config=config)
+            to_dx = plan_gemm(P, Q, U, lora_A, dy.dtype, precision, target, masked=bool(mask), config=config)
     in_one_part = Result((), adapter_dtype)
     dS_result, dB_result = to_dS_dB.results if to_dS_dB else (_first(to_dS, in_one_part), _first(to_dB, in_one_part))
     sum_dS, sum_dA_dB = plan_sum(dS_result), plan_sum(_first(to_dA, in_one_part), dB_result)

@@ -3,6 +3,8 @@
 from typing import NamedTuple
 
 import torch
+import triton
+import triton.language as tl
 
 
 class TensorSpec(NamedTuple):
@@ -49,3 +51,19 @@ def fits_descriptor(matrix: TensorSpec) -> bool:
     rows, cols = matrix.stride
     aligned = matrix.aligned and rows * matrix.dtype.itemsize % 16 == 0
     return 0 not in matrix.shape and cols == 1 and rows >= matrix.shape[1] and aligned
+
+
+def row_unit(matrix: TensorSpec) -> int:
+    """How many elements of a row fill 16 bytes, where rows begin and end at multiples of them but Triton does not know; else 1.
+
+    Triton specialises integers on multiples of 16 alone: with rows of 4104 elements it would load single ones.
+    """
+    unit, sizes = 16 // matrix.dtype.itemsize, (matrix.shape[1], matrix.stride[0])
+    known = all(size % 16 == 0 for size in sizes)
+    return unit if not known and matrix.stride[1] == 1 and all(size % unit == 0 for size in sizes) else 1
+
+
+@triton.jit
+def in_units(n, UNIT: tl.constexpr):
+    """n, a multiple of UNIT, so that Triton knows."""
+    return n // UNIT * UNIT

@@ -10,7 +10,7 @@ import torch
 from torch import Tensor
 
 from fastlora.kernels import steps
-from fastlora.kernels.dropout import pack_bits, plan_pack_bits
+from fastlora.kernels.dropout import mask_code, pack_bits, plan_pack_bits
 from fastlora.kernels.launch import Result
 from fastlora.kernels.sums import plan_sum, sum_partials
 from fastlora.kernels.target import Target
@@ -33,11 +33,12 @@ TARGETS = {
     90: Target(capability=90, sms=132, shared_memory=227 * 1024),
     100: Target(capability=100, sms=148, shared_memory=227 * 1024),
 }
-# (M, in, out).  "ragged" rules out tensor descriptors and vector loads, "wide" needs 64-bit offsets, "short" and "tiny" get
-# smaller tiles.
+# (M, in, out).  "ragged" rules out tensor descriptors and vector loads, "eighths" has rows of a multiple of 8 elements and
+# not of 16, "wide" needs 64-bit offsets, "short" and "tiny" get smaller tiles.
 SHAPES = {
     "aligned": (8192, 4096, 4096),
     "ragged": (8191, 4095, 4093),
+    "eighths": (8192, 4104, 4104),
     "wide": (2**20, 4096, 4096),
     "short": (512, 4096, 4096),
     "tiny": (32, 512, 512),
@@ -81,7 +82,7 @@ class CompileCase:
                 both = Result((self.rank, K), adapter, parts=4), Result((N, self.rank), adapter, parts=3)
                 sum_partials(plan_sum(*both), *(result.empty(x.device) for result in both))
             elif seed is not None:
-                pack_bits(plan_pack_bits((M, K)), seed, dropout_p)
+                pack_bits(plan_pack_bits((M, K), mask_code(dropout_p, seed)), seed, dropout_p)
 
 
 def every_case(ranks: Iterable[int] = RANKS, shapes: Iterable[str] = ("aligned",)) -> list[CompileCase]:

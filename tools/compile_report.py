@@ -109,7 +109,20 @@ def _print_tables(rows: Sequence[KernelFacts]) -> None:
         table = Table(title=f"compute capability {capability}: x ({M}, {K}), W ({N}, {K}), Triton {triton.__version__}")
         for text in ("dtype", "kernel", "tile", "drop"):
             table.add_column(text)
-        for number in ("rank", "warps", "stages", "regs", "spills", "shared", "mma", "hgmma", "conv", "instr/elt", "narrow"):
+        for number in (
+            "rank",
+            "warps",
+            "stages",
+            "regs",
+            "spills",
+            "shared",
+            "mma",
+            "hgmma",
+            "conv",
+            "slots/elt",
+            "mask/elt",
+            "narrow",
+        ):
             table.add_column(number, justify="right")
         for row in rows:
             if (row.case.capability, row.case.shape) == (capability, shape):
@@ -117,17 +130,18 @@ def _print_tables(rows: Sequence[KernelFacts]) -> None:
         console.print(table)
     console.print(
         "spills: bytes of stack per thread / local loads and stores; shared: bytes; mma: tensor-core instructions; conv: "
-        "layout conversions; instr/elt: instructions that dropout adds per element; narrow: loads below 8 bytes per thread"
+        "layout conversions; slots/elt: issue slots of the loop per element, two for an instruction of the busiest half-rate "
+        "pipe; mask/elt: instructions that dropout adds per element; narrow: loads below 8 bytes per thread"
     )
 
 
 def _cells(row: KernelFacts) -> list[str]:
     sass, config = row.sass, row.config
     tile = " ".join(f"{name.removeprefix('BLOCK_')}{size}" for name, size in config.items() if name.startswith("BLOCK"))
-    cost = "" if row.per_masked_element is None else f"{row.per_masked_element:.1f}"
+    per_element = ("" if value is None else f"{value:.1f}" for value in (row.per_element, row.per_masked_element))
     drop, spills = "yes" if row.dropout else "", f"{sass.stack}/{sass.local}"
     size = (row.case.rank, config["num_warps"], config["num_stages"], sass.registers, spills, row.shared)
-    counts = (sass.tensor_core, sass.hgmma, row.conversions, cost, sass.narrow_loads)
+    counts = (sass.tensor_core, sass.hgmma, row.conversions, *per_element, sass.narrow_loads)
     return [row.case.dtype, f"{row.product} = {row.kernel}", tile, drop, *map(str, size + counts)]
 
 

@@ -41,9 +41,10 @@ class KernelFacts:
         tensor_memory: columns (capability 100).
         dots: whether it multiplies matrices.
         conversions: `ttg.convert_layout` operations.  Each goes through shared memory or shuffles.
-        per_masked_element: instructions that dropout adds per masked element, from static counts of the whole kernel:
-            (instructions with dropout - instructions without) · threads of a program / elements of a masked tile.
-            None without dropout, and where dropout changes the tile.
+        per_element: issue slots of the loop over x per element of x, `Sass.issue_slots` · threads of a program / elements of a
+            tile.  None for a kernel that does not stream x.
+        per_masked_element: instructions that dropout adds per masked element: those of the loop over x, and those of the
+            whole kernel in the GEMM, which masks once.  None without dropout, and where dropout changes the tile.
     """
 
     case: CompileCase
@@ -56,6 +57,7 @@ class KernelFacts:
     tensor_memory: int
     dots: bool
     conversions: int
+    per_element: float | None
     per_masked_element: float | None
 
     @property
@@ -86,11 +88,13 @@ def _row(case: CompileCase, dropout: bool, product: str, launch: Compiled, plain
     config = {name: value for name, value in launch.constexprs.items() if name.startswith("BLOCK")}
     config |= {name: launch.options[name] for name in ("num_warps", "num_stages")}
     sass = read_cubin(assembly["cubin"])
-    per_masked_element = None
-    if dropout and plain is not None and plain.config == config:
-        elements = prod(config[name] for name in MASKED_TILE[product])
-        threads = THREADS_PER_WARP * config["num_warps"]
-        per_masked_element = (sass.instructions - plain.sass.instructions) * threads / elements
+    per_element = per_masked_element = None
+    if product in MASKED_TILE:
+        tile = prod(config[name] for name in MASKED_TILE[product])
+        threads_per_element = THREADS_PER_WARP * config["num_warps"] / tile
+        per_element = None if product == "dx" else sass.issue_slots * threads_per_element
+        if dropout and plain is not None and plain.config == config:
+            per_masked_element = (_of_mask(product, sass) - _of_mask(product, plain.sass)) * threads_per_element
     return KernelFacts(
         case=case,
         dropout=dropout,
@@ -102,8 +106,14 @@ def _row(case: CompileCase, dropout: bool, product: str, launch: Compiled, plain
         tensor_memory=metadata.tmem_size or 0,
         dots="tt.dot" in assembly["ttir"],
         conversions=assembly["ttgir"].count("ttg.convert_layout"),
+        per_element=per_element,
         per_masked_element=per_masked_element,
     )
+
+
+def _of_mask(product: str, sass: Sass) -> int:
+    """The instructions that the mask is a part of."""
+    return sass.instructions if product == "dx" else sum(sass.loop.values())
 
 
 def faults(row: KernelFacts) -> list[str]:

@@ -13,7 +13,18 @@ from dataclasses import dataclass
 from triton import knobs
 
 # "/*0a30*/   @!P0 LDGSTS.E.BYPASS.128 [R3], desc[UR4][R2.64] ;   /* 0x... */": address, predicate if any, opcode, operands.
-_INSTRUCTION = re.compile(r"^\s*/\*[0-9a-f]{4,}\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)", re.MULTILINE)
+_INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);", re.MULTILINE)
+# The pipe that executes an opcode; the first match counts.  Integer logic and multiplication issue at half rate each: 64
+# results a clock on a multiprocessor that issues 128 (CUDA C++ Programming Guide, arithmetic instructions, 8.0 to 9.0).
+_PIPES = {
+    "tensor": re.compile(r"HMMA|HGMMA|UTC\w*MMA"),
+    "memory": re.compile(r"LD|ST|ATOM|RED|UTMA|UBLK|SYNCS|MEMBAR|FENCE|DEPBAR|CCTL|SHFL"),
+    "imad": re.compile(r"IMAD|IMUL"),
+    "alu": re.compile(
+        r"LOP3|PLOP3|I?ADD3|IADD|VIADD|SHF|PRMT|I?SETP|ISETP|FSETP|SEL|FSEL|LEA|[IF]?MNMX|VIMNMX|IABS|SGXT|MOV|F2FP|POPC|FLO|VOTE"
+    ),
+    "other": re.compile(""),
+}
 _USAGE = re.compile(r"REG:(\d+) STACK:(\d+)")
 _LOCAL = re.compile(r"(?:LDL|STL)\b")
 _TENSOR_CORE = re.compile(r"(?:HMMA|HGMMA|UTC\w*MMA)\b")
@@ -32,6 +43,7 @@ class Sass:
         hgmma: those of Hopper (HGMMA).
         atomics: atomic updates of global memory.  Their order is not fixed.
         narrow_loads: loads of global memory of fewer than 8 bytes per thread.
+        loop: the longest innermost loop's instructions by pipe ("tensor", "memory", "imad", "alu", "other").
     """
 
     registers: int
@@ -42,6 +54,12 @@ class Sass:
     hgmma: int
     atomics: int
     narrow_loads: int
+    loop: dict[str, int]
+
+    @property
+    def issue_slots(self) -> int:
+        """Issue slots of a pass through the loop: one an instruction, or two an instruction of the busier half-rate pipe."""
+        return max(sum(self.loop.values()), 2 * self.loop.get("alu", 0), 2 * self.loop.get("imad", 0))
 
 
 def read_cubin(cubin: bytes) -> Sass:
@@ -54,10 +72,14 @@ def read_cubin(cubin: bytes) -> Sass:
         file.write(cubin)
         file.flush()
         usage = _USAGE.findall(_cuobjdump("-res-usage", file.name))
-        opcodes = Counter(_INSTRUCTION.findall(_cuobjdump("-sass", file.name)))
+        instructions = [
+            (int(address, 16), opcode, operands)
+            for address, opcode, operands in _INSTRUCTION.findall(_cuobjdump("-sass", file.name))
+            if opcode != "NOP"
+        ]
+    opcodes = Counter(opcode for _, opcode, _ in instructions)
     if len(usage) != 1 or not opcodes:
         raise ValueError(f"expected one kernel in the cubin, found {len(usage)} and {opcodes.total()} instructions")
-    del opcodes["NOP"]
     registers, stack = map(int, usage[0])
     return Sass(
         registers=registers,
@@ -68,7 +90,27 @@ def read_cubin(cubin: bytes) -> Sass:
         hgmma=_count(opcodes, re.compile(r"HGMMA\b")),
         atomics=_count(opcodes, re.compile(r"(?:ATOMG?|RED)\b")),
         narrow_loads=_count(opcodes, _NARROW_LOAD),
+        loop=dict(Counter(map(_pipe, _longest_loop(instructions)))),
     )
+
+
+def _longest_loop(instructions: list[tuple[int, str, str]]) -> list[str]:
+    """The opcodes of the longest loop that holds no other.  A loop ends with a branch backwards."""
+    branches = (
+        (address, re.search(r"0x([0-9a-f]+)", operands))
+        for address, opcode, operands in instructions
+        if opcode.startswith("BRA")
+    )
+    loops = [(int(target[1], 16), address) for address, target in branches if target and int(target[1], 16) < address]
+    innermost = [
+        loop for loop in loops if not any(loop != other and loop[0] <= other[0] <= other[1] <= loop[1] for other in loops)
+    ]
+    bodies = ([opcode for address, opcode, _ in instructions if start <= address <= end] for start, end in innermost)
+    return max(bodies, key=len, default=[])
+
+
+def _pipe(opcode: str) -> str:
+    return next(pipe for pipe, pattern in _PIPES.items() if pattern.match(opcode))
 
 
 def _count(opcodes: Counter[str], pattern: re.Pattern[str]) -> int:

@@ -11,6 +11,9 @@ from fastlora.validation import is_altered
 
 PLAIN_TENSORS = (Tensor, nn.Parameter)
 
+#: Subclasses of nn.Linear whose forward is x Wᵀ + bias too.
+_LIKE_LINEAR = {"transformers.models.falcon.modeling_falcon.FalconLinear"}
+
 
 def weight_of(base_layer: nn.Module) -> Tensor | QuantizedWeight | str:
     """W (out, in) such that base_layer(x) = x Wᵀ + base_layer.bias, or the reason why there is no such W.
@@ -18,10 +21,11 @@ def weight_of(base_layer: nn.Module) -> Tensor | QuantizedWeight | str:
     A Conv1D stores Wᵀ, so its W is a view.
     """
     kind = type(base_layer)
-    plain = kind is nn.Linear or kind is Conv1D
+    name = f"{kind.__module__}.{kind.__name__}"
+    plain = kind is nn.Linear or kind is Conv1D or name in _LIKE_LINEAR
     packed = not plain and quantized.is_quantized(base_layer)
     if not plain and not packed:
-        return f"its base layer is a {kind.__module__}.{kind.__name__}"
+        return f"its base layer is a {name}"
     if is_altered(base_layer):
         return "its base layer has hooks, or a forward of its own"
     weight, bias = cast(Tensor, base_layer.weight), base_layer.bias
@@ -32,4 +36,4 @@ def weight_of(base_layer: nn.Module) -> Tensor | QuantizedWeight | str:
     if packed:
         reason = quantized.unsupported_reason(base_layer)
         return f"its base layer {reason}" if reason else quantized.weight_of(base_layer)
-    return weight if kind is nn.Linear else weight.t()
+    return weight.t() if kind is Conv1D else weight

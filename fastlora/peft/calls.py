@@ -34,6 +34,15 @@ DECODING = "few rows without a gradient, as in decoding"
 INTENDED = frozenset({DISABLED, MERGED, INACTIVE, MIXED_BATCH, UNCAST, DECODING})
 
 
+class Adapter(NamedTuple):
+    """The one active adapter of a layer: A (r, in), B (out, r)."""
+
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: float
+    dropout_p: float
+
+
 class Operands(NamedTuple):
     """The arguments of `lora_linear` after x: weight (out, in), A (r, in), B (out, r), bias (out,) or None."""
 
@@ -45,8 +54,8 @@ class Operands(NamedTuple):
     dropout_p: float
 
 
-def operands(layer: Any) -> Operands | str:
-    """The arguments that the layer passes to `lora_linear` in its present state, or why there are none."""
+def adapter(layer: Any) -> Adapter | str:
+    """The adapter that the layer adds in its present state, or why fastlora does not compute it."""
     if layer.disable_adapters:
         return DISABLED
     if layer.merged:
@@ -74,20 +83,29 @@ def operands(layer: Any) -> Operands | str:
     lora_A, lora_B = A.weight, B.weight
     if type(lora_A) not in PLAIN_TENSORS or type(lora_B) not in PLAIN_TENSORS:
         return f"the adapter's weights are a {type(lora_A).__name__} and a {type(lora_B).__name__}"
+    scaling = layer.scaling[name]
+    if isinstance(scaling, Tensor):
+        # prepare_model_for_compiled_hotswap makes it, to refill it in place. Reading it on the device avoids a synchronisation.
+        lora_B, scaling = (lora_B * scaling).to(lora_B.dtype), 1.0
+    p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
+    return Adapter(lora_A, lora_B, float(scaling), p)  # PEFT accepts NumPy's numbers too
+
+
+def operands(layer: Any) -> Operands | str:
+    """The arguments that the layer passes to `lora_linear` in its present state, or why there are none."""
+    given = adapter(layer)
+    if isinstance(given, str):
+        return given
     base_layer = layer.base_layer
     weight = weight_of(base_layer)
     if isinstance(weight, str):
         return weight
     if isinstance(weight, Tensor) and weight.requires_grad and not is_transformed():
         return "its base weight is trainable"
+    lora_A, lora_B, scaling, p = given
     if not weight.device == lora_A.device == lora_B.device:
         return f"its base weight is on {weight.device}, the adapter on {lora_A.device} and {lora_B.device}"
-    scaling = layer.scaling[name]
-    if isinstance(scaling, Tensor):
-        # prepare_model_for_compiled_hotswap makes it, to refill it in place. Reading it on the device avoids a synchronisation.
-        lora_B, scaling = (lora_B * scaling).to(lora_B.dtype), 1.0
-    p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
-    return Operands(weight, lora_A, lora_B, base_layer.bias, float(scaling), p)  # PEFT accepts NumPy's numbers too
+    return Operands(weight, lora_A, lora_B, base_layer.bias, scaling, p)
 
 
 def unsupported_input(x: Tensor, given: Operands, layer: Any) -> str | None:

@@ -24,7 +24,7 @@ class Fused(nn.Module):
         """x (..., in) -> (..., out), fused or by PEFT: see `fastlora.peft.calls`."""
         given = decide(self, x, args, kwargs)
         if isinstance(given, str):
-            _note(self, given)
+            note(self, given)
             return super().forward(x, *args, **kwargs)
         y = lora_linear(x, *given[:4], scaling=given.scaling, dropout_p=given.dropout_p)
         return y.to(x.dtype) if isinstance(given.weight, QuantizedWeight) else y
@@ -35,5 +35,6 @@ class FusedLinear(Fused, Linear):
 
 
 @torch.compiler.assume_constant_result  # torch.compile runs it while tracing: no graph break, and no guard on the counters
-def _note(layer: Fused, reason: str) -> None:
+def note(layer: Fused, reason: str) -> None:
+    """Count a call that PEFT computes, and warn in training unless it was asked for."""
     layer._fastlora_tally.note(reason, warn=layer.training and torch.is_grad_enabled() and reason not in INTENDED)

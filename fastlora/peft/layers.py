@@ -4,10 +4,11 @@ import sys
 from collections.abc import Mapping
 from typing import Any
 
-from peft.tuners.lora.layer import Linear, LoraLayer
+from peft.tuners.lora.layer import Linear, LoraLayer, ParamWrapper
 from torch import nn
 
 from fastlora.functional import available_backends
+from fastlora.peft import experts
 from fastlora.peft.base import weight_of
 from fastlora.peft.calls import operands
 from fastlora.peft.fused import Fused, FusedLinear
@@ -41,7 +42,10 @@ def unsupported_reason(layer: Any) -> str | None:
         return f"it is a {type(layer).__module__}.{type(layer).__name__}, not peft's lora.Linear"
     if "forward" in layer.__dict__:
         return "its forward is replaced on the instance"
-    weight = weight_of(layer.base_layer)
+    if isinstance(layer, ParamWrapper):
+        weight = experts.unsupported_reason(layer) or layer.get_param()
+    else:
+        weight = weight_of(layer.base_layer)
     if isinstance(weight, str):
         return weight
     return "its base weight is on the meta device: load it first" if weight.device.type == "meta" else None
@@ -53,11 +57,12 @@ def describe(layers: Mapping[str, Any], already: tuple[str, ...] = ()) -> Report
     for name, layer in layers.items():
         if not is_fused(layer):
             left.append((name, unsupported_reason(layer) or "not accelerated"))
-        elif isinstance(given := operands(layer), str):
+        elif isinstance(given := experts.terms(layer) if isinstance(layer, ParamWrapper) else operands(layer), str):
             waiting.append((name, given))
         else:
             taken.append(name)
-    devices = {layer.base_layer.weight.device for layer in layers.values() if is_fused(layer)}
+    linears = [layer for layer in layers.values() if is_fused(layer) and not isinstance(layer, ParamWrapper)]
+    devices = {layer.base_layer.weight.device for layer in linears}
     backends = sorted({(device.type, available_backends(device)[0]) for device in devices})
     return Report(tuple(taken), tuple(waiting), tuple(left), already, tuple(backends))
 
@@ -78,6 +83,8 @@ def _fused_class(layer: nn.Module) -> type[Fused] | None:
     """The accelerated class for a layer of PEFT, if there is one."""
     if type(layer) is Linear:
         return FusedLinear
+    if type(layer) is ParamWrapper:
+        return experts.ParamWrapper
     if "peft.tuners.lora.bnb" in sys.modules:
         from fastlora.peft import bnb  # imports bitsandbytes, which is optional
 

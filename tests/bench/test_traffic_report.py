@@ -113,18 +113,10 @@ def test_report(capsys):
     assert "gemm (addmm_)" in capsys.readouterr().out
 
 
-@pytest.mark.parametrize(
-    ("arguments", "message"),
-    [
-        (["--shape", "24,40"], "invalid shape M,K,N value: '24,40'"),
-        (["--rank", "0"], "invalid whole number of at least 1 value: '0'"),
-        (["--dropout", "1.5"], "invalid probability value: '1.5'"),
-    ],
-)
-def test_report_refuses(arguments, message, capsys):
+def test_report_refuses(capsys):
     with pytest.raises(SystemExit):
-        main(arguments)
-    assert message in capsys.readouterr().err
+        main(["--shape", "24,40"])
+    assert "invalid shape M,K,N value: '24,40'" in capsys.readouterr().err
 
 
 def test_only_the_command_turns_the_interpreter_on():

@@ -10,7 +10,7 @@ from triton.compiler.compiler import LazyDict
 from triton.runtime import driver
 
 from fastlora.kernels import steps
-from fastlora.kernels.dropout import lane_limit
+from fastlora.kernels.dropout import mask_threshold
 from fastlora.kernels.shrink import shrink_kernel
 from fastlora.kernels.steps import plan_backward, plan_forward
 from tools.aot import OfflineDriver
@@ -73,8 +73,8 @@ def test_a_planned_launch_is_what_triton_would_launch(launched: Calls, form: str
     assert again == first
     other = step(3.0, 0.5)  # run-time arguments are not kept
     assert [call[4] for call in other] == [call[4] for call in first]
-    assert any(lane_limit(0.5) in call for call in other)
-    assert not any(lane_limit(0.25) in call for call in other)
+    assert any(mask_threshold(0.5, "f16x2") in call for call in other)
+    assert not any(mask_threshold(0.25, "f16x2") in call for call in other)
 
 
 def test_the_second_step_does_not_ask_triton(launched: Calls, monkeypatch: pytest.MonkeyPatch) -> None:

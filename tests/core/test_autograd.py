@@ -4,10 +4,9 @@ import threading
 
 import pytest
 import torch
-from torch.utils.checkpoint import checkpoint
+from saved import saved_by
 
 from fastlora import lora_linear, oracle, torch_backend
-from fastlora.autograd import LoraLinearFunction
 from fastlora.oracle import Case
 
 BACKENDS = ("fused", "addmm", "torch")
@@ -15,10 +14,8 @@ NAMES = ("x", "weight", "lora_A", "lora_B", "bias")
 
 
 def inputs(M=33, K=24, N=40, r=4, dtype=torch.float32, adapter_dtype=None, requires_grad=True) -> dict[str, torch.Tensor]:
-    drawn = oracle.draw(Case((M, K, N), rank=r, dtype=torch.float32))
-    dtypes = {name: adapter_dtype or dtype if name.startswith("lora") else dtype for name in NAMES}
-    tensors = {name: getattr(drawn, name).to(dtypes[name]) for name in NAMES}
-    return {name: t.requires_grad_(requires_grad and name != "weight") for name, t in tensors.items()}
+    drawn = oracle.draw(Case((M, K, N), r, dtype, adapter_dtype))
+    return {name: getattr(drawn, name).requires_grad_(requires_grad and name != "weight") for name in NAMES}
 
 
 def grads(tensors: dict[str, torch.Tensor]) -> list[torch.Tensor]:
@@ -32,7 +29,8 @@ def all_equal(first, second) -> bool:
 @pytest.mark.parametrize("dropout_p", [0.0, 0.3, 1.0])
 @pytest.mark.parametrize("bias", [True, False])
 def test_gradcheck(dropout_p, bias):
-    tensors = inputs(M=7, K=5, N=6, r=3, dtype=torch.float64)
+    drawn = inputs(M=7, K=5, N=6, r=3, requires_grad=False)
+    tensors = {name: tensor.double().requires_grad_(name != "weight") for name, tensor in drawn.items()}
     weight = tensors.pop("weight")
     if not bias:
         del tensors["bias"]
@@ -43,27 +41,17 @@ def test_gradcheck(dropout_p, bias):
     assert torch.autograd.gradcheck(call, tuple(tensors.values()))
 
 
-def operator_calls(backend: str, dropout: bool, bias: bool) -> tuple[tuple, tuple]:
-    t = inputs(requires_grad=False)
-    seed = torch.tensor([5]) if dropout else None
-    p = 0.25 if dropout else 0.0
-    forward = (t["x"], t["weight"], t["lora_A"], t["lora_B"], t["bias"] if bias else None, seed, 0.5, p, backend)
-    dy, S = torch.randn(33, 40), torch.randn(33, 4)
-    backward = (dy, t["x"], t["weight"], t["lora_A"], t["lora_B"], S, seed, 0.5, p, torch.float32, backend)
-    return forward, backward
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("dropout", "bias"), [(True, True), (False, False)])
-def test_opcheck(backend, dropout, bias):
-    """Of backward also in part: dB alone, and dx alone. An output that is not needed is an empty tensor, in the fake too."""
-    forward, backward = operator_calls(backend, dropout, bias)
-    dy, x, weight, A, B, S, seed, *rest = backward
-    calls = [backward, (dy, None, None, None, None, S, None, *rest), (dy, None, weight, A, B, None, seed, *rest)]
-    calls.append((dy, x, None, None, B, None, seed, *rest))
-    checked = [(torch.ops.fastlora.lora_linear, forward), *((torch.ops.fastlora.lora_linear_backward, call) for call in calls)]
-    for operator, arguments in checked:
-        assert set(torch.library.opcheck(operator, arguments).values()) == {"SUCCESS"}
+@pytest.mark.parametrize("backend", ["fused", "torch"])
+def test_opcheck(backend):
+    """Of backward also in part: dB alone, dx alone, dA alone.  An output that is not needed is empty, in the fake too."""
+    x, weight, A, B, bias = inputs(M=9, requires_grad=False).values()
+    seed, dy, S = torch.tensor([5]), torch.randn(9, 40), torch.randn(9, 4)
+    forward, backward = torch.ops.fastlora.lora_linear, torch.ops.fastlora.lora_linear_backward
+    torch.library.opcheck(forward, (x, weight, A, B, bias, seed, 0.5, 0.25, backend))  # raises
+    torch.library.opcheck(forward, (x, weight, A, B, None, None, 0.5, 0.0, backend))
+    dB, dx, dA = (None, None, None, None, S, None), (None, weight, A, B, None, seed), (x, None, None, B, None, seed)
+    for operands in ((x, weight, A, B, S, seed), dB, dx, dA):
+        torch.library.opcheck(backward, (dy, *operands, 0.5, 0.25, torch.float32, backend))
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -76,14 +64,6 @@ def test_opcheck(backend, dropout, bias):
 def test_gradients_one_by_one(backend, outputs, dropout_p):
     """Each subset that requires grad, right by the oracle: the others' inputs are not saved and not computed with."""
     oracle.assert_parity(Case((40, 56, 48), rank=4, dropout_p=dropout_p), backend=backend, outputs=outputs)
-
-
-def saved_by(call) -> list[torch.Tensor]:
-    """What autograd saves during `call`."""
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
-        call()
-    return saved
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
@@ -160,11 +140,7 @@ def test_seed_decides_the_mask():
 
     assert all_equal([call(seed=torch.tensor([7])), call(seed=torch.tensor(7))], [call(seed=7)] * 2)
     assert not torch.equal(call(seed=7), call(seed=8))
-    torch.manual_seed(1)
-    first, second = call(), call()
-    torch.manual_seed(1)
-    assert torch.equal(call(), first)
-    assert not torch.equal(first, second)
+    assert not torch.equal(call(), call())
 
 
 def test_no_dropout_draws_no_seed():
@@ -181,24 +157,7 @@ def test_rank_zero_is_the_frozen_linear():
     assert torch.equal(lora_linear(*t.values(), dropout_p=0.5), torch.nn.functional.linear(t["x"], t["weight"], t["bias"]))
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_activation_checkpointing_redraws_the_mask(backend):
-    def gradients(use_checkpoint: bool) -> list[torch.Tensor]:
-        t = inputs()
-
-        def call(x):
-            return lora_linear(x, t["weight"], t["lora_A"], t["lora_B"], t["bias"], dropout_p=0.5, backend=backend)
-
-        torch.manual_seed(0)
-        y = checkpoint(call, t["x"], use_reentrant=False) if use_checkpoint else call(t["x"])
-        y.square().sum().backward()
-        return [y, *grads(t)]
-
-    assert all_equal(gradients(True), gradients(False))
-
-
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize("dropout_p", [0.0, 0.5])
+@pytest.mark.parametrize(("backend", "dropout_p"), [*((backend, 0.5) for backend in BACKENDS), ("torch", 0.0)])
 def test_compile_in_one_graph(backend, dropout_p):
     """fullgraph, dynamic shapes, forward and backward: the same values as eager, at two sizes."""
     torch._dynamo.reset()
@@ -232,11 +191,6 @@ def test_autocast_casts_as_linear_does(backend, dtype):
     assert torch.equal(y, expected)
     assert {grad.dtype for grad in grads(t)} == {torch.float32}
     assert all_equal(grads(t), [grad.float() for grad in grads(cast)])
-
-
-def test_function_is_the_public_one():
-    t = inputs()
-    assert torch.equal(LoraLinearFunction.apply(*t.values(), None, 0.5, 0.0, "torch"), lora_linear(*t.values(), scaling=0.5))
 
 
 def test_backward_in_another_thread():

@@ -21,7 +21,6 @@ from fastlora.oracle import Case, masked_reference
 Linear = Callable[..., Tensor]
 SHAPE = (64, 72, 264)  # every output has the elements that one draw needs
 P = 0.1
-BACKENDS = ("fused", "addmm", "torch")
 DTYPES = [pytest.param(*pair, id="+".join(oracle.SHORT[dtype] for dtype in pair)) for pair in oracle.DTYPES]
 NAMES = ("x", "weight", "lora_A", "lora_B", "bias")
 right = masked_reference()
@@ -134,13 +133,6 @@ def _spoilt(case: Case, forward: Linear, backward: Linear) -> set[str]:
 
 
 @pytest.mark.parametrize(("dtype", "adapters"), DTYPES)
-@pytest.mark.parametrize("backend", BACKENDS)
-def test_the_unmutated_pass(backend: str, dtype: torch.dtype, adapters: torch.dtype) -> None:
-    function = functools.partial(lora_linear, backend=backend)
-    assert _spoilt(_case(dtype, adapters), function, function) == set()
-
-
-@pytest.mark.parametrize(("dtype", "adapters"), DTYPES)
 @pytest.mark.parametrize("name", MUTANTS)
 def test_mutant(name: str, dtype: torch.dtype, adapters: torch.dtype) -> None:
     spoils, forward, backward = MUTANTS[name]
@@ -173,13 +165,10 @@ BACKEND_MUTANTS = {
 }
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
-@pytest.mark.parametrize(("dtype", "adapters"), DTYPES)
+@pytest.mark.parametrize("backend", ["fused", "addmm", "torch"])
 @pytest.mark.parametrize("name", BACKEND_MUTANTS)
-def test_mutated_backend(
-    name: str, dtype: torch.dtype, adapters: torch.dtype, backend: str, monkeypatch: pytest.MonkeyPatch
-) -> None:
-    """The same through `lora_linear`: its own steps, called with one wrong argument."""
+def test_mutated_backend(name: str, backend: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    """The same through `lora_linear`, its own steps called with one wrong argument, where rounding hides most: bfloat16."""
     step, argument = name.split()
     change, spoils = BACKEND_MUTANTS[name]
     module = torch_backend if backend == "torch" else steps
@@ -194,4 +183,4 @@ def test_mutated_backend(
     monkeypatch.setattr(module, step, mutated)
     monkeypatch.setattr(ops, "_implementation", ops._implementation.__wrapped__)  # which keeps what it has looked up
     function = functools.partial(lora_linear, backend=backend)
-    assert _spoilt(_case(dtype, adapters), function, function) == spoils
+    assert _spoilt(_case(torch.bfloat16, torch.bfloat16), function, function) == spoils

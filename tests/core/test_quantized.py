@@ -5,6 +5,7 @@ from types import SimpleNamespace
 import pytest
 import torch
 from quantized_layers import KINDS, adapter, by_definition, random_layer
+from saved import saved_by
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
 from torch.utils._python_dispatch import TorchDispatchMode
@@ -17,7 +18,7 @@ BACKENDS = ("triton", "torch")
 
 
 @pytest.mark.parametrize("kind", KINDS)
-@pytest.mark.parametrize("shape", [(40, 24), (33, 65), (64, 64), (129, 70), (300, 259), (1, 2)], ids=str)
+@pytest.mark.parametrize("shape", [(40, 24), (33, 65), (64, 64), (131, 129), (1, 2)], ids=str)
 def test_dense_weight_is_the_definition(kind, shape):
     """Rows that end within a block, odd sizes, and enough blocks for two of double quantisation; in every dtype."""
     layer = random_layer(kind, *shape)
@@ -87,29 +88,7 @@ def test_bias_of_another_dtype_is_cast():
     assert torch.equal(dbias, torch.full((40,), 9.0))
 
 
-@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
-def test_autocast(dtype):
-    weight = weight_of(random_layer("nf4 double"))
-    x, (A, B) = torch.randn(9, 24, requires_grad=True), adapter(40, 24)
-    with torch.autocast("cpu", dtype=dtype):
-        y = lora_linear(x, weight, A, B)
-    cast = [t.detach().to(dtype).requires_grad_() for t in (x, A, B)]
-    expected = lora_linear(cast[0], weight, *cast[1:])
-    assert y.dtype == dtype
-    assert torch.equal(y, expected)
-    for leaf, grad in zip((x, A, B), torch.autograd.grad(expected.float().sum(), cast), strict=True):
-        (own,) = torch.autograd.grad(y.float().sum(), leaf, retain_graph=True)
-        assert torch.equal(own, grad.float())
-
-
 # What is kept.
-
-
-def saved_tensors(call) -> list[torch.Tensor]:
-    saved = []
-    with torch.autograd.graph.saved_tensors_hooks(lambda tensor: saved.append(tensor) or tensor, lambda tensor: tensor):
-        call()
-    return saved
 
 
 def size(tensors) -> int:
@@ -122,7 +101,7 @@ def test_saved_for_backward(kind):
     layer = random_layer(kind, 256, 192)
     weight = weight_of(layer)
     x, (A, B) = torch.randn(8, 192, requires_grad=True), adapter(256, 192)
-    saved = saved_tensors(lambda: lora_linear(x, weight, A, B))
+    saved = saved_by(lambda: lora_linear(x, weight, A, B))
     known = (x, A, B, weight.packed, *weight.statistics)
     storages = [tensor.untyped_storage().data_ptr() for tensor in known]
     (S,) = [tensor for tensor in saved if tensor.untyped_storage().data_ptr() not in storages]
@@ -135,7 +114,7 @@ def test_saved_for_backward(kind):
 def test_weight_is_saved_only_where_dx_needs_it():
     weight = weight_of(random_layer("nf4 double"))
     A, B = adapter(40, 24)
-    saved = saved_tensors(lambda: lora_linear(torch.randn(8, 24), weight, A, B))
+    saved = saved_by(lambda: lora_linear(torch.randn(8, 24), weight, A, B))
     assert {tuple(tensor.shape) for tensor in saved} == {(8, 24), (40, 4), (8, 4)}
 
 
@@ -195,7 +174,7 @@ def test_opcheck(kind):
         assert set(torch.library.opcheck(torch.ops.fastlora.dequantize, arguments).values()) == {"SUCCESS"}
 
 
-@pytest.mark.parametrize("kind", ["nf4", "fp4 double", "int8"])
+@pytest.mark.parametrize("kind", ["fp4 double", "int8"])
 def test_compile_in_one_graph_saves_the_packed_weight(kind):
     """Reading the layer included; the compiler moves work between forward and backward as inductor does."""
     torch._dynamo.reset()
@@ -209,7 +188,7 @@ def test_compile_in_one_graph_saves_the_packed_weight(kind):
     for M in (7, 5):
         x = torch.randn(M, 32, requires_grad=True)
         y = call(x)
-        saved = saved_tensors(lambda x=x: compiled(x))
+        saved = saved_by(lambda x=x: compiled(x))
         assert torch.equal(compiled(x), y)
         assert all(tensor.numel() < 48 * 32 or tensor.data_ptr() == layer.weight.data_ptr() for tensor in saved)
         assert any(tensor.data_ptr() == layer.weight.data_ptr() for tensor in saved)
@@ -222,13 +201,7 @@ def test_compile_in_one_graph_saves_the_packed_weight(kind):
     [
         ({"bias": torch.zeros(40, dtype=torch.int32)}, TypeError, "bias must be float32"),
         ({"x": torch.randn(3, 24).double()}, TypeError, r"x is torch\.float64, but a quantised weight can be made in"),
-        ({"x": torch.randn(3, 23)}, ValueError, r"weight \(40, 24\) expects its last dimension to be 24"),
         ({"device": "meta"}, ValueError, "weight is on meta, but x is on cpu"),
-        (
-            {"weight": torch.zeros(480, 1, dtype=torch.uint8)},
-            TypeError,
-            r"got torch\.uint8; dequantise it first, or pass a Quan",
-        ),
         ({"weight": SimpleNamespace(shape=(40, 24))}, TypeError, r"weight must be a torch\.Tensor, got SimpleNamespace"),
     ],
 )

@@ -219,7 +219,7 @@ def test_a_problem_that_runs_out_of_memory_is_skipped(target, monkeypatch, run):
         ("a CPU", RuntimeError, r"capability 8\.0 or newer; the device is cpu"),
         ("a capture", RuntimeError, "a CUDA graph cannot capture"),
         ("torch.compile", AssertionError, "forbidden callable <function tune"),
-        ("no rate", ValueError, r"dropout_p must be at least 1/65536, .* got 0"),
+        ("no rate", ValueError, r"dropout_p must be at least 1/32768, .* got 0"),
     ],
 )
 def test_where_it_must_not_run(place, error, message, empty_cache, monkeypatch):

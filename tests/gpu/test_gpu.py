@@ -6,7 +6,7 @@ from typing import TypeVar
 
 import pytest
 import torch
-from planned import run_grad_a, run_pack_bits
+from planned import DTYPES, run_grad_a, run_pack_bits
 
 from fastlora import FusedLoraLinear, dropout_mask, lora_linear, oracle
 from fastlora.kernels.target import target_of
@@ -15,13 +15,6 @@ from fastlora.oracle import Case
 pytestmark = pytest.mark.gpu
 T = TypeVar("T")
 
-DTYPES = [
-    (torch.float32, None),
-    (torch.float16, None),
-    (torch.bfloat16, None),
-    (torch.float16, torch.float32),
-    (torch.bfloat16, torch.float32),
-]
 SHAPES = [(1, 64, 64), (17, 131, 77), (512, 1024, 4096), (2048, 4096, 1024), (4096, 512, 2048), (4099, 2053, 1030)]
 
 

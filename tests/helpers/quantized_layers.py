@@ -1,9 +1,7 @@
-"""Linears of the real bitsandbytes, what they stand for, and PEFT's layer on one: shared by the tests of quantised weights."""
+"""Linears of the real bitsandbytes, and what they stand for: shared by the tests of quantised weights."""
 
 import torch
 from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
-from peft import LoraConfig
-from peft.tuners.lora import bnb
 from torch import nn
 
 from fastlora.quantized import weight_of
@@ -15,13 +13,6 @@ KINDS = {
     "fp4 double": {"quant_type": "fp4", "compress_statistics": True},
     "int8": None,
 }
-DTYPES = [
-    (torch.float32, None),
-    (torch.float16, None),
-    (torch.bfloat16, None),
-    (torch.float16, torch.float32),
-    (torch.bfloat16, torch.float32),
-]
 
 
 def quantize(weight: torch.Tensor, kind: str, bias: torch.Tensor | None = None, **options) -> nn.Module:
@@ -68,9 +59,3 @@ def by_definition(layer: nn.Module) -> torch.Tensor:
 def dense(weight: torch.Tensor, kind: str) -> torch.Tensor:
     """What `weight` is once quantised, in float32; the same for its float64 copy."""
     return weight_of(quantize(weight.float(), kind)).dequantize(torch.float32)
-
-
-def peft_layer(layer: nn.Module, r: int, scaling: float) -> nn.Module:
-    """PEFT's own layer on a layer of bitsandbytes."""
-    kind = bnb.Linear8bitLt if isinstance(layer, Linear8bitLt) else bnb.Linear4bit
-    return kind(layer, "default", config=LoraConfig(r=r, lora_alpha=scaling * r), r=r, lora_alpha=scaling * r)

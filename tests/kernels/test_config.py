@@ -73,10 +73,10 @@ def streaming(M: int, K: int, N: int, r: int, adapter: torch.dtype, target: Targ
     if r <= MAX_RANK:
         of_dy = [plan_grad_s_and_b(dy, B, U, adapter, *facts)]
     else:
-        of_dy = [plan_shrink(dy, B.t(), False, *facts), plan_grad_a(dy, U, adapter, *facts, transposed=True)]
+        of_dy = [plan_shrink(dy, B.t(), "", *facts), plan_grad_a(dy, U, adapter, *facts, transposed=True)]
     forms: list[dict] = [{"pack": True}, {"V": A}]
-    of_x = [plan_grad_a(x, U, adapter, *facts, dropout=True, **form) for form in forms]
-    return plan_shrink(x, A, True, *facts), of_dy, of_x
+    of_x = [plan_grad_a(x, U, adapter, *facts, mask="integer", **form) for form in forms]
+    return plan_shrink(x, A, "integer", *facts), of_dy, of_x
 
 
 # From so many MiB of x or dy at a rank, every streaming kernel has a program for three of four multiprocessors.  Higher ranks

@@ -8,7 +8,7 @@ from planned import run_grad_a, run_pack_bits, run_shrink
 from fastlora import dropout_mask
 from fastlora.dropout import keep_scale
 
-RATES = (1e-5, 0.05, 0.1, 0.5, 0.75, 1 - 1e-5, 1.0)
+RATES = (0.001, 0.05, 0.1, 0.5, 0.97, 0.999, 1.0)
 
 
 def unpack(bits: torch.Tensor, cols: int) -> torch.Tensor:

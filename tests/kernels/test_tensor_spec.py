@@ -3,7 +3,7 @@
 import pytest
 import torch
 
-from fastlora.kernels.tensor_spec import TensorSpec, fits_descriptor, needs_int64
+from fastlora.kernels.tensor_spec import TensorSpec, fits_descriptor, needs_int64, row_unit
 
 
 def test_specs():
@@ -48,3 +48,20 @@ def test_needs_int64_looks_at_the_extent(shape, stride, expected):
 )
 def test_fits_descriptor(tensor, expected):
     assert fits_descriptor(TensorSpec.of(tensor)) == expected
+
+
+@pytest.mark.parametrize(
+    ("tensor", "expected"),
+    [
+        (torch.empty(4, 4096, dtype=torch.bfloat16), 1),  # Triton knows multiples of 16
+        (torch.empty(4, 4104, dtype=torch.bfloat16), 8),
+        (torch.empty(4, 4104), 4),
+        (torch.empty(4, 4100), 4),
+        (torch.empty(4, 4100, dtype=torch.bfloat16), 1),
+        (torch.empty(4, 24, dtype=torch.bfloat16)[:, :20], 1),
+        (torch.empty(4, 20, dtype=torch.bfloat16)[:, :16], 1),
+        (torch.empty(24, 24, dtype=torch.bfloat16).t(), 1),
+    ],
+)
+def test_row_unit(tensor, expected):
+    assert row_unit(TensorSpec.of(tensor)) == expected
