@@ -13,6 +13,7 @@ import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastlora.kernels import launch
@@ -77,6 +78,7 @@ def gemm_kernel(
     HAS_PRODUCT: tl.constexpr,
     LORA_HI_LO: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    ROUNDED: tl.constexpr,
     Q_TRANSPOSED: tl.constexpr,
     EVEN_K: tl.constexpr,
     USE_INT64: tl.constexpr,
@@ -112,7 +114,7 @@ def gemm_kernel(
                     other = None if EVEN_K else 0.0
                     p = tl.load(P + safe_m[:, None] * stride_pm + offs_k[None, :] * stride_pk, mask=p_mask, other=other)
                     q = tl.load(Q + offs_k[:, None] * stride_qk + safe_n[None, :] * stride_qn, mask=q_mask, other=other)
-                acc = dot(p, q, acc, PRECISION)
+                acc = dot(p, q, acc, PRECISION, ROUNDED)
         if DESCRIPTORS:
             C.store([first_m, first_n], round_to(acc, DTYPE))
         else:
@@ -154,6 +156,7 @@ def plan_gemm(
         if config is None or not config.is_valid(target, dtype, precision, bool(described)):
             config = gemm_config(M, N, dtype, precision, target, bool(described))
     tiles = cdiv(M, config.block_m) * cdiv(N, config.block_n)
+    rounded = precision == "tf32" and bool(described) and DESCRIPTORS_ROUND
     options = {
         "R": U.shape[1],
         "BLOCK_M": config.block_m,
@@ -168,6 +171,7 @@ def plan_gemm(
         "HAS_PRODUCT": P is not None,
         "LORA_HI_LO": hi_lo,
         "DESCRIPTORS": bool(described),
+        "ROUNDED": rounded,
         "Q_TRANSPOSED": transposed,
         "EVEN_K": K % config.block_k == 0,
         "USE_INT64": needs_int64(P, Q, C, U, V, bias),
@@ -177,15 +181,23 @@ def plan_gemm(
     }
     small = (*V.stride, 0 if bias is None else bias.stride[0], packed_mask((M, N)).shape[1] if masked else 0)
     block_q = (config.block_n, config.block_k) if transposed else (config.block_k, config.block_n)
-    blocks = (config.block_m, config.block_k), block_q, (config.block_m, config.block_n)
+    blocks = [config.block_m, config.block_k], [*block_q], [config.block_m, config.block_n]
+    reading = ("zero", True) if rounded else ()  # padding and rounding
     return Plan(
         gemm_kernel,
         (min(tiles, programs or tiles),),
         (M, N, K, *strides, *small),
         options,
         (Result((M, N), dtype),),
-        tuple((list(m.shape), list(m.stride), list(block)) for m, block in zip(described, blocks, strict=False)),
+        tuple(
+            ([*m.shape], [*m.stride], block, *rest)
+            for m, block, rest in zip(described, blocks, (reading, reading, ()), strict=False)
+        ),
     )
+
+
+#: Whether the loads of a descriptor can round float32 to TF32: from Triton 3.7 on, but not when it is interpreted.
+DESCRIPTORS_ROUND = hasattr(TensorDescriptor, "round_f32_to_tf32") and not knobs.runtime.interpret
 
 
 class _Described(TensorDescriptor):

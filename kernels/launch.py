@@ -32,7 +32,7 @@ class Plan:
         sizes: the kernel's integer arguments, in its order.
         options: its constexprs, num_warps and num_stages.
         results: what it computes.
-        descriptors: (shape, strides, block) of the leading arguments that the kernel takes as tensor descriptors.
+        descriptors: (shape, strides, block), perhaps with padding and rounding, of the leading arguments that are descriptors.
         compiled: device index -> (launcher of the compiled kernel, constexprs in the kernel's order).
     """
 
@@ -41,7 +41,7 @@ class Plan:
     sizes: tuple[int, ...]
     options: dict[str, Any]
     results: tuple[Result, ...] = ()
-    descriptors: tuple[tuple[list[int], list[int], list[int]], ...] = ()
+    descriptors: tuple[tuple[Any, ...], ...] = ()
     compiled: dict[int, tuple[Callable[..., None], tuple[Any, ...]]] = field(default_factory=dict)
 
 

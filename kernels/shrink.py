@@ -60,8 +60,8 @@ def shrink_kernel(
             x_tile = tl.where(keep_tile(w0, w1, w2, w3, limit, BLOCK_M, BLOCK_K), x_tile, 0.0)
         acc = dot_mixed(x_tile, a_tile, acc, PRECISION, True)
         if WAIT_FOR_DOT:
-            # This select makes Triton wait for the wgmma.  Without it the next iteration overwrites the masked x in registers
-            # that the wgmma may still read (Triton issue 9433).
+            # This select makes Triton wait for the wgmma.  Without it the next iteration overwrites the masked or rounded
+            # x in registers that the wgmma may still read (Triton issue 9433).
             acc = tl.where(rows[:, None] < M, acc, 0.0)
     out_rows = (pid_k.to(tl.int64) * M + rows) * R
     out_mask = (rows[:, None] < M) & (ranks[None, :] < R)
@@ -86,7 +86,7 @@ def plan_shrink(x: TensorSpec, A: TensorSpec, dropout: bool, precision: str, tar
         "BLOCK_K": config.block_k,
         "BLOCK_R": config.block_r,
         "HAS_DROPOUT": dropout,
-        "WAIT_FOR_DOT": dropout and target.has_register_operands,
+        "WAIT_FOR_DOT": (dropout or precision == "tf32") and target.has_register_operands,
         "USE_INT64": needs_int64(x, A),
         "PRECISION": precision,
         "num_warps": config.num_warps,

@@ -5,9 +5,12 @@ import pytest
 import torch
 from planned import AMPERE, DTYPES, VIEWS, assert_close, far_apart, run_gemm
 
+from fastlora.kernels import gemm as gemm_module
 from fastlora.kernels import launch
 from fastlora.kernels.config import GemmConfig
+from fastlora.kernels.gemm import plan_gemm
 from fastlora.kernels.target import INTERPRETER
+from fastlora.kernels.tensor_spec import TensorSpec
 
 TARGETS = {"descriptors": INTERPRETER, "pointers": AMPERE}
 
@@ -63,6 +66,16 @@ def test_aligned_operands_go_through_descriptors(plans, path, transposed):
     run_gemm(P[:, 1:], stored[1:], U, V, TARGETS[path])
     assert [plan.options["DESCRIPTORS"] for plan in plans] == [path == "descriptors", False]
     assert plans[0].options["Q_TRANSPOSED"] == transposed
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+def test_descriptors_round_to_tf32(precision, monkeypatch):
+    """Those of P and Q, in tf32, where Triton's descriptors can.  C keeps its 24 bits."""
+    monkeypatch.setattr(gemm_module, "DESCRIPTORS_ROUND", True)
+    specs = (TensorSpec.new(*shape, dtype=torch.float32) for shape in ((40, 64), (64, 48), (40, 4), (4, 48)))
+    plan = plan_gemm(*specs, torch.float32, precision, INTERPRETER)
+    assert plan.options["ROUNDED"] == (precision == "tf32")
+    assert [facts[3:] for facts in plan.descriptors] == [("zero", True) if precision == "tf32" else ()] * 2 + [()]
 
 
 def test_a_tile_that_is_not_valid_for_the_operands_is_replaced(plans):
