@@ -68,6 +68,22 @@ def test_aligned_operands_go_through_descriptors(plans, path, transposed):
     assert plans[0].options["Q_TRANSPOSED"] == transposed
 
 
+@pytest.mark.parametrize(
+    ("rank", "adapter", "transposed", "flatten"),
+    [(5, torch.bfloat16, False, True), (40, torch.float32, True, True), (70, torch.bfloat16, True, False)],
+)
+def test_one_loop_over_the_steps_of_several_tiles(plans, rank, adapter, transposed, flatten):
+    """18 tiles on four programs: some make one more than others.  Two steps each, the last one not full."""
+    P, Q, U, V = torch.randn(130, 72), torch.randn(72, 328), torch.randn(130, rank), torch.randn(rank, 328).to(adapter)
+    P, Q, bias, keep = P.bfloat16(), Q.bfloat16(), torch.randn(328).bfloat16(), torch.rand(130, 328) < 0.5
+    bits = torch.from_numpy(np.packbits(keep.numpy(), axis=1, bitorder="little"))
+    stored = Q.t().contiguous().t() if transposed else Q
+    C = run_gemm(P, stored, U, V, alpha=0.5, bias=bias, bits=bits, config=GemmConfig(64, 64, 64, 32, 4, 3))
+    assert_close(C, exact(P, Q, U, V, 0.5, bias.double(), keep.double()), torch.bfloat16)
+    (plan,) = plans
+    assert (plan.grid, plan.options["FLATTEN"]) == ((4,), flatten)
+
+
 @pytest.mark.parametrize("precision", ["ieee", "tf32"])
 def test_descriptors_round_to_tf32(precision, monkeypatch):
     """Those of P and Q, in tf32, where Triton's descriptors can.  C keeps its 24 bits."""
