@@ -47,21 +47,7 @@ def keep_from_bits(bits, rows, first_n, M, row_bytes, BLOCK_M: tl.constexpr, BLO
 
 
 @triton.jit
-def start_tile(
-    first_m,
-    first_n,
-    M,
-    N,
-    term,
-    R: tl.constexpr,
-    BLOCK_M: tl.constexpr,
-    BLOCK_N: tl.constexpr,
-    BLOCK_R: tl.constexpr,
-    DTYPE: tl.constexpr,
-    LORA_HI_LO: tl.constexpr,
-    USE_INT64: tl.constexpr,
-    PRECISION: tl.constexpr,
-):
+def start_tile(first_m, first_n, M, N, term, R, BLOCK_M, BLOCK_N, BLOCK_R, DTYPE, LORA_HI_LO, USE_INT64, PRECISION):
     """bias + mask(alpha · U V) of the tile of C at (first_m, first_n), float32.  bias and bits are None where there is none."""
     bias, U, V, bits, stride_vr, stride_vn, stride_bias, row_bytes, alpha = term
     rows, cols = first_m + tl.arange(0, BLOCK_M), first_n + tl.arange(0, BLOCK_N)
@@ -141,7 +127,7 @@ def gemm_kernel(
             acc = dot(p, q, acc, PRECISION, ROUNDED)
             if step == steps - 1:
                 C.store([first_m, first_n], round_to(acc, DTYPE))
-                following = tl.minimum(tile + tl.num_programs(0), tiles - 1)
+                following = tl.minimum(tile + tl.num_programs(0), tiles - 1)  # the last one again, for nothing
                 next_m, next_n = grouped_tile(following, M, N, BLOCK_M, BLOCK_N, GROUP_M)
                 acc = start_tile(
                     next_m, next_n, M, N, term, R, BLOCK_M, BLOCK_N, BLOCK_R, DTYPE, LORA_HI_LO, USE_INT64, PRECISION
