@@ -73,9 +73,9 @@ def test_aligned_operands_go_through_descriptors(plans, path, transposed):
     [(5, torch.bfloat16, False, True), (40, torch.float32, True, True), (70, torch.bfloat16, True, False)],
 )
 def test_one_loop_over_the_steps_of_several_tiles(plans, rank, adapter, transposed, flatten):
-    """18 tiles on four programs: some make one more than others.  Two steps each, the last one not full."""
-    P, Q, U, V = torch.randn(130, 72), torch.randn(72, 328), torch.randn(130, rank), torch.randn(rank, 328).to(adapter)
-    P, Q, bias, keep = P.bfloat16(), Q.bfloat16(), torch.randn(328).bfloat16(), torch.rand(130, 328) < 0.5
+    """10 tiles on four programs: some make three, some two.  Two steps each, the last one not full."""
+    P, Q, U, V = torch.randn(70, 72), torch.randn(72, 264), torch.randn(70, rank), torch.randn(rank, 264).to(adapter)
+    P, Q, bias, keep = P.bfloat16(), Q.bfloat16(), torch.randn(264).bfloat16(), torch.rand(70, 264) < 0.5
     bits = torch.from_numpy(np.packbits(keep.numpy(), axis=1, bitorder="little"))
     stored = Q.t().contiguous().t() if transposed else Q
     C = run_gemm(P, stored, U, V, alpha=0.5, bias=bias, bits=bits, config=GemmConfig(64, 64, 64, 32, 4, 3))
