@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 from triton import knobs
+from triton.language.target_info import cuda_capability_geq
 
 from fastlora.kernels.target import Target
 from fastlora.kernels.tensor_spec import TensorSpec
@@ -23,11 +24,13 @@ def round_to_tf32(t):
     """float32 t to the nearest TF32 number, ties away from zero.
 
     The assembly is not pure, lest LLVM move it behind the fence that wgmma needs after the registers of an operand are written.
+    On 10.x, which has no such fence, Triton cannot pipeline a loop around assembly that is not pure.
     """
     if INTERPRETED:
         rounded = truncate_to_tf32((t.to(tl.uint32, bitcast=True) + 0x1000).to(tl.float32, bitcast=True))
         return tl.where(t == t, rounded, t)  # of a NaN the carry could make an infinity or −0
-    return tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [t], dtype=tl.float32, is_pure=False, pack=1)
+    pure: tl.constexpr = cuda_capability_geq(10, 0)
+    return tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [t], dtype=tl.float32, is_pure=pure, pack=1)
 
 
 @triton.jit

@@ -7,7 +7,7 @@ from tools.cases import CompileCase
 
 
 @pytest.mark.parametrize("step", ["forward", "addmm-backward"])
-@pytest.mark.parametrize("capability", [80, 90])
+@pytest.mark.parametrize("capability", [80, 90, 100])
 def test_conversions(step: str, capability: int) -> None:
     with offline(capability) as launches:
         CompileCase(step, "float32-tf32", 16, capability).run(0.0)
