@@ -46,7 +46,7 @@ class Plan:
         sizes: the kernel's integer arguments, in its order.
         options: its constexprs, num_warps and num_stages.
         results: what it computes.
-        descriptors: (shape, strides, block) of the leading arguments that the kernel takes as tensor descriptors.
+        descriptors: (shape, strides, block), perhaps with padding and rounding, of the leading arguments that are descriptors.
         compiled: device index -> two functions that launch the compiled kernel on run-time arguments: `_direct`'s, if it has
             one, and Triton's.
     """
@@ -56,7 +56,7 @@ class Plan:
     sizes: tuple[int, ...]
     options: dict[str, Any]
     results: tuple[Result, ...] = ()
-    descriptors: tuple[tuple[list[int], list[int], list[int]], ...] = ()
+    descriptors: tuple[tuple[Any, ...], ...] = ()
     compiled: dict[int, tuple[Run | None, Run]] = field(default_factory=dict)
 
 

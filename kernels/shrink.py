@@ -62,8 +62,8 @@ def shrink_kernel(
             x_tile = drop(x_tile, m0, m1, m2, m3, MASK)
         acc = dot_mixed(x_tile, a_tile, acc, PRECISION, True)
         if WAIT_FOR_DOT:
-            # This select makes Triton wait for the wgmma.  Without it the next iteration overwrites the masked x in registers
-            # that the wgmma may still read (Triton issue 9433).
+            # This select makes Triton wait for the wgmma.  Without it the next iteration overwrites the masked or rounded
+            # x in registers that the wgmma may still read (Triton issue 9433).
             acc = tl.where(rows[:, None] < M, acc, 0.0)
     out_rows = (pid_k.to(tl.int64) * M + rows) * R
     out_mask = (rows[:, None] < M) & (ranks[None, :] < R)
@@ -90,7 +90,7 @@ def plan_shrink(x: TensorSpec, A: TensorSpec, mask: str, precision: str, target:
         "UNIT": row_unit(x),
         "UNIT_A": row_unit(A),
         "MASK": mask,
-        "WAIT_FOR_DOT": bool(mask) and target.has_register_operands,
+        "WAIT_FOR_DOT": (mask != "" or precision == "tf32") and target.has_register_operands,
         "USE_INT64": needs_int64(x, A),
         "PRECISION": precision,
         "num_warps": config.num_warps,
