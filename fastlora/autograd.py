@@ -55,7 +55,7 @@ class LoraLinearFunction(torch.autograd.Function):
             lora_A if need_dx else None,
             lora_B if need_dS else None,
             S if need_dB else None,
-            (mask if ops.keeps_mask(backend, seed) else seed) if need_dS else None,
+            (mask if ops.keeps_mask(seed, backend) else seed) if need_dS else None,
             *(statistics if need_dx else ()),
         )
         ctx.adapter_dtype = lora_A.dtype

@@ -13,9 +13,12 @@ reference see the same bits.  ``kernels/dropout.py`` is the same function on the
 """
 
 from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
+
+Word: TypeAlias = int | Tensor
 
 ROUNDS = 7
 LANES = 8  # columns served by one Philox call
@@ -51,15 +54,14 @@ def draw_seed(device: torch.device | str) -> Tensor:
     return torch.randint(-(2**63), 2**63 - 1, (1,), device=device, dtype=torch.int64)
 
 
-def key_schedule(seed: Tensor) -> list[tuple[Tensor, Tensor]]:
-    """The keys (k0, k1) of each round, 0-dimensional int64, of a seed of shape (1,).  They stay on its device."""
-    rounds = torch.arange(ROUNDS, device=seed.device)
-    first, second = ((half + rounds * step & _WORD).unbind() for half, step in zip((seed, seed >> 32), WEYL, strict=True))
-    return list(zip(first, second, strict=True))
+def key_schedule(seed: Tensor) -> list[tuple[Word, Word]]:
+    """The keys (k0, k1) of each round.  seed is int64 (1,): on a CPU it is read, elsewhere that would synchronise."""
+    value: Word = int(seed) if seed.device.type == "cpu" else seed
+    return [(value + i * WEYL[0] & _WORD, (value >> 32) + i * WEYL[1] & _WORD) for i in range(ROUNDS)]
 
 
-def philox(keys: Sequence[tuple[Tensor, Tensor]], counter: Sequence[Tensor]) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-    """A round of Philox4x32 for each key, on four int64 tensors that hold 32-bit words and broadcast against each other.
+def philox(keys: Sequence[tuple[Word, Word]], counter: Sequence[Word]) -> tuple[Word, Word, Word, Word]:
+    """A round of Philox4x32 for each key, on 32-bit words: ints, and int64 tensors that broadcast against each other.
 
     A 32 x 32-bit product wraps in int64 to the right 64 bits, so its halves are (p >> 32) & 0xffffffff and p & 0xffffffff.
     """
@@ -71,11 +73,12 @@ def philox(keys: Sequence[tuple[Tensor, Tensor]], counter: Sequence[Tensor]) -> 
     return c0, c1, c2, c3
 
 
-def _philox_in_place(keys: Sequence[tuple[Tensor, Tensor]], work: Tensor) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+def _philox_in_place(keys: Sequence[tuple[Word, Word]], work: Tensor) -> None:
     """`philox` in place, in half the time on a CPU, where fresh memory is dear.
 
-    work (6, ..., calls) holds the four words and room for two products.  The lower halves of what comes back are the words.
-    Halves are taken as int32: one operation for shift, exclusive or and mask.
+    work (6, ..., calls) holds the four words, and room for two products, which become words 1 and 3 of the next round: after
+    an odd number of rounds, words 0 to 3 are the lower halves of work[0], work[4], work[2] and work[5].  Halves are taken as
+    int32: one operation for shift, exclusive or and mask.
     """
     whole, halves = work.unbind(), work.view(torch.int32)
     low, high = halves[..., 0::2].unbind(), halves[..., 1::2].unbind()
@@ -88,7 +91,6 @@ def _philox_in_place(keys: Sequence[tuple[Tensor, Tensor]], work: Tensor) -> tup
         whole[0].bitwise_xor_(k0)
         whole[2].bitwise_xor_(k1)
         i1, i3, spare1, spare3 = spare1, spare3, i1, i3
-    return whole[0], whole[i1], whole[2], whole[i3]
 
 
 def packed_mask(seed: Tensor, rows: int, cols: int, p: float, projection: int = 0) -> Tensor:
@@ -101,29 +103,26 @@ def packed_mask(seed: Tensor, rows: int, cols: int, p: float, projection: int = 
     bits = torch.empty((rows, calls), dtype=torch.uint8, device=seed.device)
     keys = key_schedule(seed)
     row, column = torch.arange(rows, device=seed.device).unsqueeze(1), torch.arange(calls, device=seed.device)
-    zero, third = seed.new_zeros(1), seed.new_full((1,), projection)
     limit = _CPU_CALLS * torch.get_num_threads() if seed.device.type == "cpu" else _DEVICE_CALLS
     chunks = row_chunks(rows, calls, limit)
     work = torch.empty((6, len(chunks[0]) if chunks else 0, calls), dtype=torch.int64, device=seed.device)
     for chunk in chunks:
         part = work[:, : len(chunk)]
-        for room, word in zip(part, philox(keys[:2], (column, row[chunk.start : chunk.stop], third, zero)), strict=False):
-            room.copy_(word)
-        words = _philox_in_place(keys[2:], part)
-        bits[chunk.start : chunk.stop] = _pack(words, threshold(p))
+        for i, word in enumerate(philox(keys[:2], (column, row[chunk.start : chunk.stop], projection, 0))):
+            part[i] = word
+        _philox_in_place(keys[2:], part)
+        bits[chunk.start : chunk.stop] = _pack(part[4:], part[0:3:2], threshold(p))
     return bits
 
 
-def _pack(words: tuple[Tensor, Tensor, Tensor, Tensor], t: int) -> Tensor:
-    """What of each call's eight lanes is kept, in bits 0 to 7 of an int64, in place.
+def _pack(odd: Tensor, even: Tensor, t: int) -> Tensor:
+    """What of each call's eight lanes is kept, in bits 0 to 7 of an int64: of words (w1, w3) and (w0, w2), over the former.
 
-    Two words an int64 hold four lanes in order.  v + 32768 - t reaches bit 15 of its lane iff v >= t.
+    Two words in an int64 hold four lanes in order.  v + 32768 - t reaches bit 15 of its lane iff v >= t.
     """
-    w0, w1, w2, w3 = words
-    for lanes, word, shift in ((w1, w0, 15), (w3, w2, 11)):
-        lanes.bitwise_left_shift_(32).bitwise_or_(word).bitwise_and_((LANE_RANGE - 1) * _EACH_LANE)
-        lanes.add_((LANE_RANGE - t) * _EACH_LANE).bitwise_right_shift_(shift).bitwise_and_(_EACH_LANE << 15 - shift)
-    return w1.bitwise_or_(w3).mul_(_GATHER).bitwise_right_shift_(48).bitwise_and_(0xFF)
+    lanes = odd.bitwise_left_shift_(32).bitwise_or_(even).bitwise_and_((LANE_RANGE - 1) * _EACH_LANE)
+    first, second = lanes.add_((LANE_RANGE - t) * _EACH_LANE).bitwise_right_shift_(15).bitwise_and_(_EACH_LANE)
+    return first.add_(second, alpha=16).mul_(_GATHER).bitwise_right_shift_(48).bitwise_and_(0xFF)
 
 
 def byte_masks(bits: Tensor, cols: int) -> Tensor:

@@ -11,7 +11,7 @@ The kernels make it where they need it: the mask returned is empty, and lora_lin
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
@@ -46,7 +46,7 @@ def _implementation(direction: str, backend: str) -> Callable[..., Any]:
     return functools.partial(getattr(steps, direction), choice=backend, plan=getattr(dispatch, f"plan_{direction}"))
 
 
-def keeps_mask(backend: str, seed: Tensor | None) -> bool:
+def keeps_mask(seed: Tensor | None, backend: str) -> TypeGuard[Tensor]:
     """Whether backward takes the packed mask that forward made, in place of the seed."""
     return backend == "torch" and seed is not None
 
@@ -72,7 +72,7 @@ def forward(
     y has its final shape: FSDP2 warns of modules that return a view.
     """
     y, rows = x.new_empty((*x.shape[:-1], weight.shape[0])), as_rows(x)
-    mask = packed_mask(seed, *rows.shape, dropout_p) if keeps_mask(backend, seed) else None
+    mask = packed_mask(seed, rows.shape[0], rows.shape[1], dropout_p) if keeps_mask(seed, backend) else None
     run = _implementation("forward", backend)
     S = run(rows, weight, lora_A, lora_B, bias, seed if mask is None else mask, scaling, dropout_p, as_rows(y))[1]
     return y, S, x.new_empty(0, dtype=torch.uint8) if mask is None else mask
@@ -104,7 +104,7 @@ def backward(
 def _forward_fake(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, backend):  # type: ignore[no-untyped-def]  # the schema types it
     y = x.new_empty((*x.shape[:-1], weight.shape[0]))
     rows = math.prod(x.shape[:-1])  # Size.numel() specialises a symbolic size and recompiles for every length
-    mask = (rows, -(-x.shape[-1] // LANES)) if keeps_mask(backend, seed) else 0
+    mask = (rows, -(-x.shape[-1] // LANES)) if keeps_mask(seed, backend) else 0
     return y, x.new_empty((rows, lora_A.shape[0]), dtype=accumulator(x.dtype)), x.new_empty(mask, dtype=torch.uint8)
 
 
