@@ -28,9 +28,10 @@ MULTIPLIERS = (0xD2511F53, 0xCD9E8D57)
 WEYL = (0x9E3779B9, 0xBB67AE85)
 _EACH_LANE = 0x0001000100010001  # bit 0 of four lanes in an int64
 _GATHER = 1 << 48 | 1 << 33 | 1 << 18 | 1 << 3  # times bits 16i of an int64: bit i goes to bit 48 + i
-# Philox calls at a time, on a CPU for each thread.  There each of six int64 tensors takes 256 KiB: a 1024 x 1024 mask takes
-# 6.6 ms on one core, 8.3 ms at 2**14, 6.2 ms at 2**16.  An accelerator wants few launches and bounded memory.
-_CPU_CALLS = 1 << 15
+# Philox calls at a time.  On a CPU this is just below the 2**15 elements from which torch starts its threads: some 70 small
+# parallel regions would each wait for the slowest thread of a busy machine.  A 1024 x 1024 mask takes 8 ms of one core, torch's
+# own dropout, whose random numbers are not drawn in parallel either, 14 ms.  An accelerator wants few launches, bounded memory.
+_CPU_CALLS = (1 << 15) - 1
 _DEVICE_CALLS = 1 << 23
 
 
@@ -103,26 +104,25 @@ def packed_mask(seed: Tensor, rows: int, cols: int, p: float, projection: int = 
     bits = torch.empty((rows, calls), dtype=torch.uint8, device=seed.device)
     keys = key_schedule(seed)
     row, column = torch.arange(rows, device=seed.device).unsqueeze(1), torch.arange(calls, device=seed.device)
-    limit = _CPU_CALLS * torch.get_num_threads() if seed.device.type == "cpu" else _DEVICE_CALLS
-    chunks = row_chunks(rows, calls, limit)
+    chunks = row_chunks(rows, calls, _CPU_CALLS if seed.device.type == "cpu" else _DEVICE_CALLS)
     work = torch.empty((6, len(chunks[0]) if chunks else 0, calls), dtype=torch.int64, device=seed.device)
     for chunk in chunks:
         part = work[:, : len(chunk)]
         for i, word in enumerate(philox(keys[:2], (column, row[chunk.start : chunk.stop], projection, 0))):
             part[i] = word
         _philox_in_place(keys[2:], part)
-        bits[chunk.start : chunk.stop] = _pack(part[4:], part[0:3:2], threshold(p))
+        lanes = _kept_lanes(part[4], part[0], threshold(p)).add_(_kept_lanes(part[5], part[2], threshold(p)), alpha=16)
+        bits[chunk.start : chunk.stop] = lanes.mul_(_GATHER).bitwise_right_shift_(48).bitwise_and_(0xFF)
     return bits
 
 
-def _pack(odd: Tensor, even: Tensor, t: int) -> Tensor:
-    """What of each call's eight lanes is kept, in bits 0 to 7 of an int64: of words (w1, w3) and (w0, w2), over the former.
+def _kept_lanes(odd: Tensor, even: Tensor, t: int) -> Tensor:
+    """Bit 16i = whether lane i of a call's two words, `even` and `odd` in this order, is kept; over `odd`.
 
     Two words in an int64 hold four lanes in order.  v + 32768 - t reaches bit 15 of its lane iff v >= t.
     """
     lanes = odd.bitwise_left_shift_(32).bitwise_or_(even).bitwise_and_((LANE_RANGE - 1) * _EACH_LANE)
-    first, second = lanes.add_((LANE_RANGE - t) * _EACH_LANE).bitwise_right_shift_(15).bitwise_and_(_EACH_LANE)
-    return first.add_(second, alpha=16).mul_(_GATHER).bitwise_right_shift_(48).bitwise_and_(0xFF)
+    return lanes.add_((LANE_RANGE - t) * _EACH_LANE).bitwise_right_shift_(15).bitwise_and_(_EACH_LANE)
 
 
 def byte_masks(bits: Tensor, cols: int) -> Tensor:
