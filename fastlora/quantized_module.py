@@ -5,7 +5,7 @@ from typing import Any, Self, Unpack, cast
 import torch
 from torch import Tensor, nn
 
-from fastlora import quantized
+from fastlora import quantized, validation
 from fastlora.modules import FusedLoraLinear, Options
 from fastlora.quantized import QuantizedWeight
 
@@ -27,15 +27,16 @@ class FusedLoraLinear4bit(FusedLoraLinear):
         Arguments as of `FusedLoraLinear.from_linear`; adapter_dtype is by default the dtype of the weight before quantisation.
 
         Raises:
-            TypeError, ValueError: `linear` is another module or not quantised yet, merge_weights or fan_in_fan_out is set, or
-                an argument is out of range.
+            TypeError, ValueError: `linear` is another module, not quantised yet or has hooks, merge_weights or fan_in_fan_out
+                is set, or an argument is out of range.
         """
         weight = quantized.weight_of(linear)
-        if weight.scheme.kind == "int8":
+        if weight.scheme.kind not in quantized.KINDS:
             raise TypeError(f"linear must be a bitsandbytes Linear4bit, got {type(linear).__name__}")
-        refused = [f"{option}=True" for option in ("merge_weights", "fan_in_fan_out") if options.get(option)]
-        if refused or r == 0:
-            raise ValueError(f"{refused[0] if refused else 'r=0'} is not possible on a weight of 4 bits")
+        validation.check_linear(linear, fan_in_fan_out=False)
+        for option, value in {**options, "r": r}.items():
+            if (option, value) in (("merge_weights", True), ("fan_in_fan_out", True), ("r", 0)):
+                raise ValueError(f"{option}={value} is not possible on a weight of 4 bits")
         frozen: Any = linear
         dense = torch.empty((), dtype=frozen.weight.quant_state.dtype, device=weight.device).expand(weight.shape)
         module = cls.__new__(cls)

@@ -12,6 +12,7 @@ from torch import nn
 
 from fastlora.injection.matching import match_modules_to_save
 from fastlora.injection.options import LoraOptions
+from fastlora.injection.walk import named_modules
 from fastlora.modules import FusedLoraLinear
 
 CONFIG_NAME = "adapter_config.json"
@@ -65,7 +66,7 @@ def describe(model: nn.Module, layers: Mapping[str, FusedLoraLinear], options: L
 
 def _target_modules(model: nn.Module, layers: Mapping[str, FusedLoraLinear]) -> list[str] | str:
     """All names of the layers, as a regex where a list of them would match another module by its end."""
-    named = list(model.named_modules(remove_duplicate=False))
+    named = list(named_modules(model))
     targets = [name for name, module in named if module in layers.values()]
     ends = tuple(f".{name}" for name in targets)
     ambiguous = any(name.endswith(ends) for name, _ in named if name not in targets)
@@ -102,7 +103,7 @@ def check(said: LoraOptions, model: nn.Module, layers: Mapping[str, FusedLoraLin
             f"{list(options.modules_to_save)}: they differ in {', '.join(sorted(saved ^ expected))}"
         )
     for name, layer in layers.items():
-        for option, value in said.of_layer(name).items():
-            own = getattr(layer, option)
+        for option in ("r", "lora_alpha", "use_rslora"):
+            value, own = said.of_layer(name)[option], getattr(layer, option)
             if value != own:
                 raise ValueError(f"{CONFIG_NAME}: {option}={value!r}, but the layer {name!r} has {option}={own!r}")

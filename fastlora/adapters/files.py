@@ -23,12 +23,13 @@ from torch import Tensor, nn
 
 from fastlora import atomic
 from fastlora.adapters import config as adapter_config
+from fastlora.adapters import sharded
 from fastlora.adapters import tensors as adapter_tensors
 from fastlora.adapters.config import CONFIG_NAME
-from fastlora.injection.inject import injected, install, prepare, unwrapped
-from fastlora.injection.layer_types import lora_layers
+from fastlora.injection.inject import injected, install, prepare
 from fastlora.injection.matching import match_modules_to_save, warn
 from fastlora.injection.options import LoraOptions
+from fastlora.injection.walk import named_modules, named_parameters, some_lora_layers, unwrapped
 from fastlora.modules import FusedLoraLinear
 from fastlora.validation import check_model
 
@@ -44,10 +45,14 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     Each of the two files is written under another name first and then put in place at once: an interrupted save leaves the old
     file whole.  A trainable parameter that the files do not hold earns a warning.
 
+    Of a model that FSDP2 has sharded, every process makes this call.  What is saved is gathered, tensor by tensor; rank 0
+    writes, and the others return when the files are whole.
+
     Raises:
-        ValueError: `model` holds no LoRA linear or several injected models, or its layers differ in dropout or scaling rule or
-            are on the meta device.
-        RuntimeError: a layer was merged with keep_base=False: on its weight the adapter would count twice.
+        ValueError: `model` holds no LoRA linear or several injected models, its layers differ in dropout or scaling rule or are
+            on the meta device, or FSDP's first version, DeepSpeed's ZeRO-3 or a mesh of some processes has sharded it.
+        RuntimeError: a layer was merged with keep_base=False: on its weight the adapter would count twice; or rank 0, which
+            writes for this process, failed.
         ImportError: safetensors is not installed.
     """
     safetensors = _safetensors()
@@ -55,24 +60,29 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     contents = adapter_tensors.contents(base, layers, options)
     config = adapter_config.describe(base, layers, options)
     _warn_unsaved(model, contents.values())
-    separate = {key: tensor.detach().to("cpu", copy=True).contiguous() for key, tensor in contents.items()}  # none tied
-    folder = Path(folder)
-    folder.mkdir(parents=True, exist_ok=True)
-    atomic.write(folder / WEIGHTS_NAME, safetensors.torch.save(separate, metadata={"format": "pt"}))
-    atomic.write(folder / CONFIG_NAME, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
+    tensors, is_collective = sharded.gather(contents)
+
+    def write() -> None:
+        Path(folder).mkdir(parents=True, exist_ok=True)
+        atomic.write(Path(folder) / WEIGHTS_NAME, safetensors.torch.save(tensors, metadata={"format": "pt"}))
+        atomic.write(Path(folder) / CONFIG_NAME, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
+
+    sharded.on_first_rank(write) if is_collective else write()
 
 
 def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Read an adapter from `folder` into what `fastlora.inject` prepared in `model`, which may hold it as in `save_adapter`.
 
     Every key, shape, dtype, rank and scaling is checked before any tensor is changed.  A file of lower precision than the layer
-    is cast, one of higher precision refused.  No path inside the config is followed; lora_dropout stays the layer's.
+    is cast, one of higher precision refused.  No path inside the config is followed; lora_dropout stays the layer's.  Of a
+    model that FSDP2 has sharded, every process makes this call, reads the files and takes its shards of them.
 
     Raises:
         FileNotFoundError: a file is missing.
         ValueError: a file cannot be read, `model` has no LoRA linears or has weights that are still on the meta device, keys
             are missing or unexpected, a shape, dtype, rank or scaling differs, as do the biases or modules to save, or the file
-            needs a feature that these layers do not compute.  The model is then unchanged.
+            needs a feature that these layers do not compute, or the parameters are not whole as in `save_adapter`.  The model
+            is then unchanged.
         RuntimeError: a layer is merged, so that its weight holds another adapter.  The model is then unchanged.
         ImportError: safetensors is not installed.
     """
@@ -126,28 +136,29 @@ def from_pretrained(
 def _injected(model: nn.Module) -> tuple[nn.Module, dict[str, FusedLoraLinear], LoraOptions]:
     """The injected module in `model`, its LoRA linears by their first names in it, and what it was injected with."""
     check_model(model)
-    bases = injected(model) or [unwrapped(model)]
-    if len(bases) > 1:
-        names = [name for name, module in model.named_modules() if module in bases]
-        raise ValueError(f"model holds {len(bases)} injected models, {', '.join(map(repr, names))}: pass one of them")
-    (base,) = bases
-    layers = {names[0]: layer for layer, names in lora_layers(base).items() if layer.lora_A is not None}
-    if not layers:
-        raise ValueError("model holds no LoRA linear: call fastlora.inject(model, target_modules=...) first")
+    base, *others = injected(model) or [unwrapped(model)]
+    if others:
+        names = [name for name, module in named_modules(model) if module in (base, *others)]
+        raise ValueError(f"model holds {len(names)} injected models, {', '.join(map(repr, names))}: pass one of them")
+    layers = {names[0]: layer for layer, names in some_lora_layers(base, least_rank=1).items()}
+    sharded.reshard(model)
     for path, layer in layers.items():
+        if (shape := tuple(getattr(layer.lora_A, "shape", ()))) != (expected := (layer.r, layer.in_features)):
+            raise ValueError(
+                f"lora_A of {path!r} has shape {shape}, expected {expected}: FSDP's first version and DeepSpeed's ZeRO-3 leave "
+                "parts; call this where the parameters are whole, in summon_full_params or GatheredParameters"
+            )
         if layer.merged and layer._base_weight is None:
             raise RuntimeError(
                 f"{path!r} is merged, and merge(keep_base=False) dropped the base weight that an adapter belongs to: "
                 "save before such a merge, load into a new layer on the base weight"
             )
-        if layer.weight.is_meta:
-            raise ValueError(f"the weight of {path!r} is on the meta device: load the base model first")
     return base, layers, vars(base).get("lora_options", LoraOptions())
 
 
 def _warn_unsaved(model: nn.Module, saved: Iterable[Tensor]) -> None:
     known = set(map(id, saved))
-    if unsaved := [name for name, p in model.named_parameters() if p.requires_grad and id(p) not in known]:
+    if unsaved := [name for name, _, p in named_parameters(model) if p.requires_grad and id(p) not in known]:
         warn(
             f"{len(unsaved)} trainable parameters such as {unsaved[0]!r} are not part of the adapter and are not saved: "
             "name their modules in inject's modules_to_save, or save the model's state_dict as well"

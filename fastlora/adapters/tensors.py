@@ -6,14 +6,14 @@
 from collections.abc import Mapping
 from functools import reduce
 from pathlib import Path
-from typing import Any
 
 import torch
 from torch import Tensor, nn
 
-from fastlora.injection.layer_types import adapter_keys
+from fastlora.adapters import sharded
 from fastlora.injection.matching import embeddings, match_modules_to_save
 from fastlora.injection.options import LoraOptions
+from fastlora.injection.walk import named_modules, named_parameters
 from fastlora.modules import FusedLoraLinear
 
 _PREFIX = "base_model.model."
@@ -21,17 +21,16 @@ _PREFIX = "base_model.model."
 
 def contents(model: nn.Module, layers: Mapping[str, FusedLoraLinear], options: LoraOptions) -> dict[str, Tensor]:
     """The parameters and buffers that the file holds, by key.  Raises ValueError when one is on the meta device."""
-    tensors: dict[str, Any] = {
-        f"{path}.{key}": getattr(layer, name) for path, layer in layers.items() for name, key in adapter_keys(layer).items()
-    }
-    for name, parameter in model.named_parameters(remove_duplicate=False) if options.bias != "none" else ():
+    tensors = {f"{path}.{name}.weight": getattr(layer, name) for path, layer in layers.items() for name in ("lora_A", "lora_B")}
+    for name, _, parameter in named_parameters(model):
         path, _, kind = name.rpartition(".")
-        if kind == "bias" and path in layers:
+        if kind == "bias" and options.bias != "none" and path in layers:
             tensors[f"{path}.base_layer.bias"] = parameter
         elif kind == "bias" and options.bias == "all":
             tensors[name] = parameter
     for path, module in match_modules_to_save(model, options.modules_to_save).items():
-        tensors |= {f"{path}.{name}": tensor for name, tensor in module.state_dict(keep_vars=True).items()}
+        state = module.state_dict(keep_vars=True)
+        tensors |= {f"{path}.{name.replace('_orig_mod.', '')}": tensor for name, tensor in state.items()}
     return _loaded({_PREFIX + key: tensor for key, tensor in tensors.items()})
 
 
@@ -45,19 +44,17 @@ def fit(
     """
     needed, optional = contents(model, layers, options), {}
     sides = [embeddings(model, side) for side in ("input", "output")]
-    for name, module in model.named_modules(remove_duplicate=False):
+    for name, module in named_modules(model):
         if module in sides and isinstance(module.weight, Tensor):
             optional[f"{_PREFIX}{name}{'.base_layer' if name in layers else ''}.weight"] = module.weight
     saved = match_modules_to_save(model, options.modules_to_save) if options.bias == "all" else ()
     copies = tuple(f"{_PREFIX}{name}.{copy}." for name in saved for copy in ("original_module", "modules_to_save"))
-    unknown = {
-        key for key in file.keys() - needed.keys() - optional.keys() if not (key.startswith(copies) and key.endswith(".bias"))
+    skipped = {key for key in file if key.startswith(copies) and key.endswith(".bias")}
+    differences = {
+        "lacks {} keys that this model has": needed.keys() - file.keys(),
+        "has {} keys that this model lacks": file.keys() - needed.keys() - optional.keys() - skipped,
     }
-    faults = [
-        f"{verb} {len(keys)} keys that this model {than}, such as {min(keys)!r}"
-        for verb, keys, than in (("lacks", needed.keys() - file.keys(), "has"), ("has", unknown, "lacks"))
-        if keys
-    ]
+    faults = [f"{fault.format(len(keys))}, such as {min(keys)!r}" for fault, keys in differences.items() if keys]
     if faults:
         raise ValueError(f"{str(path)!r} {', and '.join(faults)}")
     tied: dict[Tensor, str] = {}
@@ -79,13 +76,13 @@ def fit(
 def copy(pairs: list[tuple[Tensor, Tensor]]) -> None:
     """Copy the file's tensors to the model's, see `fit`."""
     for into, tensor in pairs:
-        into.copy_(tensor)
+        into.copy_(sharded.like(tensor, into))
 
 
 def common_dtype(model: nn.Module, file: Mapping[str, Tensor]) -> torch.dtype | None:
     """float32 where the file or a target needs it, otherwise None for the targets' own dtype."""
     dtypes = set()
-    modules = dict(model.named_modules())
+    modules = dict(named_modules(model))
     for key, tensor in file.items():
         path, _, name = key.removeprefix(_PREFIX).rpartition(".lora_")
         if name and path in modules and isinstance(weight := getattr(modules[path], "weight", None), Tensor):

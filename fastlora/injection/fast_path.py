@@ -5,7 +5,7 @@
 
 from torch import nn
 
-from fastlora.injection.layer_types import lora_layers
+from fastlora.injection.walk import lora_layers
 
 # The flag of each class, and the value that keeps it out of the fast path.
 _FLAGS: dict[type[nn.Module], tuple[str, int]] = {

@@ -7,16 +7,16 @@ from dataclasses import dataclass
 
 import torch
 from torch import nn
-from torch.nn.parallel import DistributedDataParallel
 
 from fastlora.injection import fast_path
-from fastlora.injection.layer_types import is_conv1d, lora_layers, type_replacing
+from fastlora.injection.layer_types import is_conv1d, lora_type
 from fastlora.injection.matching import match_modules_to_save, near, targets_of, warn
 from fastlora.injection.options import LoraOptions, pattern_matches
+from fastlora.injection.walk import is_sharded, lora_layers, named_modules, named_parameters, replace, unwrapped
 from fastlora.modules import FusedLoraLinear
 from fastlora.quantized import is_quantized, quantize
-from fastlora.quantized_module import FusedLoraLinear4bit
 
+_DISTRIBUTED = {"DistributedDataParallel", "FullyShardedDataParallel"}
 Holders = list[tuple[nn.Module, str]]  # the modules that hold one parameter, with its full name in each
 
 
@@ -56,7 +56,8 @@ def inject(
         target_modules: a string is a regular expression that a module's full name must match; a list holds full names or
             ends of names ("q_proj" matches "model.layers.0.self_attn.q_proj"); "all-linear" is every nn.Linear and
             transformers' Conv1D except the output head (`model.get_output_embeddings()`, where the model has it) and, with a
-            warning, the out_proj of nn.MultiheadAttention, which reads that weight without calling the linear.
+            warning, the out_proj of nn.MultiheadAttention, which reads that weight without calling the linear.  What is a head
+            by its name only, as in timm's models, is adapted, with a warning.
         exclude_modules: modules that are no targets, by the same rule.  It wins over target_modules, as does modules_to_save.
         layers_to_transform: only the layers with these numbers, for names that a list matches by their end.
         layers_pattern: the name before the layer's number, "layers" or "h"; default: the first number in a name.
@@ -74,15 +75,14 @@ def inject(
 
     Raises:
         ValueError: nothing matches (the message lists near names) or all is excluded, a module to save does not exist or
-            holds a target, an option is out of range, or `model` is a DistributedDataParallel or holds LoRA linears or PEFT's
-            layers already.
+            holds a target, an option is out of range, or `model` is sharded, or holds a DistributedDataParallel, LoRA
+            linears or PEFT's layers already.
         ImportError: quantize without bitsandbytes.
         TypeError: an option has another type, a target is not of a supported type or has a weight that FusedLoraLinear cannot
             wrap, or a module to save cannot be trained.
         After an error the model is unchanged.
     """
-    given = locals().copy()
-    del given["model"], given["layer"]
+    given = {name: value for name, value in locals().items() if name not in ("model", "layer")}
     return install(model, prepare(model, LoraOptions(**given), layer))
 
 
@@ -90,45 +90,33 @@ def inject(
 class Injection:
     """What `install` will do to a model.
 
-    layers: the new layers with the names to put them under.  saved: the modules to save by name.  untied: the holders, in
-    modules to save, of each parameter that they must not share with the rest.
+    layers: the new layers with the names to put them under.  saved: the modules to save by name.  untied: parameters
+    that modules to save must not share with the rest, with their holders in modules to save.
     """
 
     options: LoraOptions
     layers: dict[FusedLoraLinear, list[str]]
     saved: dict[str, nn.Module]
-    untied: list[Holders]
+    untied: list[tuple[nn.Parameter, Holders]]
 
 
 def prepare(model: nn.Module, options: LoraOptions, layer: type[FusedLoraLinear] = FusedLoraLinear) -> Injection:
     """Check everything and make the new layers, without a change to `model`.  Raises what `inject` raises."""
-    present = lora_layers(model)
+    _check_model(model)
     if not (isinstance(layer, type) and issubclass(layer, FusedLoraLinear)):
         raise TypeError(f"layer must be FusedLoraLinear or a subclass of it, got {layer!r}")
-    if isinstance(model, DistributedDataParallel):
-        raise ValueError("model is a DistributedDataParallel, which would not reduce new parameters: inject before wrapping")
-    if present:
-        raise ValueError(
-            f"model holds {len(present)} LoRA linears already, the first one at {next(iter(present.values()))[0]!r}"
-        )
-    peft = sys.modules.get("peft.tuners.tuners_utils")
-    if of_peft := [name for name, module in model.named_modules() if peft and isinstance(module, peft.BaseTunerLayer)]:
-        raise ValueError(f"model holds layers of PEFT's, such as {of_peft[0]!r}: fastlora.accelerate(model) is for those")
     targets = targets_of(model, options)
     saved = match_modules_to_save(model, options.modules_to_save)
     _check_saved(model, options, targets, saved)
     _warn_of_no_effect(options, targets)
-    made: dict[nn.Module, FusedLoraLinear] = {}
-    layers: dict[FusedLoraLinear, list[str]] = defaultdict(list)
+    names: dict[nn.Module, list[str]] = defaultdict(list)
     for name, linear in targets.items():
-        if linear not in made:
-            made[linear] = _lora_layer(name, linear, options, layer)
-        layers[made[linear]].append(name)
+        names[linear].append(name)
+    layers = {_lora_layer(all_names[0], linear, options, layer): all_names for linear, all_names in names.items()}
     owners: dict[nn.Parameter, Holders] = defaultdict(list)
-    for path, module in model.named_modules():
-        for name, parameter in module.named_parameters(path, recurse=False, remove_duplicate=False):
-            owners[parameter].append((module, name))
-    untied = [holders for path, module in saved.items() for holders in _to_untie(path, module, owners)]
+    for name, module, parameter in named_parameters(model):
+        owners[parameter].append((module, name))
+    untied = [pair for path, module in saved.items() for pair in _to_untie(path, module, owners)]
     for name, linear in targets.items():
         if others := [other for _, other in owners[linear.get_parameter("weight")] if other.rpartition(".")[0] not in targets]:
             warn(f"the weight of {name!r} is tied to {others[0]!r}: the adapter changes {name!r} alone, merging will untie it")
@@ -137,37 +125,22 @@ def prepare(model: nn.Module, options: LoraOptions, layer: type[FusedLoraLinear]
 
 def install(model: nn.Module, injection: Injection) -> nn.Module:
     """Put the new layers in place and set what is trained."""
-    for holders in injection.untied:
-        module, name = holders[0]
-        copy = nn.Parameter(module.get_parameter(name.rpartition(".")[2]).detach().clone())
+    for parameter, holders in injection.untied:
+        copy = nn.Parameter(parameter.detach().clone())
         for module, name in holders:
             setattr(module, name.rpartition(".")[2], copy)
     model.requires_grad_(False)
     for layer, names in injection.layers.items():
-        linear = model.get_submodule(names[0])
-        if not isinstance(layer, FusedLoraLinear4bit):
-            layer.weight = linear.get_parameter("weight")  # the very Parameter, which may be tied to others
-        layer.bias = linear._parameters["bias"]
         for name in names:
-            model.set_submodule(name, layer)
+            replace(model, name, layer)
     fast_path.leave(model)
     for module in injection.saved.values():
         module.requires_grad_(True)
-    if injection.options.bias == "lora_only":
-        trained = [layer.bias for layer in injection.layers if layer.bias is not None]
-    else:
-        every = model.named_parameters() if injection.options.bias == "all" else ()
-        trained = [parameter for name, parameter in every if name.rpartition(".")[2] == "bias"]
-    for parameter in trained:
-        parameter.requires_grad_(True)
+    trained = {"none": (), "all": dict(named_modules(model)).values(), "lora_only": injection.layers}[injection.options.bias]
+    for module in trained:
+        if isinstance(module._parameters.get("bias"), nn.Parameter):
+            module.bias.requires_grad_(True)
     unwrapped(model).lora_options = injection.options  # type: ignore[assignment]  # not a submodule: an attribute
-    return model
-
-
-def unwrapped(model: nn.Module) -> nn.Module:
-    """The module in a DataParallel, DistributedDataParallel or torch.compile's OptimizedModule, or `model` itself."""
-    while isinstance(model, (nn.DataParallel, DistributedDataParallel)) or type(model).__name__ == "OptimizedModule":
-        (model,) = model.children()
     return model
 
 
@@ -176,35 +149,42 @@ def injected(model: nn.Module) -> list[nn.Module]:
     return [module for module in model.modules() if "lora_options" in vars(module)]
 
 
+def _check_model(model: nn.Module) -> None:
+    """`model` has no adapters yet, and is not wrapped by what would not see new ones."""
+    layers = lora_layers(model)
+    if wrapped := {type(module).__name__ for module in model.modules()} & _DISTRIBUTED:
+        raise ValueError(f"model holds a {wrapped.pop()}, which would not reduce new parameters: inject before wrapping")
+    if layers:
+        raise ValueError(f"model holds {len(layers)} LoRA linears already, the first one at {next(iter(layers.values()))[0]!r}")
+    if sharded := [name for name, _, parameter in named_parameters(model) if is_sharded(parameter)]:
+        raise ValueError(f"{sharded[0]!r} is sharded, which new parameters would not be: inject before fully_shard")
+    peft = sys.modules.get("peft.tuners.tuners_utils")
+    if of_peft := [name for name, module in named_modules(model) if peft and isinstance(module, peft.BaseTunerLayer)]:
+        raise ValueError(f"model holds layers of PEFT's, such as {of_peft[0]!r}: fastlora.accelerate(model) is for those")
+
+
 def _lora_layer(name: str, linear: nn.Module, options: LoraOptions, layer: type[FusedLoraLinear]) -> FusedLoraLinear:
-    """The LoRA layer for a target, of the class `layer` where that can hold its weight."""
+    """The LoRA layer for a target, on its very parameters, which may be tied to others; of the class `layer` where possible."""
     base = linear if options.quantize is None or is_quantized(linear) else quantize(linear, options.quantize)
-    kind = type_replacing(base)
-    assert kind is not None  # targets_of has checked it
-    if not issubclass(layer, kind.lora):
+    needed = lora_type(base)
+    assert needed is not None  # targets_of has checked it
+    if not issubclass(layer, needed):
         if layer is not FusedLoraLinear:
-            raise TypeError(f"layer={layer.__name__} cannot hold a quantised weight, expected a {kind.lora.__name__}")
-        layer = kind.lora
-    return layer.from_linear(
-        base,
-        **options.of_layer(name),
-        lora_dropout=options.lora_dropout,
-        fan_in_fan_out=is_conv1d(linear),
-        adapter_dtype=options.adapter_dtype,
-    )
+            raise TypeError(f"layer={layer.__name__} cannot hold a quantised weight, expected a {needed.__name__}")
+        layer = needed
+    new = layer.from_linear(base, **options.of_layer(name), fan_in_fan_out=is_conv1d(linear))
+    new.weight, new.bias = base.get_parameter("weight"), base._parameters["bias"]
+    return new
 
 
 def _check_saved(
     model: nn.Module, options: LoraOptions, targets: Mapping[str, nn.Module], saved: Mapping[str, nn.Module]
 ) -> None:
     given = f"modules_to_save={list(options.modules_to_save)}"
-    for name in options.modules_to_save:
-        if not any(path.endswith(name) for path in saved):
-            hint = near(name, [path for path, _ in model.named_modules() if path])
-            raise ValueError(f"{given}: the model has no {name!r}{hint}")
+    if absent := [name for name in options.modules_to_save if not any(path.endswith(name) for path in saved)]:
+        raise ValueError(f"{given}: the model has no {absent[0]!r}{near(absent[0], dict(named_modules(model)))}")
     for path, module in saved.items():
-        parts = set(module.modules())
-        if inside := [name for name, target in targets.items() if target in parts]:
+        if inside := [name for name, target in targets.items() if target in set(module.modules())]:
             raise ValueError(
                 f"{given}: {path!r} is trained whole, but target_modules matches {inside[0]!r} of it: give modules_to_save "
                 f"whole names, or exclude {inside[0]!r}"
@@ -223,8 +203,8 @@ def _warn_of_no_effect(options: LoraOptions, targets: Mapping[str, nn.Module]) -
         warn(f"fan_in_fan_out is {given}, but a target is a {kind}: taken as {not given}")
 
 
-def _to_untie(path: str, saved: nn.Module, owners: dict[nn.Parameter, Holders]) -> list[Holders]:
-    """The holders, inside the module to save, of each parameter that modules outside hold too.
+def _to_untie(path: str, saved: nn.Module, owners: dict[nn.Parameter, Holders]) -> list[tuple[nn.Parameter, Holders]]:
+    """Each parameter of the module to save that modules outside hold too, with its holders inside.
 
     They are removed from `owners`: of two tied modules to save, the first gets a copy and the second keeps the original.
     """
@@ -234,6 +214,6 @@ def _to_untie(path: str, saved: nn.Module, owners: dict[nn.Parameter, Holders]) 
         outside = [holder for holder in owners[parameter] if holder[0] not in parts]
         if inside and outside:
             warn(f"modules_to_save: {inside[0][1]!r} is tied to {outside[0][1]!r}; {path!r} gets a copy of its own to train")
-            found.append(inside)
+            found.append((parameter, inside))
             owners[parameter] = outside
     return found

@@ -5,7 +5,7 @@ A name is a module's full path in the model, such as model.layers.0.self_attn.q_
 
 import sys
 import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Mapping
 from contextlib import suppress
 from difflib import get_close_matches
 from typing import Any
@@ -13,10 +13,14 @@ from typing import Any
 from torch import nn
 from torch.nn.modules.linear import NonDynamicallyQuantizableLinear
 
-from fastlora.injection.layer_types import LAYER_TYPES, linear_types, type_replacing
+from fastlora.injection.layer_types import REPLACED, linear_types, lora_type
 from fastlora.injection.options import LoraOptions, compile_regex
+from fastlora.injection.walk import named_modules, unwrapped
 
 ALL_LINEAR = "all-linear"
+
+# The heads of timm's and torchvision's models and of transformers' classifiers, none of which says which it is.
+_HEADS = {"head", "heads", "head_dist", "fc", "classifier", "score"}
 
 
 def match_targets(model: nn.Module, target_modules: str | Iterable[str], **options: Any) -> dict[str, nn.Module]:
@@ -35,28 +39,34 @@ def targets_of(model: nn.Module, options: LoraOptions) -> dict[str, nn.Module]:
     linears = [name for name, module in modules.items() if isinstance(module, linear_types())]
     if every_linear:
         head = embeddings(model, "output")
-        found = {name for name in linears if modules[name] is not head}
+        found = [name for name in linears if modules[name] is not head]
     else:
-        found = set(filter(_matcher(wanted, "target_modules"), modules))
+        found = _matching(wanted, "target_modules", modules)
         if options.layers_to_transform not in (None, [], ()):
-            found = {name for name in found if name in wanted or _in_layers(name, options)}
+            found = [name for name in found if name in wanted or _in_layers(name, options)]
     if not found:
         layers = "" if options.layers_to_transform is None else f" with layers_to_transform={options.layers_to_transform!r}"
         last_parts = ", ".join(dict.fromkeys(name.rpartition(".")[2] for name in linears))
         others = f"; its linears are called {last_parts}" if linears else "; it holds no nn.Linear at all"
         raise ValueError(f"target_modules={wanted!r}{layers} matches no module of the model{near(wanted, linears) or others}")
-    kept = found - _excluded(modules, options)
-    if not kept:
-        excluding = {"exclude_modules": options.exclude_modules, "modules_to_save": options.modules_to_save}
-        by = " and ".join(f"{option}={value!r}" for option, value in excluding.items() if value)
+    excluding = {"exclude_modules": options.exclude_modules, "modules_to_save": options.modules_to_save}
+    excluders = [f"{option}={value!r}" for option, value in excluding.items() if value]
+    excluded = _excluded(modules, options)
+    targets = {name: modules[name] for name in found if name not in excluded}
+    uncalled = {name for name, module in targets.items() if type(module) is NonDynamicallyQuantizableLinear}
+    if every_linear and uncalled:
+        reason = "nn.MultiheadAttention, which reads its weight without calling it, so that an adapter would have no effect"
+        warn(f"{ALL_LINEAR!r} leaves out {', '.join(map(repr, sorted(uncalled)))} of {reason}")
+        excluders.append("nn.MultiheadAttention")
+        targets = {name: module for name, module in targets.items() if name not in uncalled}
+    if not targets:
+        by = " and ".join(excluders)
         raise ValueError(f"target_modules={wanted!r} matches {len(found)} modules, and {by} excludes all of them")
-    if every_linear:
-        kept = _without_attention_outputs(kept, modules)
-    targets = {name: module for name, module in modules.items() if name in kept}
+    if every_linear and (heads := [name for name in targets if name.partition(".")[0] in _HEADS]):
+        warn(f"{ALL_LINEAR!r} adapts {heads}, by name the model's head: exclude_modules={heads} leaves it out")
     for name, module in targets.items():
-        if type_replacing(module) is None:
-            expected = " or ".join(kind.replaces for kind in LAYER_TYPES)
-            raise TypeError(f"target_modules={wanted!r}: {name!r} is a {type(module).__name__}, expected {expected}")
+        if lora_type(module) is None:
+            raise TypeError(f"target_modules={wanted!r}: {name!r} is a {type(module).__name__}, expected {REPLACED}")
     return targets
 
 
@@ -85,9 +95,10 @@ def near(wanted: str | Iterable[str], names: Iterable[str]) -> str:
 
 def embeddings(model: nn.Module, side: str) -> nn.Module | None:
     """The "input" embeddings or the "output" head of a transformers model; None for a model without."""
-    get = getattr(model, f"get_{side}_embeddings", None)
+    get = getattr(unwrapped(model), f"get_{side}_embeddings", None)
     with suppress(AttributeError, NotImplementedError):  # transformers raises these where a model does not name them
-        return get() if callable(get) else None
+        found = get() if callable(get) else None
+        return None if found is None else unwrapped(found)
     return None
 
 
@@ -101,16 +112,16 @@ def warn(message: str) -> None:
 
 def _named(model: nn.Module) -> dict[str, nn.Module]:
     """All modules under all of their names, but the root, which has no parent that could hold a replacement."""
-    return {name: module for name, module in model.named_modules(remove_duplicate=False) if name}
+    return {name: module for name, module in named_modules(model) if name}
 
 
-def _matcher(names: str | Iterable[str], option: str) -> Callable[[str], bool]:
-    """A string is a regex that the full name must match; a list holds full names or ends of names."""
-    if not isinstance(names, str):
-        ends = tuple(names)
-        return lambda name: name in ends or name.endswith(tuple(f".{end}" for end in ends))
-    pattern = compile_regex(names, f"{option}={names!r}")
-    return lambda name: pattern.fullmatch(name) is not None
+def _matching(names: str | Iterable[str], option: str, modules: Iterable[str]) -> list[str]:
+    """The names in `modules` that match: a regex as a whole, or one of a list of full names or ends of names."""
+    if isinstance(names, str):
+        pattern = compile_regex(names, f"{option}={names!r}")
+        return [module for module in modules if pattern.fullmatch(module)]
+    ends = tuple(f".{name}" for name in names)
+    return [module for module in modules if f".{module}".endswith(ends)]
 
 
 def _in_layers(name: str, options: LoraOptions) -> bool:
@@ -128,23 +139,9 @@ def _excluded(modules: Mapping[str, nn.Module], options: LoraOptions) -> set[str
     saved = [compile_regex(rf"(^|.*\.){name}($|\..*)", f"modules_to_save: {name!r}") for name in options.modules_to_save]
     excluded = {name for name in modules if any(pattern.match(name) for pattern in saved)}
     if options.exclude_modules:
-        by_name = set(filter(_matcher(options.exclude_modules, "exclude_modules"), modules))
+        by_name = _matching(options.exclude_modules, "exclude_modules", modules)
         if not by_name:
             hint = near(options.exclude_modules, modules)
             warn(f"exclude_modules={options.exclude_modules!r} excludes no module of the model{hint}")
-        excluded |= by_name
+        excluded.update(by_name)
     return excluded
-
-
-def _without_attention_outputs(names: set[str], modules: Mapping[str, nn.Module]) -> set[str]:
-    """`names` without the output projections of nn.MultiheadAttention, which have a class of their own."""
-    outputs = [name for name in modules if name in names and type(modules[name]) is NonDynamicallyQuantizableLinear]
-    if outputs:
-        left_out = ", ".join(map(repr, outputs))
-        warn(
-            f"{ALL_LINEAR!r} leaves out {left_out}: nn.MultiheadAttention reads its weight without calling it, so that an "
-            "adapter would have no effect"
-        )
-        if len(outputs) == len(names):
-            raise ValueError(f"target_modules={ALL_LINEAR!r} matches no module of the model but {left_out}")
-    return names.difference(outputs)

@@ -60,10 +60,11 @@ class LoraOptions:
             raise ValueError(f"layers_pattern={self.layers_pattern!r} needs layers_to_transform")
 
     def of_layer(self, name: str) -> dict[str, Any]:
-        """The rank and scaling of the layer `name`: those of the first key in a pattern that matches, or the default."""
+        """What `FusedLoraLinear` takes for the layer `name`; its rank and alpha are those of the first pattern that matches."""
         ranks = (r for key, r in self.rank_pattern.items() if pattern_matches(key, name))
         alphas = (alpha for key, alpha in self.alpha_pattern.items() if pattern_matches(key, name))
-        return {"r": next(ranks, self.r), "lora_alpha": next(alphas, self.lora_alpha), "use_rslora": self.use_rslora}
+        same = {option: getattr(self, option) for option in ("lora_dropout", "use_rslora", "adapter_dtype")}
+        return {"r": next(ranks, self.r), "lora_alpha": next(alphas, self.lora_alpha), **same}
 
     def _values(self, option: str, pattern: str) -> dict[str, Any]:
         """The default value and those of its pattern, under the names that error messages give them."""

@@ -6,9 +6,9 @@ import torch
 from torch import nn
 
 from fastlora.injection import fast_path
-from fastlora.injection.inject import injected, unwrapped
-from fastlora.injection.layer_types import lora_layers
+from fastlora.injection.inject import injected
 from fastlora.injection.matching import embeddings, warn
+from fastlora.injection.walk import replace, some_lora_layers, unwrapped
 from fastlora.modules import FusedLoraLinear
 from fastlora.quantized import is_quantized
 
@@ -29,7 +29,7 @@ def merge_and_unload(model: nn.Module, safe_merge: bool = False) -> nn.Module:
     Raises:
         ValueError: `model` holds no LoRA linear, or with safe_merge a merged weight is not finite.  The model is unchanged.
     """
-    layers = _layers(model)
+    layers = some_lora_layers(model)
     for layer, names in layers.items():
         if safe_merge and not torch.isfinite(layer.to_linear(merged=True).get_parameter("weight")).all():
             raise ValueError(f"safe_merge: the merged weight of {names[0]!r} has infinite or NaN elements")
@@ -48,18 +48,11 @@ def unload(model: nn.Module) -> nn.Module:
         ValueError: `model` holds no LoRA linear.
         RuntimeError: a layer was merged with keep_base=False and has no base weight.  The model is unchanged.
     """
-    layers = _layers(model)
+    layers = some_lora_layers(model)
     for layer, names in layers.items():
         if layer.merged and layer._base_weight is None:
             raise RuntimeError(f"{names[0]!r} is merged, and merge(keep_base=False) dropped the base weight to go back to")
     return _replace(model, layers, merged=False)
-
-
-def _layers(model: nn.Module) -> dict[FusedLoraLinear, list[str]]:
-    layers = lora_layers(model)
-    if not layers:
-        raise ValueError("model holds no LoRA linear: there is nothing to unload")
-    return layers
 
 
 def _replace(model: nn.Module, layers: dict[FusedLoraLinear, list[str]], *, merged: bool) -> nn.Module:
@@ -70,7 +63,7 @@ def _replace(model: nn.Module, layers: dict[FusedLoraLinear, list[str]], *, merg
         if names[0] == "":
             return plain
         for name in names:
-            model.set_submodule(name, plain)
+            replace(model, name, plain)
         replaced.add(plain)
     fast_path.take_again(model)
     for base in bases:

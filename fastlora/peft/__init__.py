@@ -7,6 +7,7 @@
 Names, parameters, files, merging and switching adapters stay PEFT's own code. An accelerated layer decides at each call. If
 exactly one plain adapter is active, it computes y = x Wᵀ + bias + scaling · dropout(x) Aᵀ Bᵀ at once. Otherwise it runs PEFT's
 forward (`fastlora.peft.calls` states the conditions). So adapters may be added, switched, merged or disabled at any time.
+Adapters on the experts of a mixture (`target_parameters`) are computed by `fastlora.peft.experts`.
 """
 
 import importlib
@@ -26,9 +27,9 @@ INSTALL = f"pip install 'peft>={OLDEST_PEFT}'"  # works in a clone as well as be
 def accelerate(model: nn.Module) -> Report:
     """Run `model`'s LoRA linears through `fastlora.lora_linear`, in place. `decelerate` undoes it.
 
-    This changes the class of each plain `peft.tuners.lora.layer.Linear`, and of PEFT's layers for 4-bit and 8-bit linears of
-    bitsandbytes, to a subclass with another `forward`. It changes nothing else. Dropout is PEFT's except for the random
-    numbers: one mask for each projection and call, drawn from torch's default generator.
+    This changes the class of each plain `peft.tuners.lora.layer.Linear`, of PEFT's layers for 4-bit and 8-bit linears of
+    bitsandbytes, and of those for weights of experts, to a subclass with another `forward`. It changes nothing else. Dropout is
+    PEFT's except for the random numbers: one mask for each projection and call, drawn from torch's default generator.
 
     Args:
         model: a PeftModel, or any module that contains PEFT's LoRA layers.
@@ -100,8 +101,8 @@ def register(lora_config: Any) -> Any:
 
         model = get_peft_model(base, fastlora.peft.register(LoraConfig(target_modules=["q_proj"])))
 
-    Linears that `accelerate` would leave, and quantised linears, get PEFT's own layers. `accelerate` takes the quantised ones
-    afterwards; `status` lists them. PEFT does not save the registration with the config.
+    Linears that `accelerate` would leave, quantised linears and experts get PEFT's own layers. `accelerate` takes the latter
+    two afterwards; `status` lists them. PEFT does not save the registration with the config.
 
     Returns:
         `lora_config` itself.

@@ -4,8 +4,8 @@ A call is fused if exactly one active adapter has weights in the layer, and
 
     the layer     is neither merged nor disabled, and casts its input as PEFT does by default
     the adapter   is no variant (DoRA, aLoRA, ...); A and B are linears without bias, its dropout is nn.Dropout or nn.Identity
-    the base      is an nn.Linear or Conv1D that does nothing else, with a frozen weight; or a 4-bit or 8-bit linear of
-                  bitsandbytes with dtypes that `fastlora.quantized.unsupported_input` accepts
+    the base      is an nn.Linear or Conv1D that does nothing else, with a frozen weight; or a quantised layer that
+                  `fastlora.quantized` reads, with dtypes that its `unsupported_input` accepts
     the call      passes x alone, a dense tensor; is not decoding on a GPU (few rows, no gradient), where PEFT's launches cost
                   less; is not small on a CPU (`torch_backend.BREAK_EVEN`); is not traced by torch.jit, and not
                   differentiated by torch.func or in forward mode
@@ -35,6 +35,15 @@ DECODING = "few rows without a gradient, as in decoding"
 INTENDED = frozenset({DISABLED, MERGED, INACTIVE, MIXED_BATCH, UNCAST, DECODING, SMALL})
 
 
+class Adapter(NamedTuple):
+    """The one active adapter of a layer: A (r, in), B (out, r)."""
+
+    lora_A: Tensor
+    lora_B: Tensor
+    scaling: float
+    dropout_p: float
+
+
 class Operands(NamedTuple):
     """The arguments of `lora_linear` after x: weight (out, in), A (r, in), B (out, r), bias (out,) or None."""
 
@@ -46,8 +55,8 @@ class Operands(NamedTuple):
     dropout_p: float
 
 
-def operands(layer: Any) -> Operands | str:
-    """The arguments that the layer passes to `lora_linear` in its present state, or why there are none."""
+def adapter(layer: Any) -> Adapter | str:
+    """The adapter that the layer adds in its present state, or why fastlora does not compute it."""
     if layer.disable_adapters:
         return DISABLED
     if layer.merged:
@@ -75,20 +84,29 @@ def operands(layer: Any) -> Operands | str:
     lora_A, lora_B = A.weight, B.weight
     if type(lora_A) not in PLAIN_TENSORS or type(lora_B) not in PLAIN_TENSORS:
         return f"the adapter's weights are a {type(lora_A).__name__} and a {type(lora_B).__name__}"
+    scaling = layer.scaling[name]
+    if isinstance(scaling, Tensor):
+        # prepare_model_for_compiled_hotswap makes it, to refill it in place. Reading it on the device avoids a synchronisation.
+        lora_B, scaling = (lora_B * scaling).to(lora_B.dtype), 1.0
+    p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
+    return Adapter(lora_A, lora_B, float(scaling), p)  # PEFT accepts NumPy's numbers too
+
+
+def operands(layer: Any) -> Operands | str:
+    """The arguments that the layer passes to `lora_linear` in its present state, or why there are none."""
+    given = adapter(layer)
+    if isinstance(given, str):
+        return given
     base_layer = layer.base_layer
     weight = weight_of(base_layer)
     if isinstance(weight, str):
         return weight
     if isinstance(weight, Tensor) and weight.requires_grad and not is_transformed():
         return "its base weight is trainable"
+    lora_A, lora_B, scaling, p = given
     if not weight.device == lora_A.device == lora_B.device:
         return f"its base weight is on {weight.device}, the adapter on {lora_A.device} and {lora_B.device}"
-    scaling = layer.scaling[name]
-    if isinstance(scaling, Tensor):
-        # prepare_model_for_compiled_hotswap makes it, to refill it in place. Reading it on the device avoids a synchronisation.
-        lora_B, scaling = (lora_B * scaling).to(lora_B.dtype), 1.0
-    p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
-    return Operands(weight, lora_A, lora_B, base_layer.bias, float(scaling), p)  # PEFT accepts NumPy's numbers too
+    return Operands(weight, lora_A, lora_B, base_layer.bias, scaling, p)
 
 
 def unsupported_input(x: Tensor, given: Operands, layer: Any) -> str | None:

@@ -3,7 +3,10 @@
 from typing import Any
 
 import torch
+from peft.tuners.lora.awq import AwqLoraLinear
+from peft.tuners.lora.gptq import GPTQLoraLinear
 from peft.tuners.lora.layer import Linear
+from peft.tuners.lora.torchao import TorchaoLoraLinear
 from torch import Tensor, nn
 
 from fastlora.functional import lora_linear
@@ -24,7 +27,7 @@ class Fused(nn.Module):
         """x (..., in) -> (..., out), fused or by PEFT: see `fastlora.peft.calls`."""
         given = decide(self, x, args, kwargs)
         if isinstance(given, str):
-            _note(self, given)
+            note(self, given)
             return super().forward(x, *args, **kwargs)
         y = lora_linear(x, *given[:4], scaling=given.scaling, dropout_p=given.dropout_p)
         return y.to(x.dtype) if isinstance(given.weight, QuantizedWeight) else y
@@ -34,6 +37,28 @@ class FusedLinear(Fused, Linear):
     """`peft.tuners.lora.layer.Linear`, fused."""
 
 
+class FusedTorchaoLinear(Fused, TorchaoLoraLinear):
+    """`peft.tuners.lora.torchao.TorchaoLoraLinear`, fused."""
+
+
+class FusedGPTQLinear(Fused, GPTQLoraLinear):
+    """`peft.tuners.lora.gptq.GPTQLoraLinear`, fused."""
+
+
+class FusedAwqLinear(Fused, AwqLoraLinear):
+    """`peft.tuners.lora.awq.AwqLoraLinear`, fused."""
+
+
+#: The accelerated class of each class of PEFT that needs no optional library; `fastlora.peft.bnb` and `.hqq` have the others.
+FUSED: dict[type[nn.Module], type[Fused]] = {
+    Linear: FusedLinear,
+    TorchaoLoraLinear: FusedTorchaoLinear,
+    GPTQLoraLinear: FusedGPTQLinear,
+    AwqLoraLinear: FusedAwqLinear,
+}
+
+
 @torch.compiler.assume_constant_result  # torch.compile runs it while tracing: no graph break, and no guard on the counters
-def _note(layer: Fused, reason: str) -> None:
+def note(layer: Fused, reason: str) -> None:
+    """Count a call that PEFT computes, and warn in training unless it was asked for."""
     layer._fastlora_tally.note(reason, warn=layer.training and torch.is_grad_enabled() and reason not in INTENDED)

@@ -1,18 +1,22 @@
 """PEFT's LoRA layers in a model: find them, make them accelerated layers and PEFT's again, and describe them."""
 
-import sys
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Any
 
-from peft.tuners.lora.layer import Linear, LoraLayer
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import nn
 
 from fastlora.functional import available_backends
+from fastlora.peft import experts
 from fastlora.peft.base import weight_of
 from fastlora.peft.calls import operands
-from fastlora.peft.fused import Fused, FusedLinear
+from fastlora.peft.fused import FUSED, Fused
 from fastlora.peft.report import Report, Tally
 from fastlora.validation import check_model
+
+#: PEFT's modules whose layers exist with an optional library only, and the modules of their accelerated forms.
+OPTIONAL = {"peft.tuners.lora.bnb": "fastlora.peft.bnb", "peft.tuners.lora.hqq": "fastlora.peft.hqq"}
 
 
 def find(model: nn.Module) -> dict[str, Any]:
@@ -41,7 +45,10 @@ def unsupported_reason(layer: Any) -> str | None:
         return f"it is a {type(layer).__module__}.{type(layer).__name__}, not peft's lora.Linear"
     if "forward" in layer.__dict__:
         return "its forward is replaced on the instance"
-    weight = weight_of(layer.base_layer)
+    if isinstance(layer, ParamWrapper):
+        weight = experts.unsupported_reason(layer) or layer.get_param()
+    else:
+        weight = weight_of(layer.base_layer)
     if isinstance(weight, str):
         return weight
     return "its base weight is on the meta device: load it first" if weight.device.type == "meta" else None
@@ -53,11 +60,13 @@ def describe(layers: Mapping[str, Any], already: tuple[str, ...] = ()) -> Report
     for name, layer in layers.items():
         if not is_fused(layer):
             left.append((name, unsupported_reason(layer) or "not accelerated"))
-        elif isinstance(given := operands(layer), str):
+        elif isinstance(given := experts.terms(layer) if isinstance(layer, ParamWrapper) else operands(layer), str):
             waiting.append((name, given))
         else:
             taken.append(name)
-    devices = {layer.base_layer.weight.device for layer in layers.values() if is_fused(layer)}
+    linears = [layer for layer in layers.values() if is_fused(layer) and not isinstance(layer, ParamWrapper)]
+    weights = [weight_of(layer.base_layer) for layer in linears]
+    devices = {weight.device for weight in weights if not isinstance(weight, str)}
     backends = sorted({(device.type, available_backends(device)[0]) for device in devices})
     return Report(tuple(taken), tuple(waiting), tuple(left), already, tuple(backends))
 
@@ -76,10 +85,7 @@ def restore(layer: Any) -> None:
 
 def _fused_class(layer: nn.Module) -> type[Fused] | None:
     """The accelerated class for a layer of PEFT, if there is one."""
-    if type(layer) is Linear:
-        return FusedLinear
-    if "peft.tuners.lora.bnb" in sys.modules:
-        from fastlora.peft import bnb  # imports bitsandbytes, which is optional
-
-        return bnb.FUSED.get(type(layer))
-    return None
+    fused = FUSED | {ParamWrapper: experts.ParamWrapper}
+    if type(layer).__module__ in OPTIONAL:
+        fused = import_module(OPTIONAL[type(layer).__module__]).FUSED
+    return fused.get(type(layer))

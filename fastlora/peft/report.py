@@ -16,11 +16,11 @@ SMALL = "few elements on a CPU, where PEFT's forward takes less time"
 class Report:
     """What the forward of each LoRA layer of a model is. Printed, it groups the layers by reason.
 
-    taken: names of the layers that run through `lora_linear`.
+    taken: names of the layers that run through `lora_linear`, and of those on experts, which `fastlora.peft.experts` computes.
     waiting: (name, reason) of accelerated layers whose calls run PEFT's forward as long as the adapters are as they are now.
     left: (name, reason) of layers that are not accelerated.
     already: names of the layers that an earlier `accelerate` took. They are in `taken` or `waiting` too.
-    backends: (type of device, backend) that accelerated layers run on by default.
+    backends: (type of device, backend) that accelerated linears run on by default.
     """
 
     taken: tuple[str, ...]

@@ -59,6 +59,14 @@ def of_a_wider_model(folder: Path) -> None:
     tensors(lambda t: t.update({key: tensor.repeat_interleave(2, 0) for key, tensor in t.items() if "lora_B" in key}))(folder)
 
 
+def renamed(folder: Path) -> None:
+    tensors(lambda t: t.update({"more": t.pop(Q0 + ".lora_A.weight")}))(folder)
+
+
+def dense_bias(bias: Tensor) -> Callable[[Path], None]:
+    return tensors(lambda t: t.update({DENSE + "bias": bias}))
+
+
 def lora_A(change: Callable[[Tensor], Tensor]) -> Callable[[Path], None]:
     return tensors(lambda t: t.update({Q0 + ".lora_A.weight": change(t[Q0 + ".lora_A.weight"])}))
 
@@ -81,22 +89,18 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "missing bias": (tensors(lambda t: t.pop(Q0 + ".base_layer.bias")), ValueError, rf"lacks 1 keys.*{Q0}\.base_layer\.bias"),
     "missing module": (tensors(lambda t: t.pop(DENSE + "weight")), ValueError, rf"lacks 1 .*{DENSE}weight"),
     "missing and more": (
-        tensors(lambda t: t.update({"more": t.pop(Q0 + ".lora_A.weight")})),
+        renamed,
         ValueError,
-        rf"lacks 1 keys that this model has, such as '{Q0}\.lora_A\.weight', and has 1 keys .*such as 'more'",
+        rf"lacks 1 keys .*'{Q0}\.lora_A\.weight', and has 1 keys .* 'more'",
     ),
     "another copy": (tensors(lambda t: t.update({PREFIX + "pooler.original_module.bias": torch.ones(1)})), ValueError, "has 1"),
     "shape": (lora_A(lambda A: A[:, 1:]), ValueError, r"shape \(4, 15\), expected \(4, 16\)"),
-    "shape of a bias": (
-        tensors(lambda t: t.update({DENSE + "bias": torch.ones(17)})),
-        ValueError,
-        r"\(17,\), expected \(16,\)",
-    ),
+    "shape of a bias": (dense_bias(torch.ones(17)), ValueError, r"\(17,\), expected \(16,\)"),
     "rank": (of_a_wider_model, ValueError, r"lora_B\.weight' has shape \(32, 4\), expected \(16, 4\)"),
     "precision": (
-        tensors(lambda t: t.update({DENSE + "bias": torch.ones(16).double()})),
+        dense_bias(torch.ones(16).double()),
         ValueError,
-        rf"{DENSE}bias' is torch\.float64, which torch\.float32 cannot",
+        rf"{DENSE}bias' is torch\.float64, which torch",
     ),
     "integers": (lora_A(Tensor.int), ValueError, r"is torch\.int32, which torch\.float32 cannot"),
     "dora": unsupported("use_dora", True),
@@ -113,11 +117,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "pattern of names": (config(rank_pattern={"q": "2"}), ValueError, "rank_pattern.'q'. must be an int"),
     "rank of another type": (config(r="4"), ValueError, "r must be an int, got str '4'"),
     "alpha of another type": (config(lora_alpha=True), ValueError, "lora_alpha must be a float, got bool True"),
-    "modules of another type": (
-        config(modules_to_save={"a": 1}),
-        ValueError,
-        "modules_to_save must be .*strings, got {'a': 1}",
-    ),
+    "modules of another type": (config(modules_to_save={"a": 1}), ValueError, "modules_to_save must be .*, got {'a': 1}"),
     "modules without names": (config(modules_to_save=[1]), ValueError, r"modules_to_save must be .*strings, got \[1\]"),
 }
 
@@ -126,11 +126,7 @@ OTHERS: dict[str, tuple[Callable[[Path], Any], str, str | None]] = {
     "rank": (config(r=5), "r=5, but the layer .* has r=4", r"lora_A\.weight' has shape \(4, 16\), expected \(5, 16\)"),
     "default rank": (config(r=None), "r=8, but the layer .* has r=4", r"expected \(8, 16\)"),
     "bias": (config(bias="lora_only"), "bias='lora_only', but the model was injected with bias='all'", "has 13 keys that"),
-    "no modules": (
-        config(modules_to_save=None),
-        r"modules_to_save=\[\], but the model .*differ in classifier",
-        "has 2 keys that",
-    ),
+    "no modules": (config(modules_to_save=None), r"modules_to_save=\[\], but .*differ in classifier", "has 2 keys that"),
     "modules": (config(modules_to_save=["pooler", "embeddings"]), "modules_to_save=.* they differ in ", "lacks"),
     "another model": (of_another_model, "bias='none', but the model was injected with bias='all'", "matches no module of"),
     "scaling": (config(lora_alpha=13), "lora_alpha=13, but", None),
@@ -203,10 +199,9 @@ def test_a_half_loaded_model_is_told(folder: Path, tmp_path: Path) -> None:
     with torch.device("meta"):
         empty = roberta()
     inject(empty, **OPTIONS)
-    with pytest.raises(ValueError, match=r"the weight of 'roberta\..*query' is on the meta device"):
-        load_adapter(empty, folder)
-    with pytest.raises(ValueError, match=r"the weight of 'roberta\..*query' is on the meta device"):
-        save_adapter(empty, tmp_path / "new")
+    for function in (load_adapter, save_adapter):
+        with pytest.raises(ValueError, match=r"half loaded: .*query\.lora_A\.weight' are on the meta device"):
+            function(empty, folder)
     half = inject(roberta(), **OPTIONS)
     half.classifier.out_proj.to("meta")
     before = {name: t.detach().clone() for name, t in half.named_parameters() if not t.is_meta}

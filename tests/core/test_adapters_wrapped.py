@@ -8,9 +8,10 @@ import torch
 import torch.distributed as dist
 from adapted import llama, randomise
 from torch import nn
+from torch.distributed.algorithms._checkpoint.checkpoint_wrapper import checkpoint_wrapper
 from torch.nn.parallel import DistributedDataParallel
 
-from fastlora import FusedLoraLinear, from_pretrained, inject, load_adapter, save_adapter, unload
+from fastlora import FusedLoraLinear, from_pretrained, inject, load_adapter, merge_and_unload, save_adapter, unload
 from fastlora.injection.inject import injected
 
 
@@ -74,6 +75,35 @@ def test_several_injected_models_are_refused(tmp_path: Path) -> None:
         save_adapter(nn.Sequential(adapted(), Holder(adapted())), tmp_path)
 
 
+def with_compiled_parts(model: nn.Module) -> nn.Module:
+    model.model.layers[0] = torch.compile(model.model.layers[0])
+    model.model.layers[1] = checkpoint_wrapper(model.model.layers[1])
+    model.lm_head = torch.compile(model.lm_head)
+    return model
+
+
+def test_wrapped_parts_change_no_name(tmp_path: Path) -> None:
+    model = randomise(adapted())
+    save_adapter(model, tmp_path / "plain")
+    save_adapter(with_compiled_parts(model), tmp_path / "wrapped after")
+    before = from_pretrained(with_compiled_parts(llama(attention_bias=True)), tmp_path / "plain", is_trainable=True)
+    save_adapter(before, tmp_path / "wrapped before")
+    assert files(tmp_path / "plain") == files(tmp_path / "wrapped after") == files(tmp_path / "wrapped before")
+    assert [type(module).__name__ for module in before.model.layers] == ["OptimizedModule", "CheckpointWrapper"]
+
+
+@pytest.mark.parametrize("back", [unload, merge_and_unload])
+def test_a_compiled_target_is_replaced_with_its_wrapper(back: Callable[[nn.Module], nn.Module]) -> None:
+    """torch.compile's wrapper would go on to call the linear that it was given."""
+    model = nn.Sequential(torch.compile(nn.Linear(4, 4)))
+    inject(model, target_modules=["0"], r=2)
+    nn.init.ones_(model[0].lora_B)
+    x = torch.randn(3, 4)
+    model(x).sum().backward()
+    assert model[0].lora_B.grad.any()
+    assert type(back(nn.Sequential(torch.compile(model[0])))[0]) is nn.Linear
+
+
 @pytest.mark.parametrize("wrapper", [nn.DataParallel, torch.compile])
 def test_a_wrapped_model_is_injected_under_its_own_names(wrapper: Callable[[nn.Module], nn.Module], tmp_path: Path) -> None:
     save_adapter(inject(wrapper(llama()), target_modules=["q_proj"], r=2), tmp_path / "wrapped")
@@ -90,5 +120,5 @@ def test_layers_made_by_hand_are_unwrapped_too(tmp_path: Path) -> None:
 
 @pytest.mark.usefixtures("process_group")
 def test_a_model_in_ddp_is_not_injected() -> None:
-    with pytest.raises(ValueError, match="is a DistributedDataParallel, which would not reduce new parameters"):
+    with pytest.raises(ValueError, match="holds a DistributedDataParallel, which would not reduce new parameters"):
         inject(DistributedDataParallel(llama()), target_modules=["q_proj"])

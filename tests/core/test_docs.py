@@ -131,9 +131,11 @@ def test_the_picture_is_what_its_script_draws(tmp_path):
 #: Where reasons are given: in these functions, and in constants of their modules.
 SOURCES = {
     "peft/base.py": {"weight_of"},
-    "peft/calls.py": {"operands", "unsupported_input", "decide"},
+    "peft/calls.py": {"adapter", "operands", "unsupported_input", "decide"},
+    "peft/experts.py": {"unsupported_reason", "decide", "terms", "_unsupported_experts"},
     "peft/layers.py": {"unsupported_reason"},
-    "quantized.py": {"unsupported_reason", "unsupported_input"},
+    "quantized/__init__.py": {"unsupported_input"},
+    **{f"quantized/{library}.py": {"read"} for library in ("bitsandbytes", "torchao", "hqq", "gptq", "fp8")},
 }
 #: What other reasons are put into.
 FRAMES = {"its base layer …", " under autocast to …"}

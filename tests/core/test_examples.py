@@ -42,7 +42,7 @@ def run(monkeypatch, capsys, tmp_path):
 
 
 def test_all_scripts_are_run_here():
-    assert {path.name for path in EXAMPLES.glob("*.py")} == {*WITH_PEFT, *WITHOUT_PEFT, "offline.py"}
+    assert {path.name for path in EXAMPLES.glob("*.py")} == {*WITH_PEFT, *WITHOUT_PEFT, "fsdp2.py", "offline.py"}
 
 
 @pytest.mark.parametrize(("script", "count"), (WITH_PEFT | WITHOUT_PEFT).items())
@@ -53,6 +53,15 @@ def test_runs(script, count, run):
     assert fused_call.call_count >= 12 * count
     if script in WITH_PEFT:
         assert f"fastlora: {count} of {count} LoRA layers accelerated" in printed
+
+
+def test_a_distributed_run_goes_on_where_another_has_saved(run, monkeypatch):
+    """In one process, the way of torchrun; tests/core/test_adapters_sharded.py has two."""
+    for name, value in {"RANK": "0", "WORLD_SIZE": "1", "MASTER_ADDR": "localhost", "MASTER_PORT": "0"}.items():
+        monkeypatch.setenv(name, value)
+    printed = [run("fsdp2.py", "--steps", "12", *more) for more in (("--output", "half"), ("--way", "ddp", "--resume", "half"))]
+    first, second = (re.search(r"^loss (\S+) -> (\S+) in 12 steps$", text, re.MULTILINE).groups() for text in printed)
+    assert float(second[0]) < float(first[1])
 
 
 FAULTS = {

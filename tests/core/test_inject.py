@@ -3,12 +3,13 @@
 import copy
 import warnings
 from collections.abc import Callable
+from contextlib import nullcontext
 from pathlib import Path
 from typing import Any
 
 import pytest
 import torch
-from adapted import IDS, gpt2, llama, tied_llama
+from adapted import IDS, gpt2, llama, roberta, tied_llama
 from torch import nn
 
 from fastlora import FusedLoraLinear, from_pretrained, inject, load_adapter, merge_and_unload, save_adapter, unload
@@ -104,6 +105,11 @@ def test_what_is_no_model_is_refused(function: Callable[..., Any], tmp_path: Pat
 @pytest.mark.parametrize(
     ("build", "options", "message"),
     [
+        (
+            roberta,
+            {"target_modules": "all-linear"},
+            r"exclude_modules=\['classifier\.dense', 'classifier\.out_proj'\] leaves",
+        ),
         (llama, {"exclude_modules": ["k_prjo"]}, r"excludes no module of the model; near names: k_proj"),
         (llama, {"rank_pattern": {"nothing": 2, "q_proj": 3}}, "rank_pattern: 'nothing' matches no targeted module"),
         (llama, {"alpha_pattern": {"v_proj": 2}}, "alpha_pattern: 'v_proj' matches no targeted module"),
@@ -132,6 +138,7 @@ def test_no_warning_without_a_reason() -> None:
         inject(llama(), **(Q | options))
         inject(gpt2(), target_modules=["c_attn"], r=2, fan_in_fan_out=True)
         inject(gpt2(), target_modules="all-linear", r=2)
+        inject(roberta(), target_modules="all-linear", exclude_modules=["classifier.dense", "classifier.out_proj"], r=2)
     assert [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)] == []
 
 
@@ -153,21 +160,17 @@ def test_starts_as_the_base_with_its_parameters_and_gradients_for_what_is_traine
         assert (parameter.grad is not None and bool(parameter.grad.any())) == parameter.requires_grad, name
 
 
-def test_dtype_dropout_and_mode_reach_the_layers() -> None:
-    model = llama().to(torch.bfloat16).eval()
-    inject(model, target_modules=["o_proj"], lora_dropout=0.25, adapter_dtype=torch.float32)
-    layer = model.get_submodule("model.layers.1.self_attn.o_proj")
-    assert (layer.weight.dtype, layer.lora_A.dtype, layer.lora_dropout) == (torch.bfloat16, torch.float32, 0.25)
-    assert not layer.training
-
-
-def test_a_shared_linear_stays_shared() -> None:
-    linear = nn.Linear(3, 3)
-    model = nn.ModuleDict({"a": linear, "b": linear, "c": nn.Linear(3, 3)})
-    inject(model, target_modules=["a", "b"], r=1)
-    assert isinstance(model["a"], FusedLoraLinear)
-    assert model["a"] is model["b"]
-    assert type(model["c"]) is nn.Linear
+def test_activation_offload_changes_no_gradient() -> None:
+    model = inject(llama(), target_modules="all-linear", r=2, lora_dropout=0.1).train()
+    found = []
+    for context in (nullcontext(), torch.autograd.graph.save_on_cpu()):
+        model.zero_grad()
+        torch.manual_seed(0)
+        with context:
+            loss = model(input_ids=IDS).logits.square().mean()
+        loss.backward()
+        found.append([parameter.grad for parameter in model.parameters() if parameter.requires_grad])
+    assert all(map(torch.equal, *found))
 
 
 @pytest.mark.filterwarnings("ignore:.*is tied to")
@@ -202,5 +205,5 @@ def test_all_linear_leaves_the_projection_that_attention_reads_without_calling_i
     with pytest.warns(UserWarning, match=r"leaves out 'attention\.out_proj'.*reads its weight without calling it"):
         inject(model, target_modules="all-linear", r=2)
     assert [name for name, module in model.named_modules() if isinstance(module, FusedLoraLinear)] == ["linear"]
-    with pytest.raises(ValueError, match="matches no module"), pytest.warns(UserWarning, match="leaves out"):
+    with pytest.raises(ValueError, match=r"matches 1 .*MultiheadAttention excludes"), pytest.warns(UserWarning, match="leaves"):
         inject(nn.ModuleList([nn.MultiheadAttention(4, 2)]), target_modules="all-linear")

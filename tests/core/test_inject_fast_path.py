@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from fastlora import from_pretrained, inject, merge_and_unload, oracle, save_adapter, unload
+from fastlora import inject, merge_and_unload, oracle, unload
 
 X = torch.randn(3, 5, 8, generator=torch.Generator().manual_seed(0))
 PADDING = torch.arange(5) >= torch.tensor([[5], [3], [4]])
@@ -95,9 +95,3 @@ def test_encoders_without_targets_keep_their_fast_path() -> None:
     inject(model, target_modules=["head", "encoder.layers.1.linear1"], r=1)
     assert [layer.activation_relu_or_gelu for layer in model["encoder"].layers] == [1, 0]
     assert not model["encoder"].use_nested_tensor
-
-
-def test_from_pretrained_keeps_out_of_it_too(tmp_path) -> None:
-    model = adapted(encoder())
-    save_adapter(model, tmp_path)
-    assert torch.equal(evaluated(from_pretrained(encoder(), tmp_path)), evaluated(model))

@@ -11,7 +11,6 @@ from torch import nn
 
 from fastlora import (
     from_pretrained,
-    get_nb_trainable_parameters,
     inject,
     load_adapter,
     merge_and_unload,
@@ -24,6 +23,12 @@ from fastlora.modules import FusedLoraLinear
 from fastlora.quantized import quantize, weight_of
 from fastlora.quantized_module import FusedLoraLinear4bit
 from fastlora.reference import EagerLoraLinear
+
+
+def hooked() -> nn.Module:
+    linear = quantize(plain(), "nf4")
+    linear.register_forward_hook(lambda *_: None)
+    return linear
 
 
 def plain(dtype: torch.dtype = torch.float32, bias: bool = True) -> nn.Linear:
@@ -136,6 +141,7 @@ def test_merging():
         (lambda: trained(r=0), ValueError, "r=0 is not possible on a weight of 4 bits"),
         (lambda: FusedLoraLinear4bit.from_linear(random_layer("int8")), TypeError, "bitsandbytes Linear4bit, got Linear8bitLt"),
         (lambda: FusedLoraLinear4bit.from_linear(plain()), TypeError, r"got Linear$"),
+        (lambda: FusedLoraLinear4bit.from_linear(hooked()), ValueError, "is a Linear4bit with hooks or a forward of its own"),
         (lambda: FusedLoraLinear.from_linear(quantize(plain(), "nf4")), TypeError, "dequantise it first"),
         (lambda: quantize(plain(), "int4"), ValueError, r"quantize must be one of \('nf4', 'fp4'\), got 'int4'"),
         (lambda: quantize(plain(torch.float64), "nf4"), TypeError, r"got a weight in torch\.float64"),
@@ -183,8 +189,6 @@ def test_inject(kind):
     model(torch.randn(3, 24)).sum().backward()
     trained = {name for name, p in model.named_parameters() if p.grad is not None}
     assert trained == {"0.bias", "0.lora_A", "0.lora_B", "2.lora_A", "2.lora_B"}
-    weights = 24 * 40 * 2 + 24 * 5 + 5
-    assert get_nb_trainable_parameters(model) == (4 * 64 * 2 + 40, 4 * 64 * 2 + 40 + weights)
 
 
 def test_inject_into_a_quantised_model():
@@ -256,12 +260,11 @@ def test_adapter_files(tmp_path):
     [
         ({"quantize": "int3"}, ValueError, "quantize must be None or one of 'nf4', 'fp4', got 'int3'"),
         ({"layer": EagerLoraLinear}, TypeError, "layer=EagerLoraLinear cannot hold a quantised weight"),
-        ({"dtype": torch.float64}, TypeError, r"got a weight in torch\.float64"),
     ],
-    ids=["kind", "layer", "dtype"],
+    ids=["kind", "layer"],
 )
 def test_inject_refuses(options, error, message):
-    model = network(options.pop("dtype", torch.float32))
+    model = network()
     before = list(model)
     with pytest.raises(error, match=message):
         inject(model, target_modules=["0", "2"], **{"quantize": "nf4", **options})

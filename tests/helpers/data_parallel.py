@@ -11,14 +11,18 @@ from typing import Any
 
 import torch
 import torch.distributed as dist
+from peft import PeftModel
 from peft_models import build, inputs_of, wrap
 from torch import Tensor, nn
+from torch.distributed.checkpoint.state_dict import StateDictOptions, get_model_state_dict
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import fastlora
 from fastlora import torch_backend
 
+#: What `save_pretrained` needs of a sharded model: the whole of what is trained, on rank 0.
+WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
 RANKS = 2
 STEPS = 2
 
@@ -74,7 +78,10 @@ def train(rank: int, way: str, meeting: str) -> None:
     late = distribute(copy.deepcopy(model)) if distribute is shard else None
     report = fastlora.accelerate(model)
     result = gradients(distribute(model), ids.chunk(RANKS)[rank], 1, model)
+    state = get_model_state_dict(model, options=WHOLE)
     if rank == 0:
+        model.save_pretrained(f"{meeting} saved", state_dict=state)
+        loaded = PeftModel.from_pretrained(build("llama", dtype), f"{meeting} saved").state_dict()
         truth, eager = (gradients(m, ids, RANKS, m) for m in (prepared(dtype).double(), prepared(dtype)))
         outcome = {
             "way": way,
@@ -82,6 +89,7 @@ def train(rank: int, way: str, meeting: str) -> None:
             "fallbacks": fastlora.peft.fallbacks(model),
             "error": ((result - truth).norm() / truth.norm()).item(),
             "eager": ((eager - truth).norm() / truth.norm()).item(),
+            "saved": all(torch.equal(loaded[name], tensor) for name, tensor in state.items()) and len(state),
             "late": str(fastlora.accelerate(late)) if late else None,
         }
         print(json.dumps(outcome), flush=True)

@@ -1,6 +1,7 @@
 """Adapter files and PEFT, both ways, with biases, modules to save, patterns, Conv1D and tied weights."""
 
 import json
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any
 
@@ -8,9 +9,11 @@ import peft
 import pytest
 import torch
 import transformers
-from adapted import CASES, gpt2, llama, logits, our_name, randomise, roberta, tied_llama
+from adapted import CASES, IDS, gpt2, llama, logits, our_name, randomise, roberta, tied_llama
+from peft.optimizers import create_loraplus_optimizer
 from torch import Tensor, nn
 
+import fastlora
 from fastlora import FusedLoraLinear, from_pretrained, inject, load_adapter, oracle, save_adapter
 from fastlora.reference import EagerLoraLinear
 
@@ -53,6 +56,7 @@ def assert_same_function(case: str, model: nn.Module, by_peft: nn.Module, folder
 def test_peft_loads_what_we_save(case: str, tmp_path: Path) -> None:
     model = randomise(injected(case))
     save_adapter(model, tmp_path)
+    assert peft.PeftConfig.from_pretrained(tmp_path).fan_in_fan_out == (CASES[case][0] is gpt2)
     by_peft = peft.PeftModel.from_pretrained(CASES[case][0](), tmp_path, is_trainable=True)
     # PEFT may train less than it loads: a target's bias in a file with modules to save, say; what we trained is there.
     theirs = {our_name(n): p for n, p in by_peft.named_parameters() if ".original_module." not in n}
@@ -67,18 +71,12 @@ def test_we_load_what_peft_saves(case: str, tmp_path: Path) -> None:
     by_peft.save_pretrained(tmp_path)
     model = injected(case)
     load_adapter(model, tmp_path)
-    assert_equal(trained(model), trained(by_peft))
+    made = from_pretrained(CASES[case][0](), tmp_path, is_trainable=True)
+    for each in (model, made):
+        assert_equal(trained(each), trained(by_peft))
+        assert {m.lora_dropout for m in each.modules() if isinstance(m, FusedLoraLinear)} == {0.1}
     assert_same_function(case, model, by_peft, tmp_path)
-
-
-@pytest.mark.parametrize("case", CASES)
-def test_from_pretrained_needs_nothing_but_the_folder(case: str, tmp_path: Path) -> None:
-    by_peft = wrapped(case)
-    by_peft.save_pretrained(tmp_path / "peft")
-    model = from_pretrained(CASES[case][0](), tmp_path / "peft", is_trainable=True)
-    assert_equal(trained(model), trained(by_peft))
-    assert {m.lora_dropout for m in model.modules() if isinstance(m, FusedLoraLinear)} == {0.1}
-    save_adapter(model, tmp_path / "ours")
+    save_adapter(made, tmp_path / "ours")
     again = from_pretrained(CASES[case][0](), tmp_path / "ours")
     assert torch.equal(logits(again), logits(model))
     assert not any(parameter.requires_grad for parameter in again.parameters())
@@ -158,21 +156,22 @@ def test_a_name_that_ends_another_is_told_apart_in_the_config(tmp_path: Path) ->
     assert isinstance(from_pretrained(Normed(), tmp_path).block["proj"], nn.Linear)
 
 
-def test_ranks_and_alphas_of_single_layers_stand_in_the_patterns(tmp_path: Path) -> None:
-    options = {"target_modules": ["q_proj", "v_proj"], "rank_pattern": {"layers.1.*q_proj": 2}, "alpha_pattern": {".*0.*": 5}}
-    save_adapter(inject(llama(), r=4, lora_alpha=8, **options), tmp_path)
-    config = peft.PeftConfig.from_pretrained(tmp_path)
-    assert (config.r, config.rank_pattern) == (4, {r"^model\.layers\.1\.self_attn\.q_proj": 2})
-    assert sorted({config.lora_alpha, *config.alpha_pattern.values()}) == [5, 8]
-    assert config.peft_type == "LORA"
+def accelerated(model: nn.Module, **options: Any) -> nn.Module:
+    wrapped = peft.get_peft_model(model, peft.LoraConfig(**options))
+    fastlora.accelerate(wrapped)
+    return wrapped
 
 
-def test_fan_in_fan_out_is_what_peft_writes(tmp_path: Path) -> None:
-    options: dict[str, Any] = {"target_modules": ["c_attn"], "r": 2}
-    save_adapter(inject(gpt2(), **options), tmp_path / "ours")
-    peft.get_peft_model(gpt2(), peft.LoraConfig(**options)).save_pretrained(tmp_path / "peft")
-    ours, theirs = (json.loads((tmp_path / who / "adapter_config.json").read_text()) for who in ("ours", "peft"))
-    assert ours["fan_in_fan_out"] is theirs["fan_in_fan_out"] is True
+@pytest.mark.parametrize("adapt", [inject, accelerated])
+def test_lora_plus_trains_b_faster(adapt: Callable[..., nn.Module]) -> None:
+    model = adapt(llama(), target_modules=["q_proj"], r=4)
+    optimizer = create_loraplus_optimizer(model, torch.optim.SGD, lr=1e-3, loraplus_lr_ratio=16)
+    rates = {parameter: group["lr"] for group in optimizer.param_groups for parameter in group["params"]}
+    named = {name: p for name, p in model.named_parameters() if p.requires_grad}
+    assert {name: rates[p] for name, p in named.items()} == {name: 16e-3 if "lora_B" in name else 1e-3 for name in named}
+    model(input_ids=IDS).logits.square().mean().backward()
+    optimizer.step()
+    assert all(parameter.any() for name, parameter in named.items() if "lora_B" in name)
 
 
 @pytest.mark.parametrize("init", [False, "gaussian", "eva", "orthogonal", "mica"])
