@@ -4,6 +4,7 @@ PYTHON ?= python3
 JOBS ?= 2
 ARGS ?=
 TRITON ?=
+SOAK ?= 1
 OLDEST_TRITON := 3.6.0
 
 VENV := .venv
@@ -13,7 +14,7 @@ PIP_INSTALL = $(@D)/bin/python -m pip install --quiet --disable-pip-version-chec
 PYTEST_OPTIONS := --numprocesses $(JOBS) --dist worksteal --durations 10
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-interpreter test-compile check size bench bench-suite bench-report compile-report traffic-report host-time clean
+.PHONY: help demo test test-interpreter test-compile check size soak bench bench-suite bench-report compile-report traffic-report host-time clean
 
 help:  ## show the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 24
@@ -30,6 +31,9 @@ test-interpreter: $(VENV)/.installed  ## run the tests that execute the kernels 
 test-compile: $(VENV)/.installed $(OLDEST_VENV)/.installed  ## compile the kernels for GPUs, with the pinned and the oldest Triton
 	$(VENV)/bin/pytest $(PYTEST_OPTIONS) tests/compile
 	$(OLDEST_VENV)/bin/pytest $(PYTEST_OPTIONS) tests/compile
+
+soak: $(VENV)/.installed  ## run docs/reliability.md's long tests (SOAK=0.01 for a hundredth of their counts)
+	OMP_NUM_THREADS=1 SOAK=$(SOAK) $(VENV)/bin/pytest -s -p no:cacheprovider -p no:logging -o faulthandler_timeout=0 soak
 
 check: $(VENV)/.installed  ## lint, formatting, types, size
 	$(VENV)/bin/ruff check

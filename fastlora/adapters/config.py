@@ -41,10 +41,12 @@ def describe(model: nn.Module, layers: Mapping[str, FusedLoraLinear], options: L
     The most frequent rank and alpha are the config's; its patterns hold the others.  Raises ValueError when the layers differ
     in what one config holds once.
     """
+    # The class that fully_shard puts in front of the model's own must not make two files of one model differ.
+    kind = next(each for each in type(model).__mro__ if not each.__module__.startswith("torch.distributed.fsdp"))
     config = {
         "peft_type": "LORA",
         "task_type": None,
-        "auto_mapping": {"base_model_class": type(model).__name__, "parent_library": type(model).__module__},
+        "auto_mapping": {"base_model_class": kind.__name__, "parent_library": kind.__module__},
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
         "bias": options.bias,
         "fan_in_fan_out": any(layer.fan_in_fan_out for layer in layers.values()),
@@ -77,7 +79,7 @@ def read(path: Path) -> LoraOptions:
     """The options in the config at `path`.  Raises ValueError for a file that is no config or asks for what is not computed."""
     try:
         config = json.loads(path.read_text(encoding="utf-8"))
-    except ValueError as error:
+    except (ValueError, RecursionError) as error:  # the latter where it nests too deep
         raise ValueError(f"{str(path)!r} is not a JSON file: {error}") from error
     if not isinstance(config, dict):
         raise ValueError(f"{str(path)!r} must hold a JSON object, got {type(config).__name__}")

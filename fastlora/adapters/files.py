@@ -27,7 +27,7 @@ from fastlora.adapters import sharded
 from fastlora.adapters import tensors as adapter_tensors
 from fastlora.adapters.config import CONFIG_NAME
 from fastlora.injection.inject import injected, install, prepare
-from fastlora.injection.matching import match_modules_to_save, warn
+from fastlora.injection.matching import match_modules_to_save, targets_of, warn
 from fastlora.injection.options import LoraOptions
 from fastlora.injection.walk import named_modules, named_parameters, some_lora_layers, unwrapped
 from fastlora.modules import FusedLoraLinear
@@ -42,8 +42,9 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     `model` may also hold the injected model: in a DistributedDataParallel, a DataParallel, torch.compile's wrapper or a module
     of the user's.  The file has the names in the injected model.
 
-    Each of the two files is written under another name first and then put in place at once: an interrupted save leaves the old
-    file whole.  A trainable parameter that the files do not hold earns a warning.
+    Both files are written under other names first and then put in place.  A save that is interrupted leaves the old adapter or
+    the new one; where their configs differ, it can also leave no config, so that new weights never meet an old config.  A
+    trainable parameter that the files do not hold earns a warning.
 
     Of a model that FSDP2 has sharded, every process makes this call.  What is saved is gathered, tensor by tensor; rank 0
     writes, and the others return when the files are whole.
@@ -63,9 +64,9 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     tensors, is_collective = sharded.gather(contents)
 
     def write() -> None:
+        weights, text = safetensors.torch.save(tensors, metadata={"format": "pt"}), json.dumps(config, indent=2, sort_keys=True)
         Path(folder).mkdir(parents=True, exist_ok=True)
-        atomic.write(Path(folder) / WEIGHTS_NAME, safetensors.torch.save(tensors, metadata={"format": "pt"}))
-        atomic.write(Path(folder) / CONFIG_NAME, (json.dumps(config, indent=2, sort_keys=True) + "\n").encode())
+        atomic.write_together({Path(folder) / WEIGHTS_NAME: weights, Path(folder) / CONFIG_NAME: f"{text}\n".encode()})
 
     sharded.on_first_rank(write) if is_collective else write()
 
@@ -125,6 +126,7 @@ def from_pretrained(
     present = [name for name in said.modules_to_save if match_modules_to_save(model, [name])]
     dtype = adapter_dtype or adapter_tensors.common_dtype(model, file)
     options = replace(said, modules_to_save=present, adapter_dtype=dtype)
+    adapter_tensors.check_ranks(targets_of(model, options), options, file, path)
     injection = prepare(model, options, layer)
     layers = {names[0]: lora for lora, names in injection.layers.items()}
     adapter_tensors.fit(model, layers, options, file, path)

@@ -3,7 +3,7 @@
 `layers` are a model's LoRA linears by name; `inject` may not have put them in place yet.
 """
 
-from collections.abc import Mapping
+from collections.abc import Iterable, Mapping
 from functools import reduce
 from pathlib import Path
 
@@ -11,6 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from fastlora.adapters import sharded
+from fastlora.adapters.config import CONFIG_NAME
 from fastlora.injection.matching import embeddings, match_modules_to_save
 from fastlora.injection.options import LoraOptions
 from fastlora.injection.walk import named_modules, named_parameters
@@ -70,6 +71,14 @@ def fit(
             raise ValueError(f"{str(path)!r}: {key!r} is {tensor.dtype}, which {into.dtype} cannot hold exactly")
         pairs.append((into, tensor))
     return pairs
+
+
+def check_ranks(targets: Iterable[str], options: LoraOptions, file: Mapping[str, Tensor], path: Path) -> None:
+    """The file holds factors of the ranks that its config names: layers of a rank that no file has would fill the memory."""
+    largest = max((len(A) for key, A in file.items() if key.endswith(".lora_A.weight") and A.dim()), default=0)
+    for name in targets:
+        if (r := options.of_layer(name)["r"]) > largest:
+            raise ValueError(f"{CONFIG_NAME}: r={r} for {name!r}, but the largest rank in {str(path)!r} is {largest}")
 
 
 @torch.no_grad()

@@ -85,6 +85,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "no config": (lambda f: (f / CONFIG).unlink(), FileNotFoundError, CONFIG),
     "not text": (lambda f: (f / CONFIG).write_bytes(b"\xff\xfe"), ValueError, "not a JSON file"),
     "half a config": (lambda f: os.truncate(f / CONFIG, 40), ValueError, "not a JSON file"),
+    "nested too deep": (lambda f: (f / CONFIG).write_text("[" * 100_000), ValueError, "not a JSON file"),
     "a list": (lambda f: (f / CONFIG).write_text("[]"), ValueError, "must hold a JSON object, got list"),
     "missing bias": (tensors(lambda t: t.pop(Q0 + ".base_layer.bias")), ValueError, rf"lacks 1 keys.*{Q0}\.base_layer\.bias"),
     "missing module": (tensors(lambda t: t.pop(DENSE + "weight")), ValueError, rf"lacks 1 .*{DENSE}weight"),
@@ -123,8 +124,9 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
 
 # Files that contradict how a model was injected, with the error of from_pretrained where it finds one.
 OTHERS: dict[str, tuple[Callable[[Path], Any], str, str | None]] = {
-    "rank": (config(r=5), "r=5, but the layer .* has r=4", r"lora_A\.weight' has shape \(4, 16\), expected \(5, 16\)"),
-    "default rank": (config(r=None), "r=8, but the layer .* has r=4", r"expected \(8, 16\)"),
+    "rank": (config(r=5), "r=5, but the layer .* has r=4", r"r=5 for 'roberta\..*', but the largest rank in .* is 4"),
+    "absurd rank": (config(r=10**13), "r=10000000000000, but the layer", r"r=10000000000000 for .* largest rank in .* is 4"),
+    "default rank": (config(r=None), "r=8, but the layer .* has r=4", "r=8 for .*, but the largest rank in .* is 4"),
     "bias": (config(bias="lora_only"), "bias='lora_only', but the model was injected with bias='all'", "has 13 keys that"),
     "no modules": (config(modules_to_save=None), r"modules_to_save=\[\], but .*differ in classifier", "has 2 keys that"),
     "modules": (config(modules_to_save=["pooler", "embeddings"]), "modules_to_save=.* they differ in ", "lacks"),

@@ -7,6 +7,9 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from torch import nn
+
+from fastlora import inject, save_adapter
 
 WORKER = Path(__file__).parents[1] / "helpers" / "sharded.py"
 
@@ -48,3 +51,13 @@ def test_refused(case: str, message: str, outcomes: list[dict[str, Any]]) -> Non
 def test_of_fsdp_s_first_version_the_whole_parameters_are_saved(outcomes: list[dict[str, Any]]) -> None:
     assert all("in summon_full_params or GatheredParameters" in outcome["save parts"] for outcome in outcomes)
     assert [outcome["save the whole"] for outcome in outcomes] == [True, True]
+
+
+def test_the_config_names_the_class_of_the_model_itself(tmp_path: Path) -> None:
+    """fully_shard gives the model a class FSDP<name>, which nobody can import."""
+    model = inject(nn.Sequential(nn.Linear(4, 4)), target_modules=["0"])
+    wrapper = {"__module__": "torch.distributed.fsdp._fully_shard._fully_shard"}
+    model.__class__ = type("FSDPSequential", (nn.Sequential,), wrapper)
+    save_adapter(model, tmp_path)
+    config = json.loads((tmp_path / "adapter_config.json").read_text())
+    assert config["auto_mapping"] == {"base_model_class": "Sequential", "parent_library": "torch.nn.modules.container"}
