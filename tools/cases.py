@@ -27,11 +27,14 @@ DTYPES = {
     "float16+float32": (torch.float16, torch.float32),
 }
 RANKS = (8, 16, 64, 128)
-# An A100, an H200 and a B200.  shared_memory: the most bytes that one block may use.
+# An A100, an RTX A6000, an RTX 4090, an H200, a B200 and an RTX 5090.  shared_memory: the most bytes that one block may use.
 TARGETS = {
     80: Target(capability=80, sms=108, shared_memory=163 * 1024),
+    86: Target(capability=86, sms=84, shared_memory=99 * 1024),
+    89: Target(capability=89, sms=128, shared_memory=99 * 1024),
     90: Target(capability=90, sms=132, shared_memory=227 * 1024),
     100: Target(capability=100, sms=148, shared_memory=227 * 1024),
+    120: Target(capability=120, sms=170, shared_memory=99 * 1024),
 }
 # (M, in, out).  "ragged" rules out tensor descriptors and vector loads, "eighths" has rows of a multiple of 8 elements and
 # not of 16, "wide" needs 64-bit offsets, "short" and "tiny" get smaller tiles.
