@@ -55,7 +55,7 @@ compile-report: $(REPORT_VENV)/.installed  ## registers, spills and shared memor
 traffic-report: $(VENV)/.installed  ## bytes that every step reads and writes against what it must, counted on a CPU
 	$(VENV)/bin/python -m tools.traffic_report $(ARGS)
 
-host-time: $(VENV)/.installed  ## CPU time of a call apart from its kernels, against eager LoRA and PEFT
+host-time: $(VENV)/.installed  ## CPU time of a call with its launches and without its kernels, against eager LoRA and PEFT
 	$(VENV)/bin/python -m tools.host_time $(ARGS)
 
 clean:  ## remove the environments and what was built

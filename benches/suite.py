@@ -74,11 +74,14 @@ class Suite:
             Exception: whatever the provider, or the measurement of the size, failed with.
         """
 
+        def failed(rival: providers.Provider, error: Exception) -> None:
+            if rival.name in (providers.FROZEN, providers.EAGER):  # all rows relate to these
+                raise error
+            self._failed[size.id][rival.name] = error.with_traceback(None)  # its frames hold the tensors
+
         def measure() -> None:
-            excluded: dict[str, Exception] = {}
             options: dict[str, Any] = {"repeats": self.repeats, "limit": self.limit, "copies": self.copies}
-            rows, seconds = benchmark.run(self.providers(size), size.case, self.device, excluded=excluded, **options)
-            self._failed[size.id].update(excluded)
+            rows, seconds = benchmark.run(self.providers(size), size.case, self.device, failed=failed, **options)
             facts = {"kind": "linear", "id": size.id, "used_by": size.used_by}
             self._add(facts, results.linear_rows(rows, size.case, self._ceilings_of(size.case.dtype)), seconds)
 

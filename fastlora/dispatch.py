@@ -8,8 +8,8 @@
 Such a string is a choice.  It is the operators' `backend` argument, and stands in the tuner's file and tables.
 
 Over a frozen GEMM with a reduction of length L, "fused" adds r / L for its LoRA term and whatever Triton's GEMM is slower than
-cuBLAS.  "addmm" adds BALANCE / L to write the term, which cuBLAS reads back in its epilogue.  So use "fused" when Triton is
-slower than cuBLAS by less than (BALANCE − r) / L: 4 % at L = 4096, r = 16.
+cuBLAS.  "addmm" adds balance / L to write the term, which cuBLAS reads back in its epilogue.  So use "fused" when Triton is
+slower than cuBLAS by less than (balance − r) / L: 3.6 % on 9.0 at L = 4096, r = 16.
 
 Each environment has a file of measured choices: GPU (name, capability, multiprocessors), torch, Triton, fastlora.  A file that
 is damaged or of another environment is ignored with a warning.  The folder is $FASTLORA_CACHE_DIR, else
@@ -38,11 +38,40 @@ from fastlora.kernels.config import cdiv, valid_tiles
 from fastlora.kernels.target import Target
 from fastlora.kernels.tensor_spec import TensorSpec
 
-#: Multiply-adds of 16-bit operands in the time that memory takes for 2 bytes: 790 TFLOP/s over 4.3 TB/s, assumed of an H200.
-BALANCE = 184
-#: How much slower than cuBLAS Triton's GEMM is taken to be until `fastlora tune` has measured it: the middle of what is
-#: published for Hopper, 0.85 to 0.98 of cuBLAS, and a little for the LoRA term, whose loads nothing hides.
-ASSUMED_SLOWDOWN = 0.1
+
+@dataclass(frozen=True)
+class Expected:
+    """What is taken of a GPU until `fastlora tune` has measured it.
+
+    balance: multiply-adds of 16-bit operands in the time that memory takes for 2 bytes, from measured ceilings.
+    slowdown: reduction length up to which it holds -> how much slower than cuBLAS Triton's GEMM is.  The last one has no end.
+    """
+
+    balance: int
+    slowdown: dict[int, float]
+
+    def prefers_fused(self, length: int, r: int) -> bool:
+        """Whether "fused" is expected to take less time than "addmm"."""
+        listed = next((longest for longest in self.slowdown if length <= longest), max(self.slowdown))
+        return self.slowdown[listed] * length <= self.balance - r
+
+
+#: By the lowest capability that an entry holds for.
+EXPECTED = {
+    # An A100's ceilings, about 250 TFLOP/s and 1.56 TB/s.  The slowdown is assumed: nothing is published for this kernel.
+    80: Expected(160, {4096: 0.1}),
+    # An H200's ceilings; an H100's give 215.  Slowdowns of the Gluon tutorial on persistence, M = N = 8192, 128 x 256 x 64,
+    # persistent against cuBLAS in TFLOP/s: 485 to 588, 575 to 588, 595 to 616, 630 to 646, 646 to 661.
+    90: Expected(165, {512: 0.212, 1024: 0.023, 2048: 0.035, 4096: 0.025, 8192: 0.023}),
+    # A B200's datasheet: 72 % of 2250 TFLOP/s over 90 % of 8 TB/s.  Without warp specialisation Triton is 20 to 30 % behind
+    # (the same tutorial).
+    100: Expected(225, {4096: 0.25}),
+}
+
+
+def expected(target: Target) -> Expected:
+    """The entry of the highest capability at or below the target's."""
+    return EXPECTED[max((known for known in EXPECTED if known <= target.capability), default=min(EXPECTED))]
 
 
 @dataclass(frozen=True)
@@ -86,7 +115,7 @@ def default_choice(problem: Problem, target: Target) -> str:
         return "torch"
     # cuBLAS is furthest ahead in float32 without tensor cores, and where tiles are too few for the chip.
     fills_chip = cdiv(problem.rows, 128) * cdiv(problem.width, 256) >= target.sms
-    within_reach = problem.length * ASSUMED_SLOWDOWN <= BALANCE - problem.r
+    within_reach = expected(target).prefers_fused(problem.length, problem.r)
     return "fused" if problem.dtype.itemsize == 2 and fills_chip and within_reach else "addmm"
 
 

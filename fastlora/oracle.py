@@ -8,14 +8,14 @@ A result passes when
 Eager is `fastlora.reference.lora_linear` in the dtypes under test. The floor is a few roundings of the output's dtype.
 NaN and infinity never pass. Where ref is zero the result must be zero. A missing gradient or a wrong dtype or shape fails.
 Inputs are random, and the LoRA term is as large as the frozen one: a zero gradient or a shifted mask gives an error of order 1.
-The error of a few 16-bit elements depends on luck. A 16-bit case is therefore drawn until its smallest output has
-POOLED_ELEMENTS elements, and all draws are judged as one vector. In float32 the floor is 33 roundings, so one draw is enough.
+The error of a few 16-bit elements depends on luck. A 16-bit case is drawn until its smallest output has POOLED_ELEMENTS
+elements, and all draws are judged as one. The floor of float32 and of float64 is about 35 roundings, so one draw is enough.
 
     oracle.assert_parity(oracle.Case((17, 33, 65), rank=3, dtype=torch.bfloat16, dropout_p=0.1), backend="torch")
 """
 
 import math
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, replace
 from functools import partial
 from typing import Any
@@ -38,8 +38,10 @@ FLOOR = {
     (torch.bfloat16, torch.bfloat16): 2e-3,
     (torch.float16, torch.float32): 2e-4,
     (torch.bfloat16, torch.float32): 2e-5,
+    (torch.float64, torch.float64): 4e-15,
 }
-SHORT = {torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
+DTYPES = list(FLOOR)[:-1]  # those that every backend computes in
+SHORT = {torch.float64: "f64", torch.float32: "f32", torch.float16: "f16", torch.bfloat16: "bf16"}
 
 View = Callable[[Tensor], Tensor]
 Weights = tuple[Tensor, Tensor, Tensor, Tensor | None]  # W (N, K), A (r, K), B (N, r), bias (N,) or None
@@ -144,9 +146,8 @@ def draw(case: Case, *, index: int = 0, device: torch.device | str = "cpu", view
     x, dy and bias are standard normal, W and A have variance 1/K, B has variance 1/r: both terms of y are of order one.
 
     Args:
-        device: where the tensors are drawn.  The values depend on its kind.
         views: name of a tensor of Inputs -> a function that returns the tensor to use instead, `{"x": lambda x: x[::2]}` say.
-            The view of x may change the number of rows and of dimensions.
+            The view of x may change its rows and dimensions.
     """
     m, k, n = case.shape
     generator = torch.Generator(device).manual_seed((case.seed * 1_000_003 + index) % 2**63)
@@ -169,12 +170,14 @@ def draw(case: Case, *, index: int = 0, device: torch.device | str = "cpu", view
 
 
 def evaluate(function: Callable[..., Tensor], case: Case, inputs: Inputs, outputs: Iterable[str]) -> dict[str, Any]:
-    """y and the wanted gradients of `function`; None where autograd returned none.  No other input requires a gradient."""
+    """y and the wanted gradients, for which alone inputs require one; None where there is none or y has not dy's shape."""
     wanted = [output for output in outputs if output != "y"]
     leaves = inputs.map(Tensor.detach)
     needed = [getattr(leaves, ARGUMENT_OF[output]).requires_grad_() for output in wanted]
     y = function(leaves.x, *leaves.weights, scaling=case.scaling, dropout_p=case.dropout_p, seed=inputs.seed)
-    grads = torch.autograd.grad(y, needed, inputs.dy, allow_unused=True) if wanted else ()
+    grads: Sequence[Tensor | None] = [None] * len(wanted)
+    if wanted and y.requires_grad and y.shape == inputs.dy.shape:
+        grads = torch.autograd.grad(y, needed, inputs.dy.to(y.dtype), allow_unused=True)
     return {"y": y.detach(), **dict(zip(wanted, grads, strict=True))}
 
 
@@ -189,9 +192,9 @@ def relative_error(result: Tensor, ref: Tensor) -> float:
 def masked_reference(
     mask: Callable[..., Tensor] = dropout_mask, scale: Callable[[float], float] = keep_scale
 ) -> Callable[..., Tensor]:
-    """`reference.lora_linear` with the signature of `lora_linear`: the mask is mask(seed, rows, cols, p, device=...).
+    """`reference.lora_linear` called like `lora_linear`, with mask(seed, rows, cols, p, device=...).
 
-    `scale` is the factor that the function under test applies to kept elements: 1/(1 − p) for torch's own dropout.
+    scale(p) is the factor that the function under test applies to kept elements: 1/(1 − p) for torch's own dropout.
     """
 
     def lora_linear(x: Tensor, *weights: Any, scaling: float, dropout_p: float, seed: int) -> Tensor:
@@ -220,11 +223,10 @@ def check(
     Args:
         function: called as function(x, weight, lora_A, lora_B, bias, *, scaling, dropout_p, seed) and differentiated by
             autograd; default `fastlora.lora_linear` on `backend` (None: the one it chooses).
-        device: where the inputs live and the function runs.
+        device: where the inputs live and the function runs.  Their values depend on its kind.
         views: other strides for the inputs, see `draw`; the reference sees the same values.
         outputs: what to compute, default case.outputs; the inputs of the other gradients do not require one.
-        expected: the correct computation, called like `function`, in float64 and in the case's dtypes.
-            Default `masked_reference()`.
+        expected: called like `function`, in float64 and in the case's dtypes; default `masked_reference()`.
 
     Raises:
         ValueError: both `function` and `backend` given, or an output that the case does not have.
@@ -234,34 +236,39 @@ def check(
     outputs = case.outputs if outputs is None else tuple(outputs)
     if unknown := set(outputs) - set(case.outputs):
         raise ValueError(f"outputs must be among {case.outputs} for this case, got {sorted(unknown)}")
+    drawn = partial(draw, case, device=device, views=views)
+    sets = [drawn()]
+    if case.dtype.itemsize == 2:
+        sizes = (getattr(sets[0], ARGUMENT_OF.get(output, "dy")).numel() for output in outputs)
+        smallest = min(filter(None, sizes), default=POOLED_ELEMENTS)
+        sets += [drawn(index=index) for index in range(1, math.ceil(POOLED_ELEMENTS / smallest))]
     function = function or partial(functional.lora_linear, backend=backend)
-    expected = expected or masked_reference()
-
-    found: dict[str, list[Any]] = {output: [] for output in outputs}  # (result, eager, ref) of each draw
-    index, draws = 0, 1
-    while index < draws:
-        inputs = draw(case, index=index, device=device, views=views)
-        refs, eager = (evaluate(expected, case, given, outputs) for given in (inputs.double(), inputs))
-        results = evaluate(function, case, inputs, outputs)
-        for output in outputs:
-            found[output].append((results[output], eager[output], refs[output]))
-        index += 1
-        if case.dtype.itemsize == 2:
-            smallest = min((refs[output].numel() for output in outputs if refs[output].numel()), default=POOLED_ELEMENTS)
-            draws = math.ceil(POOLED_ELEMENTS / smallest)
-    return [judge(case, output, *map(_joined, zip(*found[output], strict=True))) for output in outputs]
+    return Judge(case, sets, outputs, expected or masked_reference()).rows(function)
 
 
-def _joined(tensors: tuple[Any, ...]) -> Any:
-    """The tensors of all draws as one; None where there are none."""
-    return tensors[0] if len(tensors) == 1 or any(t is None for t in tensors) else torch.stack(tensors)
+class Judge:
+    """Judges functions on the same sets of inputs.  The eager and the float64 results of `expected` are computed once."""
+
+    def __init__(self, case: Case, sets: Sequence[Inputs], outputs: Iterable[str], expected: Callable[..., Tensor]) -> None:
+        self.case, self.sets, self.outputs = case, sets, tuple(outputs)
+        self.eager = self._results(expected, sets)
+        self.refs = self._results(expected, [inputs.double() for inputs in sets])
+
+    def rows(self, function: Callable[..., Tensor]) -> list[Row]:
+        """The verdict on each output; all sets are judged as one."""
+        results = self._results(function, self.sets)
+        return [judge(self.case, name, results[name], self.eager[name], self.refs[name]) for name in self.outputs]
+
+    def _results(self, function: Callable[..., Tensor], sets: Sequence[Inputs]) -> dict[str, Any]:
+        found = [evaluate(function, self.case, inputs, self.outputs) for inputs in sets]
+        if len(found) == 1:
+            return found[0]
+        columns = {name: [results[name] for results in found] for name in self.outputs}
+        return {name: None if any(t is None for t in column) else torch.stack(column) for name, column in columns.items()}
 
 
 def judge(case: Case, output: str, result: Tensor | None, eager: Tensor, ref: Tensor) -> Row:
-    """The verdict on one output, given the eager result and the float64 one.
-
-    Where eager overflows, the floor alone is the bound.
-    """
+    """The verdict on one output, given the eager and the float64 result.  Where eager overflows, the floor is the bound."""
     dtype, error, note = case.dtype_of(output), math.inf, ""
     if result is None:
         note = "no gradient"

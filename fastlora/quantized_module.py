@@ -31,7 +31,7 @@ class FusedLoraLinear4bit(FusedLoraLinear):
                 is set, or an argument is out of range.
         """
         weight = quantized.weight_of(linear)
-        if weight.scheme.kind == "int8":
+        if weight.scheme.kind not in quantized.KINDS:
             raise TypeError(f"linear must be a bitsandbytes Linear4bit, got {type(linear).__name__}")
         validation.check_linear(linear, fan_in_fan_out=False)
         for option, value in {**options, "r": r}.items():

@@ -8,8 +8,7 @@ keeps the default.  Where the default itself cannot run or is wrong, the fastest
 """
 
 import itertools
-import warnings
-from collections.abc import Callable, Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from dataclasses import dataclass, field
 from functools import partial
 
@@ -17,20 +16,16 @@ import torch
 from triton.errors import TritonError
 
 from fastlora import dispatch, oracle
-from fastlora.benchmark.clock import Quantiles, Step, copies_beyond_cache, measure, quantiles
+from fastlora.benchmark import trial
+from fastlora.benchmark.clock import Quantiles, measure, quantiles
 from fastlora.benchmark.providers import Provider, of_call
-from fastlora.benchmark.trial import Judge, WrongResultError, draw, steps_of
 from fastlora.dispatch import Problem, default_choice, next_power_of_2
 from fastlora.dropout import threshold
 from fastlora.functional import available_backends, lora_linear
 from fastlora.kernels.dot import matmul_precision
 from fastlora.kernels.target import Target, target_of
 
-REPEATS = 20
 _WRONG = "its result is wrong"
-
-Times = Mapping[str, list[float]]
-Timer = Callable[[Mapping[str, Step]], Times]  # the steps by choice -> seconds of each, round by round
 
 
 @dataclass(frozen=True)
@@ -66,23 +61,13 @@ class Tuned:
 
 
 def problems_for(
-    shapes: Iterable[tuple[int, int]],
-    rows: Iterable[int],
-    ranks: Iterable[int],
-    dropouts: Iterable[bool],
-    dtype: torch.dtype,
+    shapes: Iterable[tuple[int, int]], rows: Iterable[int], ranks: Iterable[int], dropouts: Iterable[bool], dtype: torch.dtype
 ) -> list[Problem]:
     """Both steps of linears of these shapes (in, out), each problem once: rows count as the next power of two."""
-    precision = matmul_precision(dtype)
-    found = {
-        Problem(direction, dtype, next_power_of_2(m), in_features, out_features, r, dropout, precision): None
-        for in_features, out_features in shapes
-        for r in ranks
-        for m in rows
-        for dropout in dropouts
-        for direction in ("forward", "backward")
-    }
-    return list(found)
+    precision, powers = matmul_precision(dtype), map(next_power_of_2, rows)
+    combinations = itertools.product(shapes, ranks, powers, dropouts, ("forward", "backward"))
+    problems = (Problem(direction, dtype, m, k, n, r, p, precision) for (k, n), r, m, p, direction in combinations)
+    return list(dict.fromkeys(problems))
 
 
 def decide(seconds: Mapping[str, Quantiles], default: str) -> str:
@@ -100,14 +85,10 @@ def tune(
     *,
     adapter_dtype: torch.dtype | None = None,
     dropout_p: float = 0.1,
-    repeats: int = REPEATS,
+    repeats: int = 20,
     again: bool = False,
-    timer: Timer | None = None,
-    progress: Callable[[str], object] = lambda what: None,
-    finished: Callable[[Tuned], object] = lambda tuned: None,
-    remark: Callable[[str], object] = warnings.warn,
-) -> list[Tuned]:
-    """Measure what was not measured before, and store each winner as soon as it is known.
+) -> Iterator[Tuned]:
+    """Each step of this iterator measures a problem that was not measured before, stores the winner, and yields the outcome.
 
     A problem that runs out of memory is skipped.  A candidate that does not compile or whose result is wrong is left out.
 
@@ -117,10 +98,6 @@ def tune(
         repeats: timed rounds of each problem.
         again: also measure the problems that are stored.  Otherwise they keep their choice, whatever adapter_dtype, dropout_p
             and repeats it was measured with.
-        timer: times the steps; default `benchmark.measure`.
-        progress: called with what comes next.
-        finished: called with each problem's outcome once it is stored.
-        remark: called with each problem that is skipped and each candidate that is left out; default: a warning.
 
     Raises:
         RuntimeError: no CUDA GPU of capability 8.0 or newer, or a CUDA graph is being captured.  (Under torch.compile Dynamo
@@ -134,75 +111,45 @@ def tune(
     target = check_device(device)
     dispatch.store(target, {})
     before = {} if again else dispatch.stored(target)
-    timer = timer or (lambda steps: measure(steps, device, repeats))
-    outcomes = []
-    for problem in problems:
-        default = default_choice(problem, target)
+
+    def outcome(problem: Problem) -> Tuned:
         if str(problem) in before:
-            tuned = Tuned(problem, default, before[str(problem)], kept=True)
+            return Tuned(problem, default_choice(problem, target), before[str(problem)], kept=True)
+        shape = problem.rows, problem.in_features, problem.out_features
+        p = dropout_p if problem.dropout else 0.0
+        case = oracle.Case(shape, problem.r, problem.dtype, adapter_dtype, bias=False, dropout_p=p)
+        tuned = _measure(problem, case, dispatch.candidates(problem, target), device, repeats)
+        if tuned.choice is None:
+            torch.cuda.empty_cache()
         else:
-            shape = problem.rows, problem.in_features, problem.out_features
-            p = dropout_p if problem.dropout else 0.0
-            case = oracle.Case(shape, problem.r, problem.dtype, adapter_dtype, bias=False, dropout_p=p)
-            try:
-                tuned = _measure(problem, case, dispatch.candidates(problem, target), device, timer, progress, remark)
-            except torch.OutOfMemoryError as error:
-                tuned = Tuned(problem, default, skipped=f"out of memory: {_first_line(error)}")
-            if tuned.choice is None:
-                remark(f"{problem} is skipped: {tuned.skipped}")
-                if device.type == "cuda":
-                    torch.cuda.empty_cache()
-            else:
-                dispatch.store(target, {problem: tuned.choice})
-        outcomes.append(tuned)
-        finished(tuned)
-    return outcomes
+            dispatch.store(target, {problem: tuned.choice})
+        return tuned
+
+    return map(outcome, problems)
 
 
-def _measure(
-    problem: Problem,
-    case: oracle.Case,
-    choices: list[str],
-    device: torch.device,
-    timer: Timer,
-    progress: Callable[[str], object],
-    remark: Callable[[str], object],
-) -> Tuned:
-    """Check the candidates, then time those that are right.  Raises torch.OutOfMemoryError."""
-    default = choices[0]
-    providers = {choice: Provider(choice, of_call(partial(lora_linear, backend=choice))) for choice in choices}
-    first = draw(case, device)
-    judge = Judge(case, first)
+def _measure(problem: Problem, case: oracle.Case, choices: list[str], device: torch.device, repeats: int) -> Tuned:
+    """Check the candidates, then time those that are right."""
     left_out = {}
-    for choice, provider in providers.items():
-        progress(f"{problem}: checking {choice}")
-        if reason := _unsupported_reason(judge, provider):
-            left_out[choice] = reason
-            remark(f"{problem}: {choice} is left out: {reason}")
-    del judge  # its float64 results would take memory from what is timed
-    right = [choice for choice in choices if choice not in left_out]
-    if not right:
-        return Tuned(problem, default, left_out=left_out, skipped="no candidate is left")
-    progress(f"{problem}: timing {len(right)} candidates")
-    copies = copies_beyond_cache(first.nbytes, device)
-    sets = [first, *(draw(case, device, index) for index in range(1, copies))]
-    turn = itertools.cycle(range(copies))  # shared: no candidate finds in the cache what the one before it has read
-    times = timer({choice: steps_of(providers[choice], case, sets, turn)[problem.direction] for choice in right})
-    seconds = {choice: quantiles(times[choice]) for choice in right}
-    return Tuned(problem, default, decide(seconds, default), seconds, left_out)
 
+    def leave_out(provider: Provider, error: Exception) -> None:
+        candidates_fault = isinstance(error, TritonError | RuntimeError)  # the compiler's passes fail with RuntimeError
+        # The others are the problem's fault, or the device's, which runs nothing after that.
+        if not candidates_fault or isinstance(error, torch.OutOfMemoryError | torch.AcceleratorError):
+            raise error
+        wrong = isinstance(error, trial.WrongResultError)
+        left_out[provider.name] = f"{_WRONG}: {error}" if wrong else f"{type(error).__name__}: {_first_line(error)}"
 
-def _unsupported_reason(judge: Judge, provider: Provider) -> str:
-    """Why the candidate cannot be timed; "" where it can."""
+    providers = [Provider(choice, of_call(partial(lora_linear, backend=choice))) for choice in choices]
     try:
-        judge.verify(provider)
-    except WrongResultError as error:
-        return f"{_WRONG}: {error}"
-    except (torch.OutOfMemoryError, torch.AcceleratorError):
-        raise  # the problem's fault, or the device's, which runs nothing after that
-    except (TritonError, RuntimeError) as error:  # the compiler's passes fail with RuntimeError
-        return f"{type(error).__name__}: {_first_line(error)}"
-    return ""
+        steps, _ = trial.prepare(providers, case, device, failed=leave_out)
+        if not steps:
+            return Tuned(problem, choices[0], left_out=left_out, skipped="no candidate is left")
+        times = measure({choice: passes[problem.direction] for choice, passes in steps.items()}, device, repeats)
+    except torch.OutOfMemoryError as error:
+        return Tuned(problem, choices[0], left_out=left_out, skipped=f"out of memory: {_first_line(error)}")
+    seconds = {choice: quantiles(rounds) for choice, rounds in times.items()}
+    return Tuned(problem, choices[0], decide(seconds, choices[0]), seconds, left_out)
 
 
 def check_device(device: torch.device) -> Target:

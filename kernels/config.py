@@ -79,14 +79,23 @@ def valid_tiles(dtype: torch.dtype, precision: str, target: Target, descriptors:
     return [config for config in gemm_candidates(dtype, precision) if config.is_valid(target, dtype, precision, descriptors)]
 
 
+#: Of tiles (block_m, block_n): clocks of the tensor cores over clocks of shared memory, at most 1.  On Hopper 16 columns of P
+#: and rows of Q take block_m · block_n / 128 clocks to multiply.  At 128 bytes a clock they take (block_m + block_n) / 4 to
+#: write, and every 64 rows of the tile take (64 + block_n) / 4 to read.  This is arithmetic; nothing was measured.  The last
+#: tile, and (128, 64), are for mma and float32: they load as many bytes for a product as their ratio to the others says.
+TILE_EFFICIENCY = {(128, 256): 1.0, (128, 128): 0.8, (128, 64): 0.67, (64, 128): 0.67, (64, 64): 0.5, (32, 64): 0.33}
+
+
 @functools.lru_cache(maxsize=4096)
 def gemm_config(rows: int, cols: int, dtype: torch.dtype, precision: str, target: Target, descriptors: bool) -> GemmConfig:
-    """The largest valid tile that gives every multiprocessor one; else the smallest, which spreads the work furthest."""
-    valid = valid_tiles(dtype, precision, target, descriptors)
-    for config in valid:
-        if cdiv(rows, config.block_m) * cdiv(cols, config.block_n) >= target.sms:
-            return config
-    return min(valid, key=lambda config: config.block_m * config.block_n)
+    """The valid tile that takes least time: a wave of tiles, full or not, takes block_m · block_n / efficiency."""
+
+    def time(config: GemmConfig) -> float:
+        tile = config.block_m, config.block_n
+        waves = cdiv(cdiv(rows, tile[0]) * cdiv(cols, tile[1]), target.sms)
+        return waves * tile[0] * tile[1] / TILE_EFFICIENCY[tile]
+
+    return min(valid_tiles(dtype, precision, target, descriptors), key=time)
 
 
 def lora_tile_config(dtype: torch.dtype, precision: str) -> GemmConfig:
@@ -144,7 +153,7 @@ def stream_config(
     # and a shorter one where mma keeps its operands in registers.
     mixed = small_dtype.itemsize > dtype.itemsize
     hi_lo = mixed and block_r >= 64
-    many_warps = block_r >= 64 or (mixed and target.has_tensor_memory) or not aligned
+    many_warps = block_r >= 64 or ((mixed or dtype.itemsize == 4) and target.has_tensor_memory) or not aligned
     block_m, warps = 64, 8 if many_warps else 4
     if hi_lo and not target.has_wgmma:
         block_m, warps = 32, 4 if aligned else 8

@@ -4,6 +4,7 @@ import torch
 import triton
 import triton.language as tl
 from triton import knobs
+from triton.language.target_info import cuda_capability_geq
 
 from fastlora.kernels.target import Target
 from fastlora.kernels.tensor_spec import TensorSpec
@@ -13,10 +14,37 @@ INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
 
 
 @triton.jit
-def dot(a, b, acc, PRECISION: tl.constexpr):
-    """acc + a b in float32.  The interpreter's dot multiplies the raw bits of bfloat16, so there the operands are widened."""
+def truncate_to_tf32(t):
+    """float32 t without the 13 low bits: what tensor cores read of it."""
+    return (t.to(tl.uint32, bitcast=True) & 0xFFFFE000).to(tl.float32, bitcast=True)
+
+
+@triton.jit
+def round_to_tf32(t):
+    """float32 t to the nearest TF32 number, ties away from zero.
+
+    The assembly is not pure, lest LLVM move it behind the fence that wgmma needs after the registers of an operand are written.
+    On 10.x, which has no such fence, Triton cannot pipeline a loop around assembly that is not pure.
+    """
+    if INTERPRETED:
+        rounded = truncate_to_tf32((t.to(tl.uint32, bitcast=True) + 0x1000).to(tl.float32, bitcast=True))
+        return tl.where(t == t, rounded, t)  # of a NaN the carry could make an infinity or −0
+    pure: tl.constexpr = cuda_capability_geq(10, 0)
+    return tl.inline_asm_elementwise("cvt.rna.tf32.f32 $0, $1;", "=r,r", [t], dtype=tl.float32, is_pure=pure, pack=1)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr, ROUNDED: tl.constexpr = False):
+    """acc + a b in float32.  In "tf32" the operands are rounded first, unless they are ROUNDED: tensor cores truncate.
+
+    The interpreter's dot neither truncates nor knows bfloat16, whose raw bits it multiplies.  There dot does both.
+    """
+    if PRECISION == "tf32" and not ROUNDED:
+        a, b = round_to_tf32(a), round_to_tf32(b)
     if INTERPRETED:
         a, b = a.to(tl.float32), b.to(tl.float32)
+        if PRECISION == "tf32":
+            a, b = truncate_to_tf32(a), truncate_to_tf32(b)
     return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=tl.float32)
 
 

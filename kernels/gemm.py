@@ -3,16 +3,16 @@
 Both are C (M, N) = P (M, K) Q (K, N) + bias + mask(alpha · U (M, R) V (R, N)).  Forward: P = x, Q = Wᵀ, U = S, V = Bᵀ.
 Backward: P = dy, Q = W, U = dS, V = A.  The rank-r product comes first and the main loop accumulates onto it, so a program
 holds one accumulator.  The mask is read from packed bits.  Persistent programs walk the tiles of C in groups of GROUP_M rows.
+With wgmma the next tile's loads are under way before this one is stored.
 
 Without P and Q the same kernel writes bias + mask(alpha · U V) alone.  cuBLAS then accumulates P Q onto it.
 """
-
-from typing import Any
 
 import torch
 import triton
 import triton.language as tl
 from torch import Tensor
+from triton import knobs
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastlora.kernels import launch
@@ -44,6 +44,21 @@ def keep_from_bits(bits, rows, first_n, M, row_bytes, BLOCK_M: tl.constexpr, BLO
     return tl.reshape(keep != 0, (BLOCK_M, BLOCK_N))
 
 
+@triton.jit
+def start_tile(first_m, first_n, M, N, term, R, BLOCK_M, BLOCK_N, BLOCK_R, DTYPE, LORA_HI_LO, USE_INT64, PRECISION):
+    """bias + mask(alpha · U V) of the tile of C at (first_m, first_n), float32.  bias and bits are None where there is none."""
+    bias, U, V, bits, stride_vr, stride_vn, stride_bias, row_bytes, alpha = term
+    rows, cols = first_m + tl.arange(0, BLOCK_M), first_n + tl.arange(0, BLOCK_N)
+    offs_m = rows.to(tl.int64) if USE_INT64 else rows
+    offs_n = cols.to(tl.int64) if USE_INT64 else cols
+    acc = lora_tile(U, V, offs_m, offs_n, M, N, stride_vr, stride_vn, alpha, R, BLOCK_R, PRECISION, DTYPE, LORA_HI_LO)
+    if bits is not None:
+        acc = tl.where(keep_from_bits(bits, rows, first_n, M, row_bytes, BLOCK_M, BLOCK_N), acc, 0.0)
+    if bias is not None:
+        acc += tl.load(bias + offs_n * stride_bias, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+    return acc
+
+
 @triton.jit(do_not_specialize=["M"])
 def gemm_kernel(
     P,
@@ -72,28 +87,56 @@ def gemm_kernel(
     BLOCK_R: tl.constexpr,
     GROUP_M: tl.constexpr,
     DTYPE: tl.constexpr,
-    HAS_BIAS: tl.constexpr,
-    HAS_MASK: tl.constexpr,
     HAS_PRODUCT: tl.constexpr,
     LORA_HI_LO: tl.constexpr,
     DESCRIPTORS: tl.constexpr,
+    ROUNDED: tl.constexpr,
     Q_TRANSPOSED: tl.constexpr,
     EVEN_K: tl.constexpr,
+    FLATTEN: tl.constexpr,
     USE_INT64: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
     """C = P Q + bias + mask(alpha · U V).  P, Q, C are descriptors (with Q_TRANSPOSED that of Qᵀ) or pointers."""
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
+    term = bias, U, V, bits, stride_vr, stride_vn, stride_bias, row_bytes, alpha
+    if FLATTEN:
+        # One loop over the steps of all tiles of a program.  The first steps of the next tile are loaded while C is stored and
+        # the next rank-r product is made.  That product stands at the end of the loop, without a branch around it after the
+        # last tile: elsewhere Triton awaits every wgmma.
+        tile, step, steps = tl.program_id(0), -1, tl.cdiv(K, BLOCK_K)
+        first_m, first_n = grouped_tile(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+        if tile < tiles:  # always true: outside of a branch Triton keeps V's shared memory until the end
+            acc = start_tile(
+                first_m, first_n, M, N, term, R, BLOCK_M, BLOCK_N, BLOCK_R, DTYPE, LORA_HI_LO, USE_INT64, PRECISION
+            )
+        tile -= tl.num_programs(0)
+        for _ in range(tl.cdiv(tiles - tl.program_id(0), tl.num_programs(0)) * steps):
+            step = tl.where(step == steps - 1, 0, step + 1)
+            if step == 0:
+                tile += tl.num_programs(0)
+                first_m, first_n = grouped_tile(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+            p = P.load([first_m, step * BLOCK_K])
+            if Q_TRANSPOSED:
+                q = tl.trans(Q.load([first_n, step * BLOCK_K]))
+            else:
+                q = Q.load([step * BLOCK_K, first_n])
+            acc = dot(p, q, acc, PRECISION, ROUNDED)
+            if step == steps - 1:
+                C.store([first_m, first_n], round_to(acc, DTYPE))
+                following = tl.minimum(tile + tl.num_programs(0), tiles - 1)  # the last one again, for nothing
+                next_m, next_n = grouped_tile(following, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+                acc = start_tile(
+                    next_m, next_n, M, N, term, R, BLOCK_M, BLOCK_N, BLOCK_R, DTYPE, LORA_HI_LO, USE_INT64, PRECISION
+                )
+        return
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         first_m, first_n = grouped_tile(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
         rows, cols = first_m + tl.arange(0, BLOCK_M), first_n + tl.arange(0, BLOCK_N)
         offs_m = rows.to(tl.int64) if USE_INT64 else rows
         offs_n = cols.to(tl.int64) if USE_INT64 else cols
-        acc = lora_tile(U, V, offs_m, offs_n, M, N, stride_vr, stride_vn, alpha, R, BLOCK_R, PRECISION, DTYPE, LORA_HI_LO)
-        if HAS_MASK:
-            acc = tl.where(keep_from_bits(bits, rows, first_n, M, row_bytes, BLOCK_M, BLOCK_N), acc, 0.0)
-        if HAS_BIAS:
-            acc += tl.load(bias + offs_n * stride_bias, mask=cols < N, other=0.0).to(tl.float32)[None, :]
+        acc = start_tile(first_m, first_n, M, N, term, R, BLOCK_M, BLOCK_N, BLOCK_R, DTYPE, LORA_HI_LO, USE_INT64, PRECISION)
         if HAS_PRODUCT:
             # Rows and columns beyond C load row or column 0 and are not stored: cheaper than a mask in the main loop.
             safe_m, safe_n = tl.where(rows < M, offs_m, 0), tl.where(cols < N, offs_n, 0)
@@ -112,7 +155,7 @@ def gemm_kernel(
                     other = None if EVEN_K else 0.0
                     p = tl.load(P + safe_m[:, None] * stride_pm + offs_k[None, :] * stride_pk, mask=p_mask, other=other)
                     q = tl.load(Q + offs_k[:, None] * stride_qk + safe_n[None, :] * stride_qn, mask=q_mask, other=other)
-                acc = dot(p, q, acc, PRECISION)
+                acc = dot(p, q, acc, PRECISION, ROUNDED)
         if DESCRIPTORS:
             C.store([first_m, first_n], round_to(acc, DTYPE))
         else:
@@ -154,21 +197,23 @@ def plan_gemm(
         if config is None or not config.is_valid(target, dtype, precision, bool(described)):
             config = gemm_config(M, N, dtype, precision, target, bool(described))
     tiles = cdiv(M, config.block_m) * cdiv(N, config.block_n)
+    rounded = precision == "tf32" and bool(described) and DESCRIPTORS_ROUND
+    flatten = bool(described) and target.has_register_operands and dtype.itemsize == 2 and U.shape[1] <= 64
     options = {
         "R": U.shape[1],
         "BLOCK_M": config.block_m,
         "BLOCK_N": config.block_n,
         "BLOCK_K": config.block_k,
         # Split operands take twice the registers: 32 ranks a step spill 8 bytes at r = 128 (sm_90, Triton 3.6.0).
-        "BLOCK_R": rank_block(U.shape[1], 16 if hi_lo else config.block_r),
+        "BLOCK_R": rank_block(U.shape[1], 16 if hi_lo or flatten else config.block_r),
         "GROUP_M": config.group_m,
         "DTYPE": TRITON_DTYPES[dtype],
-        "HAS_BIAS": bias is not None,
-        "HAS_MASK": masked,
         "HAS_PRODUCT": P is not None,
         "LORA_HI_LO": hi_lo,
         "DESCRIPTORS": bool(described),
+        "ROUNDED": rounded,
         "Q_TRANSPOSED": transposed,
+        "FLATTEN": flatten,
         "EVEN_K": K % config.block_k == 0,
         "USE_INT64": needs_int64(P, Q, C, U, V, bias),
         "PRECISION": precision,
@@ -177,22 +222,23 @@ def plan_gemm(
     }
     small = (*V.stride, 0 if bias is None else bias.stride[0], packed_mask((M, N)).shape[1] if masked else 0)
     block_q = (config.block_n, config.block_k) if transposed else (config.block_k, config.block_n)
-    blocks = (config.block_m, config.block_k), block_q, (config.block_m, config.block_n)
+    blocks = [config.block_m, config.block_k], [*block_q], [config.block_m, config.block_n]
+    reading = ("zero", True) if rounded else ()  # padding and rounding
     return Plan(
         gemm_kernel,
         (min(tiles, programs or tiles),),
         (M, N, K, *strides, *small),
         options,
         (Result((M, N), dtype),),
-        tuple((list(m.shape), list(m.stride), list(block)) for m, block in zip(described, blocks, strict=False)),
+        tuple(
+            ([*m.shape], [*m.stride], block, *rest)
+            for m, block, rest in zip(described, blocks, (reading, reading, ()), strict=False)
+        ),
     )
 
 
-class _Described(TensorDescriptor):
-    """A descriptor without the checks that `TensorDescriptor` repeats at every launch, a third of its cost."""
-
-    def __post_init__(self) -> None:
-        """The plan has checked the operands: `fits_descriptor`."""
+#: Whether the loads of a descriptor can round float32 to TF32: from Triton 3.7 on, but not when it is interpreted.
+DESCRIPTORS_ROUND = hasattr(TensorDescriptor, "round_f32_to_tf32") and not knobs.runtime.interpret
 
 
 def gemm(
@@ -212,8 +258,5 @@ def gemm(
     The plan has the layouts of Q and V, so that Wᵀ and Bᵀ may be given as W and B.
     """
     C = plan.results[0].empty(U.device) if out is None else out
-    operands: tuple[Any, ...] = (P, Q, C)
-    if plan.descriptors:
-        operands = tuple(_Described(matrix, *facts) for matrix, facts in zip(operands, plan.descriptors, strict=True))
-    launch.launch(plan, *operands, bias, U, V, bits, *plan.sizes, alpha)
+    launch.launch(plan, P, Q, C, bias, U, V, bits, *plan.sizes, alpha)
     return C

@@ -16,7 +16,7 @@ from fastlora.kernels.dot import TRITON_DTYPES, dot_mixed, lora_dot, lora_hi_lo,
 from fastlora.kernels.dropout import drop, keep_masks, mask_threshold, packed_mask, store_bytes
 from fastlora.kernels.launch import Plan, Result
 from fastlora.kernels.target import Target
-from fastlora.kernels.tensor_spec import TensorSpec, fits_descriptor, in_units, needs_int64, row_unit
+from fastlora.kernels.tensor_spec import TensorSpec, fits_descriptor, in_units, load_tile, needs_int64, row_unit
 
 DX_RANKS = 32  # ranks a step of dx's LoRA term: that tile of V stays in registers
 
@@ -75,16 +75,13 @@ def grad_a_kernel(
     # A constant with one rank block: a branch or a loop in the loop over rows keeps Triton from pipelining its loads.
     rank_block = tl.program_id(2) if R > BLOCK_R else 0
     if WITH_DX and R <= BLOCK_R:
-        v_mask = (ranks[:, None] < R) & (cols[None, :] < K)
-        v_tile = tl.load(V + ranks[:, None].to(offs_k.dtype) * stride_vr + offs_k[None, :] * stride_vk, mask=v_mask, other=0.0)
+        v_tile = load_tile(V, ranks.to(offs_k.dtype), offs_k, stride_vr, stride_vk, R, K)
     acc = tl.zeros((BLOCK_K, BLOCK_R), tl.float32)
     for start in range(pid_m * steps * BLOCK_M, tl.minimum(M, (pid_m + 1) * steps * BLOCK_M), BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
         offs_m = rows.to(tl.int64) if USE_INT64 else rows
-        x_mask = (rows[:, None] < M) & (cols[None, :] < K)
-        x_tile = tl.load(x + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk, mask=x_mask, other=0.0)
-        u_mask = (rows[:, None] < M) & (ranks[None, :] < R)
-        u_tile = tl.load(U + offs_m[:, None] * R + ranks[None, :], mask=u_mask, other=0.0)
+        x_tile = load_tile(x, offs_m, offs_k, stride_xm, stride_xk, M, K)
+        u_tile = load_tile(U, offs_m, ranks, R, 1, M, R)
         if MASK != "":
             first_col = tl.program_id(0) * BLOCK_K
             m0, m1, m2, m3 = keep_masks(seed, rows, first_col, t, BLOCK_K, MASK)
@@ -104,7 +101,8 @@ def grad_a_kernel(
                 dx_tile = round_to(dx_tile, DTYPE)
                 if MASK != "":
                     dx_tile = drop(dx_tile, m0, m1, m2, m3, MASK)
-                tl.store(dx + offs_m[:, None].to(tl.int64) * K + offs_k[None, :], dx_tile, mask=x_mask)
+                inside = (rows[:, None] < M) & (cols[None, :] < K)
+                tl.store(dx + offs_m[:, None].to(tl.int64) * K + offs_k[None, :], dx_tile, mask=inside)
         acc = dot_mixed(tl.trans(x_tile), u_tile, acc, PRECISION, HI_LO)
         if WAIT_FOR_DOT:
             # This select makes Triton wait for the wgmma.  Without it the copy of a later U lands in the buffer that the wgmma

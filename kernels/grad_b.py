@@ -10,7 +10,7 @@ from fastlora.kernels.config import cdiv, split_steps, super_tile_config
 from fastlora.kernels.dot import dot_mixed, round_to
 from fastlora.kernels.launch import Plan, Result
 from fastlora.kernels.target import Target
-from fastlora.kernels.tensor_spec import TensorSpec, in_units, needs_int64, row_unit
+from fastlora.kernels.tensor_spec import TensorSpec, in_units, load_tile, needs_int64, row_unit
 
 MAX_RANK = 32  # above it the partial dS, one for each block of dy's columns, cost as much as a second pass over dy
 
@@ -56,8 +56,7 @@ def grad_b_kernel(
     for start in range(pid_m * steps * BLOCK_M, tl.minimum(M, (pid_m + 1) * steps * BLOCK_M), BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
         offs_m = rows.to(tl.int64) if USE_INT64 else rows
-        y_mask = (rows[:, None] < M) & (cols[None, :] < N)
-        y_tile = tl.load(dy + offs_m[:, None] * stride_ym + offs_n[None, :] * stride_yn, mask=y_mask, other=0.0)
+        y_tile = load_tile(dy, offs_m, offs_n, stride_ym, stride_yn, M, N)
         s_offs = offs_m[:, None] * R + ranks[None, :]
         s_mask = (rows[:, None] < M) & (ranks[None, :] < R)
         ds_tile = dot_mixed(y_tile, b_tile, tl.zeros((BLOCK_M, BLOCK_R), tl.float32), PRECISION, True)

@@ -12,7 +12,7 @@ from fastlora.kernels.dot import dot_mixed
 from fastlora.kernels.dropout import drop, keep_masks, mask_threshold
 from fastlora.kernels.launch import Plan, Result
 from fastlora.kernels.target import Target
-from fastlora.kernels.tensor_spec import TensorSpec, fits_descriptor, in_units, needs_int64, row_unit
+from fastlora.kernels.tensor_spec import TensorSpec, fits_descriptor, in_units, load_tile, needs_int64, row_unit
 
 
 @triton.jit(do_not_specialize=["M", "steps", "t"], do_not_specialize_on_alignment=["seed"])
@@ -55,17 +55,15 @@ def shrink_kernel(
     for start in range(pid_k * steps * BLOCK_K, tl.minimum(K, (pid_k + 1) * steps * BLOCK_K), BLOCK_K):
         cols = start + tl.arange(0, BLOCK_K)
         offs_k = cols.to(tl.int64) if USE_INT64 else cols
-        x_mask = (rows[:, None] < M) & (cols[None, :] < K)
-        x_tile = tl.load(x + offs_m[:, None] * stride_xm + offs_k[None, :] * stride_xk, mask=x_mask, other=0.0)
-        a_mask = (cols[:, None] < K) & (ranks[None, :] < R)
-        a_tile = tl.load(A + offs_r[None, :] * stride_ar + offs_k[:, None] * stride_ak, mask=a_mask, other=0.0)
+        x_tile = load_tile(x, offs_m, offs_k, stride_xm, stride_xk, M, K)
+        a_tile = load_tile(A, offs_k, offs_r, stride_ak, stride_ar, K, R)
         if MASK != "":
             m0, m1, m2, m3 = keep_masks(seed, rows, start, t, BLOCK_K, MASK)
             x_tile = drop(x_tile, m0, m1, m2, m3, MASK)
         acc = dot_mixed(x_tile, a_tile, acc, PRECISION, True)
         if WAIT_FOR_DOT:
-            # This select makes Triton wait for the wgmma.  Without it the next iteration overwrites the masked x in registers
-            # that the wgmma may still read (Triton issue 9433).
+            # This select makes Triton wait for the wgmma.  Without it the next iteration overwrites the masked or rounded
+            # x in registers that the wgmma may still read (Triton issue 9433).
             acc = tl.where(rows[:, None] < M, acc, 0.0)
     out_rows = (pid_k.to(tl.int64) * M + rows) * R
     out_mask = (rows[:, None] < M) & (ranks[None, :] < R)
@@ -92,7 +90,7 @@ def plan_shrink(x: TensorSpec, A: TensorSpec, mask: str, precision: str, target:
         "UNIT": row_unit(x),
         "UNIT_A": row_unit(A),
         "MASK": mask,
-        "WAIT_FOR_DOT": bool(mask) and target.has_register_operands,
+        "WAIT_FOR_DOT": (mask != "" or precision == "tf32") and target.has_register_operands,
         "USE_INT64": needs_int64(x, A),
         "PRECISION": precision,
         "num_warps": config.num_warps,

@@ -67,3 +67,10 @@ def row_unit(matrix: TensorSpec) -> int:
 def in_units(n, UNIT: tl.constexpr):
     """n, a multiple of UNIT, so that Triton knows."""
     return n // UNIT * UNIT
+
+
+@triton.jit
+def load_tile(matrix, rows, cols, stride_m, stride_n, M, N):
+    """The elements at `rows` and `cols` of a matrix (M, N), 0 outside."""
+    inside = (rows[:, None] < M) & (cols[None, :] < N)
+    return tl.load(matrix + rows[:, None] * stride_m + cols[None, :] * stride_n, mask=inside, other=0.0)

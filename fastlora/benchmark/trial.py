@@ -40,42 +40,33 @@ def draw(case: oracle.Case, device: torch.device, index: int = 0) -> oracle.Inpu
     return inputs
 
 
-class Judge:
-    """Checks providers against float64 on one set of inputs; providers that draw the same mask share the float64 results."""
+def verify(provider: Provider, case: oracle.Case, inputs: oracle.Inputs, known: dict[Any, oracle.Judge]) -> list[oracle.Row]:
+    """The oracle's verdict on y and each gradient of a provider.
 
-    def __init__(self, case: oracle.Case, inputs: oracle.Inputs) -> None:
-        self.case, self.inputs = case, inputs
-        self._expected: dict[tuple[Any, ...], list[dict[str, Any]]] = {}
+    known: keeps the judges for these inputs, which providers with the same mask share.
 
-    def verify(self, provider: Provider) -> list[oracle.Row]:
-        """The oracle's verdict on y and each gradient.
+    Raises:
+        WrongResultError: an error is over its bound; the message has the table of all errors.
+    """
 
-        Raises:
-            WrongResultError: an error is over its bound; the message has the table of all errors.
-        """
+    def function(x: Tensor, *weights: Any, scaling: float, dropout_p: float, seed: int) -> Tensor:
+        forward = provider.bind(weights, scaling, dropout_p)
+        torch.manual_seed(seed)
+        return forward(x)
 
-        def function(x: Tensor, *weights: Any, scaling: float, dropout_p: float, seed: int) -> Tensor:
-            forward = provider.bind(weights, scaling, dropout_p)
-            torch.manual_seed(seed)
-            return forward(x)
+    def mask(seed: int, rows: int, cols: int, p: float, device: torch.device) -> Tensor:
+        torch.manual_seed(seed)
+        return provider.mask(rows, cols, p, device)
 
-        def mask(seed: int, rows: int, cols: int, p: float, device: torch.device) -> Tensor:
-            torch.manual_seed(seed)
-            return provider.mask(rows, cols, p, device)
-
-        outputs, x = provider.outputs, self.inputs.x
-        key = provider.mask, provider.keep_scale, outputs
-        with torch.random.fork_rng([x.device] if x.is_cuda else []):
-            results = oracle.evaluate(function, self.case, self.inputs, outputs)
-            if key not in self._expected:
-                case = self.case if "dA" in outputs else replace(self.case, scaling=0.0, dropout_p=0.0)
-                truth, both = oracle.masked_reference(mask, provider.keep_scale), (self.inputs, self.inputs.double())
-                self._expected[key] = [oracle.evaluate(truth, case, inputs, outputs) for inputs in both]
-        eager, refs = self._expected[key]
-        rows = [oracle.judge(self.case, name, results[name], eager[name], refs[name]) for name in outputs]
-        if not all(row.passed for row in rows):
-            raise WrongResultError(f"{provider.name} is wrong on {self.case}, so it is not timed:\n{oracle.table(rows)}")
-        return rows
+    key = provider.mask, provider.keep_scale, provider.outputs
+    with torch.random.fork_rng([inputs.x.device] if inputs.x.is_cuda else []):
+        if key not in known:
+            right = case if "dA" in provider.outputs else replace(case, scaling=0.0, dropout_p=0.0)  # the frozen linear alone
+            known[key] = oracle.Judge(right, [inputs], provider.outputs, oracle.masked_reference(mask, provider.keep_scale))
+        rows = known[key].rows(function)
+    if not all(row.passed for row in rows):
+        raise WrongResultError(f"{provider.name} is wrong on {case}, so it is not timed:\n{oracle.table(rows)}")
+    return rows
 
 
 def trained(provider: Provider, inputs: oracle.Inputs) -> list[Tensor]:
@@ -83,16 +74,9 @@ def trained(provider: Provider, inputs: oracle.Inputs) -> list[Tensor]:
     return [getattr(inputs, oracle.ARGUMENT_OF[output]) for output in provider.outputs[1:]]
 
 
-def steps_of(
-    provider: Provider, case: oracle.Case, sets: Sequence[oracle.Inputs], turn: Iterator[int] | None = None
-) -> dict[str, Step]:
-    """The three passes of `provider`, each call on the next of `sets`.
-
-    turn: indices into `sets`.  Providers that are timed side by side share it, so that none finds its inputs in the cache
-    because the one before it has read them.
-    """
+def steps_of(provider: Provider, case: oracle.Case, sets: Sequence[oracle.Inputs], turn: Iterator[int]) -> dict[str, Step]:
+    """The three passes of `provider`, each call on the set of the next index in `turn`."""
     bound = [(inputs, provider.bind(inputs.weights, case.scaling, case.dropout_p)) for inputs in sets]
-    turn = turn or itertools.cycle(range(len(sets)))
 
     def forward() -> tuple[oracle.Inputs, Tensor]:
         inputs, function = bound[next(turn)]
@@ -143,13 +127,50 @@ def timed(
     return rows, seconds
 
 
-def run(
+def reraise(provider: Provider, error: Exception) -> None:
+    """No failure is accepted."""
+    raise error
+
+
+def prepare(
     rivals: Iterable[Provider],
     case: oracle.Case,
     device: torch.device,
     *,
+    failed: Callable[[Provider, Exception], None] = reraise,
     copies: int | None = None,
-    excluded: dict[str, Exception] | None = None,
+    progress: Callable[[str], None] = lambda what: None,
+) -> tuple[dict[str, dict[str, Step]], list[oracle.Inputs]]:
+    """Check every provider: the steps of those that are right, by name and pass, and the sets of inputs that these read.
+
+    Args:
+        failed: called with each provider that is wrong or fails, and its error; the provider is left out unless it raises.
+        copies: sets of inputs to take in turn; default as many as exceed the cache.
+        progress: called after each check.
+    """
+    first, right = draw(case, device), []
+    known: dict[Any, oracle.Judge] = {}
+    for provider in rivals:
+        try:
+            verify(provider, case, first, known)
+            right.append(provider)
+        except Exception as error:  # torch.compile, Triton and PEFT have no base of their errors in common
+            failed(provider, error)
+        progress(f"checked {provider.name}")
+    del known  # its float64 results would take memory from what is timed
+    copies = copies or copies_beyond_cache(first.nbytes, device)
+    sets = [first, *(draw(case, device, index) for index in range(1, copies))]
+    turn = itertools.cycle(range(copies))  # shared: none finds in the cache what the one before it has read
+    return {provider.name: steps_of(provider, case, sets, turn) for provider in right}, sets
+
+
+def run(
+    rivals: Sequence[Provider],
+    case: oracle.Case,
+    device: torch.device,
+    *,
+    failed: Callable[[Provider, Exception], None] = reraise,
+    copies: int | None = None,
     progress: Callable[[str], None] = lambda what: None,
     **options: Any,
 ) -> Timed:
@@ -157,9 +178,7 @@ def run(
 
     Args:
         rivals: among them the frozen linear and eager LoRA, to which all rows relate.
-        copies: sets of inputs to take in turn; default as many as exceed the cache.
-        excluded: collects the errors of providers that are wrong or fail, by name, and leaves these providers out.  The error
-            of the frozen linear or of eager LoRA is raised, and by default any.
+        failed, copies: see `prepare`.
         progress: called with what was just done: len(rivals) + WARMUP times, and after each timed round.
         options: repeats and limit, see `measure`.
 
@@ -167,28 +186,12 @@ def run(
         torch.OutOfMemoryError: the tensors are larger than the device's memory.
         WrongResultError: a provider's result is wrong; nothing has been timed.
     """
-    rivals = list(rivals)
     needed = compulsory_bytes(case, "forward") * (1 + 8 // case.dtype.itemsize)  # and again in float64
     if needed > (memory := total_bytes(device)):
         raise torch.OutOfMemoryError(f"{case} needs at least {needed >> 30:,} GiB; {device} has {memory >> 30:,} GiB")
     if any(provider.name in COMPILED for provider in rivals):
         torch.compiler.reset()  # what was compiled for other cases counts against the limit of recompilations
-    first = draw(case, device)
-    judge = Judge(case, first)
-    for provider in list(rivals):
-        try:
-            judge.verify(provider)
-        except Exception as error:  # torch.compile, Triton and PEFT have no base of their errors in common
-            if excluded is None or provider.name in (FROZEN, EAGER):
-                raise
-            excluded[provider.name] = error.with_traceback(None)  # its frames hold the tensors
-            rivals.remove(provider)
-        progress(f"checked {provider.name}")
-    del judge
-    copies = copies or copies_beyond_cache(first.nbytes, device)
-    sets = [first, *(draw(case, device, index) for index in range(1, copies))]
-    turn = itertools.cycle(range(copies))
-    steps = {provider.name: steps_of(provider, case, sets, turn) for provider in rivals}
+    steps, sets = prepare(rivals, case, device, failed=failed, copies=copies, progress=progress)
     by_pass = {(name, pass_): steps[name][pass_] for pass_ in PASSES for name in steps}
     parameters = [tensor for inputs in sets for tensor in inputs.weights]
     return timed(by_pass, device, {"over_frozen": FROZEN, "over_eager": EAGER}, parameters, progress=progress, **options)

@@ -7,7 +7,6 @@ timed in each of its forms. On a CPU it runs its torch backend. Write bench.csv
 and bench.png."""
 
 import argparse
-import json
 from collections.abc import Iterator, Mapping, Sequence
 from pathlib import Path
 from typing import Any
@@ -80,7 +79,7 @@ def run(args: argparse.Namespace) -> int:
     results.write_csv([{**row, **facts} for row in rows], csv)
     results.plot(rows, _conditions(facts), png)
     if args.json:
-        print(json.dumps({"facts": facts, "rows": rows, "files": [str(csv), str(png)]}, indent=2))
+        print(common.to_json({"facts": facts, "rows": rows, "files": [csv, png]}))
     else:
         _print(rows, facts, args.output)
     return 0

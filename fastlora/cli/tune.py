@@ -19,7 +19,6 @@ exit code: 0 everything is measured, 1 a result is wrong or a problem cannot be
 measured, 2 wrong arguments or no GPU to tune on, 130 interrupted."""
 
 import argparse
-import json
 import re
 from collections.abc import Sequence
 from dataclasses import asdict
@@ -79,49 +78,41 @@ def register(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Measure, store, and print the table; the exit code."""
     common.require("rich")
-    from rich.progress import Progress
-
     from fastlora import dispatch, tune  # they import Triton, which no other command needs to start
 
     dtype = common.DTYPES[args.dtype]
-    adapters = common.DTYPES[args.adapter_dtype] if args.adapter_dtype else dtype
+    adapters = common.DTYPES[args.adapter_dtype or args.dtype]
     try:
         oracle.Case((1, 1, 1), dtype=dtype, adapter_dtype=adapters)  # refuses what cannot be judged
-        rate = _rate(args.dropout)
-        shapes = shapes_of(args.model)
+        rates = sorted({p for p in args.dropout if threshold(p)})
+        if len(rates) > 1:
+            raise ValueError(f"-p takes one rate above 0, which stands for all of them, got {', '.join(map(str, rates))}")
+        dropouts = [threshold(p) > 0 for p in args.dropout]
+        problems = tune.problems_for(shapes_of(args.model), args.rows, args.rank, dropouts, dtype)
         target = tune.check_device(args.device)  # last: wrong arguments are reported without a GPU too
-        file = dispatch.store(target, {})
+        options: dict[str, Any] = {"adapter_dtype": adapters, "repeats": args.repeats, "again": args.again}
+        tuning = tune.tune(problems, args.device, dropout_p=max(rates, default=0.1), **options)
     except (ValueError, TypeError, OSError, RuntimeError) as error:
         return common.refuse("tune", str(error))
-    problems = tune.problems_for(shapes, args.rows, args.rank, {threshold(p) > 0: None for p in args.dropout}, dtype)
     outcomes: list[Tuned] = []
     _, stderr = common.consoles()
-    progress = Progress(console=stderr, transient=True, disable=not stderr.is_terminal)
-    task = progress.add_task("tuning", total=len(problems))
-
-    def finished(tuned: "Tuned") -> None:
-        outcomes.append(tuned)
-        progress.advance(task)
-
     try:
-        with progress:
-            tune.tune(
-                problems,
-                args.device,
-                adapter_dtype=adapters,
-                dropout_p=rate,
-                repeats=args.repeats,
-                again=args.again,
-                progress=lambda what: progress.update(task, description=what),
-                finished=finished,
-                remark=lambda what: stderr.print(what, style="yellow", markup=False, soft_wrap=True),
-            )
+        with common.progress(len(problems)) as step:
+            for tuned in tuning:
+                outcomes.append(tuned)
+                remarks = [f"{tuned.problem}: {choice} is left out: {reason}" for choice, reason in tuned.left_out.items()]
+                if tuned.skipped:
+                    remarks.append(f"{tuned.problem} is skipped: {tuned.skipped}")
+                for remark in remarks:
+                    stderr.print(remark, style="yellow", markup=False, soft_wrap=True)
+                step(str(tuned.problem))
     finally:  # an interruption or a lost device still shows what is stored
-        measured = [tuned for tuned in outcomes if tuned.choice is not None and not tuned.kept]
         kept = sum(tuned.kept for tuned in outcomes)
-        facts = {"device": target.name, "file": str(file), "problems": len(problems), "measured": len(measured), "kept": kept}
+        measured = sum(tuned.choice is not None for tuned in outcomes) - kept
+        facts = {"device": target.name, "file": dispatch.path_of(target), "problems": len(problems)}
+        facts |= {"measured": measured, "kept": kept}
         if args.json:
-            print(json.dumps({**facts, "rows": [_plain(tuned) for tuned in outcomes]}, indent=2))
+            print(common.to_json({**facts, "rows": [_row(tuned) for tuned in outcomes]}))
         else:
             _print(outcomes, facts, args.repeats)
     return 1 if any(tuned.wrong or tuned.choice is None for tuned in outcomes) else 0
@@ -143,34 +134,21 @@ def shapes_of(model: str) -> list[tuple[int, int]]:
     from fastlora.injection.matching import ALL_LINEAR, match_targets
 
     config = transformers.AutoConfig.from_pretrained(model)
-    kinds = transformers.AutoModelForCausalLM, transformers.AutoModel
-    kind = kinds[0] if type(config) in transformers.MODEL_FOR_CAUSAL_LM_MAPPING else kinds[1]
     with torch.device("meta"):
-        network = kind.from_config(config)
-    shapes = []
-    for linear in match_targets(network, ALL_LINEAR).values():
-        out_features, in_features = linear.get_parameter("weight").shape[:: -1 if is_conv1d(linear) else 1]
-        shapes.append((in_features, out_features))
-    return list(dict.fromkeys(shapes))
-
-
-def _rate(dropouts: Sequence[float]) -> float:
-    """The one rate above 0."""
-    rates = {p for p in dropouts if threshold(p)}
-    if len(rates) > 1:
-        raise ValueError(f"-p takes one rate above 0, which stands for all of them, got {', '.join(map(str, sorted(rates)))}")
-    return max(rates, default=0.1)
+        network = transformers.AutoModel.from_config(config)
+    linears = match_targets(network, ALL_LINEAR).values()
+    shapes = [linear.get_parameter("weight").shape[:: 1 if is_conv1d(linear) else -1] for linear in linears]
+    return list(dict.fromkeys((k, n) for k, n in shapes))
 
 
 def _print(outcomes: "Sequence[Tuned]", facts: dict[str, Any], repeats: int) -> None:
     """The table, and a summary below it."""
     stdout, _ = common.consoles()
-    sides = {"M": "right", "r": "right", "ms": "right", "speed-up": "right"}
-    headings = ("pass", "in x out", "M", "r", "dropout", "default", "chosen", "ms", "speed-up")
     caption = (
         f"{facts['device']}, torch {torch.__version__}, median of {repeats} rounds; speed-up over the default (p20 to p80)"
     )
-    columns = {heading: sides.get(heading, "left") for heading in headings}
+    headings = ("pass", "in x out", "M", "r", "dropout", "default", "chosen", "ms", "speed-up")
+    columns = {heading: "right" if heading in ("M", "r", "ms", "speed-up") else "left" for heading in headings}
     if outcomes:
         stdout.print(common.table("the fastest form of each step", columns, map(_cells, outcomes), caption))
     if facts["kept"]:
@@ -192,15 +170,10 @@ def _cells(tuned: "Tuned") -> list[str]:
     return [*facts, choice, time, gain]
 
 
-def _plain(tuned: "Tuned") -> dict[str, Any]:
+def _row(tuned: "Tuned") -> dict[str, Any]:
     """A problem's outcome in JSON's types."""
     fields = asdict(tuned)
-    return (
-        fields.pop("problem")
-        | fields
-        | {
-            "dtype": str(tuned.problem.dtype).removeprefix("torch."),
-            "speedup": tuned.speedup and tuned.speedup._asdict(),
-            "seconds": {choice: times._asdict() for choice, times in tuned.seconds.items()},
-        }
-    )
+    fields["dtype"] = str(tuned.problem.dtype).removeprefix("torch.")
+    fields["seconds"] = {choice: times._asdict() for choice, times in tuned.seconds.items()}
+    fields["speedup"] = tuned.speedup and tuned.speedup._asdict()
+    return fields.pop("problem") | fields

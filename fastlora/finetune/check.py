@@ -19,6 +19,7 @@ from typing import Any
 
 import torch
 from torch import Tensor, nn
+from torch.func import functional_call
 
 from fastlora import oracle
 from fastlora.dropout import draw_seed
@@ -54,8 +55,8 @@ def disturb(model: nn.Module, verdicts: dict[str, list[oracle.Row]], seed: int) 
         y, dx, dA, dB = (partial(_add_noise, row.bound, generator) for row in rows)
         layer.lora_A.register_hook(dA)
         layer.lora_B.register_hook(dB)
-        layer.register_forward_pre_hook(partial(_hook_dx, dx))
-        layer.register_forward_hook(lambda layer, args, result, add_noise=y: add_noise(result))
+        layer.register_full_backward_hook(partial(_hook_dx, dx))
+        layer.register_forward_hook(lambda layer, args, result, noisy=y: noisy(result))
 
 
 def distance(curve: list[float], other: list[float]) -> float:
@@ -69,18 +70,16 @@ def curve_bound(control: list[float], eager: list[float], dtype: torch.dtype) ->
 
 
 def _judge(layer: Any, x: Tensor, dy: Tensor, seed: int) -> list[oracle.Row]:
-    x, A, B, bias, p = x.requires_grad_(), layer.lora_A, layer.lora_B, layer.bias, layer.lora_dropout
+    def function(x: Tensor, weight: Tensor, lora_A: Tensor, lora_B: Tensor, bias: Tensor | None, **_: float) -> Tensor:
+        torch.manual_seed(seed)
+        return functional_call(layer, {"lora_A": lora_A, "lora_B": lora_B}, (x,))
+
     torch.manual_seed(seed)
     mask_seed = int(draw_seed(x.device))
-    torch.manual_seed(seed)
-    y = layer(x)
-    result = y.detach(), *torch.autograd.grad(y, (x, A, B), dy, allow_unused=True)
-    shape = (x[..., 0].numel(), layer.in_features, layer.out_features)
-    case = oracle.Case(shape, layer.r, x.dtype, A.dtype, bias=bias is not None, dropout_p=p, scaling=layer.scaling)
-    inputs = oracle.Inputs(x, layer._W(), A, B, bias, dy, mask_seed)
-    both = inputs.double(), inputs
-    truth, eager = (dict[str, Any](oracle.evaluate(oracle.masked_reference(), case, each, OUTPUTS)) for each in both)
-    return [oracle.judge(case, name, r, eager[name], truth[name]) for name, r in zip(OUTPUTS, result, strict=True)]
+    inputs = oracle.Inputs(x, layer._W(), layer.lora_A, layer.lora_B, layer.bias, dy, mask_seed)
+    shape, dtypes = (x[..., 0].numel(), layer.in_features, layer.out_features), (x.dtype, layer.lora_A.dtype)
+    case = oracle.Case(shape, layer.r, *dtypes, layer.bias is not None, dropout_p=layer.lora_dropout, scaling=layer.scaling)
+    return oracle.Judge(case, [inputs], OUTPUTS, oracle.masked_reference()).rows(function)
 
 
 def _add_noise(size: float, generator: torch.Generator, t: Tensor) -> Tensor:
@@ -90,8 +89,6 @@ def _add_noise(size: float, generator: torch.Generator, t: Tensor) -> Tensor:
     return t + noise.to(t.dtype)
 
 
-def _hook_dx(change: partial[Tensor], layer: nn.Module, args: tuple[Tensor]) -> tuple[Tensor]:
-    x = args[0].view_as(args[0])  # a tensor of its own, so that the hook sees the gradient of this layer only
-    if x.requires_grad:
-        x.register_hook(change)
-    return (x,)
+def _hook_dx(noisy: partial[Tensor], layer: nn.Module, grads: tuple[Tensor | None], _: tuple[Tensor]) -> tuple[Tensor | None]:
+    (dx,) = grads
+    return (None if dx is None else noisy(dx),)  # x may require no gradient

@@ -75,7 +75,7 @@ def inject(
 
     Raises:
         ValueError: nothing matches (the message lists near names) or all is excluded, a module to save does not exist or
-            holds a target, an option is out of range, or `model` is a DistributedDataParallel is sharded, or holds LoRA
+            holds a target, an option is out of range, or `model` is sharded, or holds a DistributedDataParallel, LoRA
             linears or PEFT's layers already.
         ImportError: quantize without bitsandbytes.
         TypeError: an option has another type, a target is not of a supported type or has a weight that FusedLoraLinear cannot

@@ -22,18 +22,17 @@ def weight_of(base_layer: nn.Module) -> Tensor | QuantizedWeight | str:
     """
     kind = type(base_layer)
     name = f"{kind.__module__}.{kind.__name__}"
-    plain = kind is nn.Linear or kind is Conv1D or name in _LIKE_LINEAR
-    packed = not plain and quantized.is_quantized(base_layer)
-    if not plain and not packed:
-        return f"its base layer is a {name}"
+    linear = kind is nn.Linear or kind is Conv1D or name in _LIKE_LINEAR
+    weight = cast(Tensor | None, getattr(base_layer, "weight", None)) if linear else None
+    packed = None
+    if type(weight) not in PLAIN_TENSORS and (packed := quantized.read(base_layer)) is None:
+        return f"its base weight is a {type(weight).__name__}" if linear else f"its base layer is a {name}"
     if is_altered(base_layer):
         return "its base layer has hooks, or a forward of its own"
-    weight, bias = cast(Tensor, base_layer.weight), base_layer.bias
-    if type(weight) not in PLAIN_TENSORS and not packed:
-        return f"its base weight is a {type(weight).__name__}"
+    bias = base_layer.bias
     if bias is not None and type(bias) not in PLAIN_TENSORS:
         return f"its base bias is a {type(bias).__name__}"
-    if packed:
-        reason = quantized.unsupported_reason(base_layer)
-        return f"its base layer {reason}" if reason else quantized.weight_of(base_layer)
+    if packed is not None:
+        return f"its base layer {packed}" if isinstance(packed, str) else packed
+    assert weight is not None
     return weight.t() if kind is Conv1D else weight

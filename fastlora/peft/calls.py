@@ -4,8 +4,8 @@ A call is fused if exactly one active adapter has weights in the layer, and
 
     the layer     is neither merged nor disabled, and casts its input as PEFT does by default
     the adapter   is no variant (DoRA, aLoRA, ...); A and B are linears without bias, its dropout is nn.Dropout or nn.Identity
-    the base      is an nn.Linear or Conv1D that does nothing else, with a frozen weight; or a 4-bit or 8-bit linear of
-                  bitsandbytes with dtypes that `fastlora.quantized.unsupported_input` accepts
+    the base      is an nn.Linear or Conv1D that does nothing else, with a frozen weight; or a quantised layer that
+                  `fastlora.quantized` reads, with dtypes that its `unsupported_input` accepts
     the call      passes x alone, a dense tensor; is not decoding on a GPU (few rows, no gradient), where PEFT's launches cost
                   less; is not traced by torch.jit, and not differentiated by torch.func or in forward mode
     the dtypes    x, W and bias share one; A and B share that one, or are float32 and it is 16-bit. Autocast applies first.

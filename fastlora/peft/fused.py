@@ -3,7 +3,10 @@
 from typing import Any
 
 import torch
+from peft.tuners.lora.awq import AwqLoraLinear
+from peft.tuners.lora.gptq import GPTQLoraLinear
 from peft.tuners.lora.layer import Linear
+from peft.tuners.lora.torchao import TorchaoLoraLinear
 from torch import Tensor, nn
 
 from fastlora.functional import lora_linear
@@ -32,6 +35,27 @@ class Fused(nn.Module):
 
 class FusedLinear(Fused, Linear):
     """`peft.tuners.lora.layer.Linear`, fused."""
+
+
+class FusedTorchaoLinear(Fused, TorchaoLoraLinear):
+    """`peft.tuners.lora.torchao.TorchaoLoraLinear`, fused."""
+
+
+class FusedGPTQLinear(Fused, GPTQLoraLinear):
+    """`peft.tuners.lora.gptq.GPTQLoraLinear`, fused."""
+
+
+class FusedAwqLinear(Fused, AwqLoraLinear):
+    """`peft.tuners.lora.awq.AwqLoraLinear`, fused."""
+
+
+#: The accelerated class of each class of PEFT that needs no optional library; `fastlora.peft.bnb` and `.hqq` have the others.
+FUSED: dict[type[nn.Module], type[Fused]] = {
+    Linear: FusedLinear,
+    TorchaoLoraLinear: FusedTorchaoLinear,
+    GPTQLoraLinear: FusedGPTQLinear,
+    AwqLoraLinear: FusedAwqLinear,
+}
 
 
 @torch.compiler.assume_constant_result  # torch.compile runs it while tracing: no graph break, and no guard on the counters

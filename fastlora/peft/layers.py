@@ -1,19 +1,22 @@
 """PEFT's LoRA layers in a model: find them, make them accelerated layers and PEFT's again, and describe them."""
 
-import sys
 from collections.abc import Mapping
+from importlib import import_module
 from typing import Any
 
-from peft.tuners.lora.layer import Linear, LoraLayer, ParamWrapper
+from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import nn
 
 from fastlora.functional import available_backends
 from fastlora.peft import experts
 from fastlora.peft.base import weight_of
 from fastlora.peft.calls import operands
-from fastlora.peft.fused import Fused, FusedLinear
+from fastlora.peft.fused import FUSED, Fused
 from fastlora.peft.report import Report, Tally
 from fastlora.validation import check_model
+
+#: PEFT's modules whose layers exist with an optional library only, and the modules of their accelerated forms.
+OPTIONAL = {"peft.tuners.lora.bnb": "fastlora.peft.bnb", "peft.tuners.lora.hqq": "fastlora.peft.hqq"}
 
 
 def find(model: nn.Module) -> dict[str, Any]:
@@ -62,7 +65,8 @@ def describe(layers: Mapping[str, Any], already: tuple[str, ...] = ()) -> Report
         else:
             taken.append(name)
     linears = [layer for layer in layers.values() if is_fused(layer) and not isinstance(layer, ParamWrapper)]
-    devices = {layer.base_layer.weight.device for layer in linears}
+    weights = [weight_of(layer.base_layer) for layer in linears]
+    devices = {weight.device for weight in weights if not isinstance(weight, str)}
     backends = sorted({(device.type, available_backends(device)[0]) for device in devices})
     return Report(tuple(taken), tuple(waiting), tuple(left), already, tuple(backends))
 
@@ -81,12 +85,7 @@ def restore(layer: Any) -> None:
 
 def _fused_class(layer: nn.Module) -> type[Fused] | None:
     """The accelerated class for a layer of PEFT, if there is one."""
-    if type(layer) is Linear:
-        return FusedLinear
-    if type(layer) is ParamWrapper:
-        return experts.ParamWrapper
-    if "peft.tuners.lora.bnb" in sys.modules:
-        from fastlora.peft import bnb  # imports bitsandbytes, which is optional
-
-        return bnb.FUSED.get(type(layer))
-    return None
+    fused = FUSED | {ParamWrapper: experts.ParamWrapper}
+    if type(layer).__module__ in OPTIONAL:
+        fused = import_module(OPTIONAL[type(layer).__module__]).FUSED
+    return fused.get(type(layer))

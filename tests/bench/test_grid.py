@@ -5,7 +5,7 @@ import itertools
 import pytest
 import torch
 
-from benches import grid, report
+from benches import grid
 from benches.shapes import MODELS
 
 CPU = torch.device("cpu")
@@ -38,11 +38,6 @@ def square(name):
     """(M, r, p, dtype of the adapters) of each case of the centre's linear."""
     cases = [size.case for size in grid.sizes(name, torch.device("cuda")) if size.case.shape[1:] == (4096, 4096)]
     return {(case.shape[0], case.rank, case.dropout_p, case.adapters) for case in cases}
-
-
-def test_quick_changes_one_thing_at_a_time_and_fits_into_the_short_table():
-    assert {(rows, 16, 0.1, torch.bfloat16) for rows in (1, 128)} <= square("quick")
-    assert len(grid.sizes("quick", torch.device("cuda"))) <= 1 + report.LISTED
 
 
 @pytest.mark.parametrize("name", ["full", "everything"])

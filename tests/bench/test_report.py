@@ -79,12 +79,5 @@ def test_the_page_says_what_a_cut_run_did_not_reach(toy_run, tmp_path):
     assert "The time budget ended after 2 sizes; 3 were not reached" in report.text(report.load(tmp_path))
 
 
-def test_the_page_says_what_the_grid_is():
-    text = report.text({}).replace("\n", " ")
-    assert "does not have every combination; `--grid everything` does" in text
-    assert f"every M from {min(grid.ROWS)} on" in text
-    assert "M = {}, {} and {}.".format(*grid.FEW_ROWS) in text
-
-
 def test_the_committed_page_shows_the_committed_results(capsys):
     assert report.main(["--check"]) == 0, capsys.readouterr().err

@@ -5,7 +5,6 @@ import math
 import subprocess
 import sys
 from pathlib import Path
-from typing import Any
 
 import pytest
 
@@ -17,23 +16,17 @@ from fastlora.cli import common, parity
     ("arguments", "message"),
     [
         ("bench -M 0", "must be an integer >= 1, got '0'"),
-        ("bench --repeats -3", "must be an integer >= 1, got '-3'"),
         ("bench --rank 1.5", "must be an integer >= 1, got '1.5'"),
-        ("bench --dropout 1.5", "must be a number in [0, 1], got '1.5'"),
         ("bench --dropout nan", "must be a number in [0, 1], got 'nan'"),
-        ("bench --dropout much", "must be a number in [0, 1], got 'much'"),
         ("bench --dtype int8", "invalid choice: 'int8'"),
-        ("parity --cases many", "must be an integer >= 1, got 'many'"),
         ("parity --seed x", "invalid int value: 'x'"),
-        ("parity --dtype float8", "invalid choice: 'float8'"),
         ("parity --backend cuda", "invalid choice: 'cuda'"),
         ("parity --device tpu", "must be cpu, cuda or cuda:N, got 'tpu'"),
         ("parity --device cuda:", "must be cpu, cuda or cuda:N, got 'cuda:'"),
-        ("parity --device cuda:99", "'cuda:99' is not there: torch sees"),
         ("parity --device cuda:1000000", "'cuda:1000000' is not there: torch sees"),
     ],
 )
-def test_wrong_usage(arguments: str, message: str, capsys: pytest.CaptureFixture[str]) -> None:
+def test_wrong_usage(arguments, message, capsys):
     with pytest.raises(SystemExit) as exit_:
         cli.main(arguments.split())
     assert exit_.value.code == 2
@@ -41,7 +34,7 @@ def test_wrong_usage(arguments: str, message: str, capsys: pytest.CaptureFixture
 
 
 @pytest.mark.parametrize(("command", "module"), [("bench", "rich"), ("parity", "rich"), ("finetune", "transformers")])
-def test_a_missing_module_is_named(command: str, module: str, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_a_missing_module_is_named(command, module, monkeypatch):
     monkeypatch.setitem(sys.modules, module, None)
     with pytest.raises(SystemExit, match=rf"{module} is not installed: pip install {module}$"):
         cli.main([command])
@@ -50,7 +43,7 @@ def test_a_missing_module_is_named(command: str, module: str, monkeypatch: pytes
 @pytest.mark.parametrize(
     ("value", "text"), [(0, "0"), (0.012345, "0.0123"), (41.19, "41.2"), (521.4, "521"), (4520.4, "4520"), (1.5e6, "1500000")]
 )
-def test_three_digits_without_an_exponent(value: float, text: str) -> None:
+def test_three_digits_without_an_exponent(value, text):
     assert common.three_digits(value) == text
 
 
@@ -58,9 +51,7 @@ def test_three_digits_without_an_exponent(value: float, text: str) -> None:
     ("seconds", "silent", "lines"),
     [(-1.0, False, ["1 of 2: [first]", "2 of 2: second"]), (1000.0, False, []), (-1.0, True, [])],
 )
-def test_where_stderr_is_no_terminal_progress_is_an_occasional_line(
-    seconds: float, silent: bool, lines: list[str], monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_where_stderr_is_no_terminal_progress_is_an_occasional_line(seconds, silent, lines, monkeypatch, capsys):
     monkeypatch.setattr(common, "SECONDS_BETWEEN_LINES", seconds)
     with common.progress(2, silent=silent) as step:
         step("[first]")
@@ -71,9 +62,7 @@ def test_where_stderr_is_no_terminal_progress_is_an_occasional_line(
 
 
 @pytest.mark.parametrize("silent", [False, True])
-def test_in_a_terminal_progress_is_a_bar(
-    silent: bool, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_in_a_terminal_progress_is_a_bar(silent, monkeypatch, capsys):
     monkeypatch.setenv("FORCE_COLOR", "1")  # rich then takes the pipe for a terminal
     monkeypatch.setenv("COLUMNS", "60")
     with common.progress(2, silent=silent) as step:
@@ -85,8 +74,8 @@ def test_in_a_terminal_progress_is_a_bar(
     assert not captured.out
 
 
-def test_an_interrupt_exits_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
-    def interrupt(*args: Any) -> None:
+def test_an_interrupt_exits_with_130(monkeypatch):
+    def interrupt(*args):
         raise KeyboardInterrupt
 
     with monkeypatch.context() as patch:
@@ -97,12 +86,12 @@ def test_an_interrupt_exits_with_130(monkeypatch: pytest.MonkeyPatch) -> None:
 
 
 @pytest.mark.parametrize(("option", "words"), [("--version", ["fastlora "]), ("--help", cli.COMMANDS)])
-def test_the_package_is_the_command(option: str, words: list[str]) -> None:
+def test_the_package_is_the_command(option, words):
     done = subprocess.run([sys.executable, "-m", "fastlora", option], capture_output=True, text=True, check=True)
     assert all(word in done.stdout for word in words)
 
 
-def test_json_has_null_for_what_is_not_finite() -> None:
+def test_json_has_null_for_what_is_not_finite():
     assert json.loads(common.to_json({"a": math.nan, "b": [math.inf, 1.5], "c": Path("d")})) == {
         "a": None,
         "b": [None, 1.5],

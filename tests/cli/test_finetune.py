@@ -2,13 +2,12 @@
 
 import json
 import shutil
-from collections.abc import Callable, Iterator
-from pathlib import Path
+from collections.abc import Callable
 from typing import Any
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastlora import dropout_mask, modules, reference
 from fastlora.cli import main
@@ -27,7 +26,7 @@ Again = Callable[..., tuple[int, dict[str, Any]]]
 
 
 @pytest.fixture(scope="module")
-def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
+def text(tmp_path_factory):
     """A few thousand characters of Python's own prose: enough to adapt to, quick to evaluate on."""
     from pydoc_data.topics import topics
 
@@ -37,7 +36,7 @@ def text(tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 
 @pytest.fixture(scope="module")
-def finished(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Iterator[Path]:
+def finished(tmp_path_factory, text):
     """The output of one whole small run.  The command sets torch's threads for its process, which the tests share."""
     threads, output = torch.get_num_threads(), tmp_path_factory.mktemp("run") / "output"
     training = ["--pretrain-steps", "200", "--pretrain-lr", "4e-3", "--steps", "40"]
@@ -47,10 +46,10 @@ def finished(tmp_path_factory: pytest.TempPathFactory, text: Path) -> Iterator[P
 
 
 @pytest.fixture
-def again(finished: Path, text: Path, tmp_path: Path) -> Again:
+def again(finished, text, tmp_path):
     """Another run on the base model of `finished`: exit code and report."""
 
-    def run(*options: str) -> tuple[int, dict[str, Any]]:
+    def run(*options):
         arguments = ["--model", str(finished / "base"), "--text", str(text), *SMALL, "--output", str(tmp_path), "--steps", "40"]
         code = main(["finetune", *arguments, *options])
         return code, json.loads((tmp_path / "report.json").read_text())
@@ -58,7 +57,7 @@ def again(finished: Path, text: Path, tmp_path: Path) -> Again:
     return run
 
 
-def test_whole_run(finished: Path) -> None:
+def test_whole_run(finished):
     assert {path.name for path in finished.iterdir()} == {"adapter", "base", "loss.png", "report.json"}
     assert (finished / "loss.png").read_bytes().startswith(b"\x89PNG")
     report = json.loads((finished / "report.json").read_text())
@@ -78,7 +77,7 @@ def test_whole_run(finished: Path) -> None:
     assert {"cores", "threads", "backend", "torch", "device"} <= set(report["environment"])
 
 
-def test_peft_reproduces_the_reported_loss(finished: Path, text: Path) -> None:
+def test_peft_reproduces_the_reported_loss(finished, text):
     """Base and adapter, as written, are the model that was measured."""
     report = json.loads((finished / "report.json").read_text())
     base = transformers.AutoModelForCausalLM.from_pretrained(finished / "base")
@@ -86,7 +85,7 @@ def test_peft_reproduces_the_reported_loss(finished: Path, text: Path) -> None:
     held_out = data.tokenize_corpus(data.load_corpus([text]), str.encode, 32)["held_out"]
 
     @torch.no_grad()
-    def loss(model: nn.Module) -> float:
+    def loss(model):
         return float(model(input_ids=held_out, labels=held_out).loss)
 
     before, after = loss(base), loss(peft.PeftModel.from_pretrained(base, finished / "adapter"))
@@ -95,14 +94,14 @@ def test_peft_reproduces_the_reported_loss(finished: Path, text: Path) -> None:
     assert before - after > 1e-3 * before
 
 
-def test_equal_settings_give_equal_runs(again: Again) -> None:
+def test_equal_settings_give_equal_runs(again):
     first, second, other = (again("--no-check", "--steps", "5", "--seed", seed)[1]["outcomes"] for seed in "001")
     assert [o["losses"] for o in first.values()] == [o["losses"] for o in second.values()]
     assert other["fused"]["losses"] != first["fused"]["losses"]
 
 
 @pytest.mark.parametrize("targets", [["q_proj", "v_proj"], [r".*\.(q|v)_proj"]])
-def test_bfloat16_with_float32_adapters(again: Again, targets: list[str]) -> None:
+def test_bfloat16_with_float32_adapters(again, targets):
     code, report = again("--dtype", "bfloat16", "--target-modules", *targets)
     assert code == 0
     assert report["trainable"] == 2 * 2 * 32 * 4
@@ -110,7 +109,7 @@ def test_bfloat16_with_float32_adapters(again: Again, targets: list[str]) -> Non
     assert bounds["dA"] < 1e-3 < bounds["y"]  # float32 quality where the adapters are float32
 
 
-def test_kernels_under_the_interpreter(again: Again, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_kernels_under_the_interpreter(again, monkeypatch):
     backends = set()
     lora_linear = modules.lora_linear
     monkeypatch.setattr(modules, "lora_linear", lambda *a, **k: backends.add(k["backend"]) or lora_linear(*a, **k))
@@ -119,11 +118,11 @@ def test_kernels_under_the_interpreter(again: Again, monkeypatch: pytest.MonkeyP
     assert report["curve_distance"] <= 2e-6 * max(report["outcomes"]["eager"]["losses"])
 
 
-def changed_layer(change: Callable[..., dict[str, Any]]) -> type[FusedLoraLinear]:
+def changed_layer(change):
     """A layer that, in training, computes the reference with the arguments that `change` makes of the right ones."""
 
     class ChangedLayer(FusedLoraLinear):
-        def forward(self, x: Tensor) -> Tensor:
+        def forward(self, x):
             if not self.training:
                 return super().forward(x)
             right = {name: getattr(self, name) for name in ("weight", "lora_A", "lora_B", "bias", "scaling")}
@@ -134,7 +133,7 @@ def changed_layer(change: Callable[..., dict[str, Any]]) -> type[FusedLoraLinear
     return ChangedLayer
 
 
-def with_gradient_scaled(tensor: Tensor, factor: float) -> Tensor:
+def with_gradient_scaled(tensor, factor):
     return tensor * factor + (tensor * (1 - factor)).detach()
 
 
@@ -149,9 +148,7 @@ def with_gradient_scaled(tensor: Tensor, factor: float) -> Tensor:
         pytest.param(lambda lora_A, **_: {"lora_A": with_gradient_scaled(lora_A, 0.9)}, False, True, id="dA without its scale"),
     ],
 )
-def test_a_wrong_layer_fails(
-    again: Again, monkeypatch: pytest.MonkeyPatch, change: Callable[..., dict[str, Any]], layers_pass: bool, curves_pass: bool
-) -> None:
+def test_a_wrong_layer_fails(again, monkeypatch, change, layers_pass, curves_pass):
     monkeypatch.setattr(train, "FusedLoraLinear", changed_layer(change))
     code, report = again()
     assert code == int(not layers_pass)
@@ -159,14 +156,14 @@ def test_a_wrong_layer_fails(
     assert (report["largest_difference"] == 0.0) is layers_pass
 
 
-def test_layers_that_no_loss_reaches_are_reported(again: Again, monkeypatch: pytest.MonkeyPatch) -> None:
+def test_layers_that_no_loss_reaches_are_reported(again, monkeypatch):
     load_base = train.load_base
 
-    def add_branches(model: Any, args: Any, output: Any) -> None:
+    def add_branches(model, args, output):
         model.unread(torch.ones(8))
         output.logits = output.logits + model.model.layers[0].self_attn.q_proj(torch.ones(32)).sum()  # a second call
 
-    def with_unused_branches(*args: Any) -> Any:
+    def with_unused_branches(*args):
         base, tokenize = load_base(*args)
         base.uncalled, base.unread = nn.Linear(8, 8), nn.Linear(8, 8)
         base.register_forward_hook(add_branches)
@@ -186,9 +183,7 @@ def test_layers_that_no_loss_reaches_are_reported(again: Again, monkeypatch: pyt
         ("--lr 1e30 --steps 5", [False, False, False], "FAILED  curves"),
     ],
 )
-def test_not_learning_fails_and_is_still_reported(
-    options: str, verdicts: list[bool | None], shown: str, again: Again, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_not_learning_fails_and_is_still_reported(options, verdicts, shown, again, capsys):
     code, report = again(*options.split())
     assert (code, report["passed"]) == (1, False)
     assert [verdict["passed"] for verdict in report["verdicts"]] == verdicts
@@ -198,14 +193,14 @@ def test_not_learning_fails_and_is_still_reported(
     assert shown in out
 
 
-def test_json_is_all_there_is(again: Again, capfd: pytest.CaptureFixture[str]) -> None:
+def test_json_is_all_there_is(again, capfd):
     _, report = again("--json", "--no-check", "--steps", "2")
     out, err = capfd.readouterr()
     assert json.loads(out) == report
     assert err == ""
 
 
-def test_the_models_own_tokenizer_is_used(again: Again, finished: Path, tmp_path: Path) -> None:
+def test_the_models_own_tokenizer_is_used(again, finished, tmp_path):
     from tokenizers import Tokenizer, models, pre_tokenizers
 
     words = Tokenizer(models.WordLevel({"?": 0, "the": 1}, unk_token="?"))

@@ -4,7 +4,7 @@ from pathlib import Path
 
 import pytest
 import torch
-from torch import Tensor, nn
+from torch import nn
 
 from fastlora import oracle
 from fastlora.cli import main
@@ -43,9 +43,7 @@ WRONG = {
 
 
 @pytest.mark.parametrize(("options", "message"), [(each, message) for message, all_ in WRONG.items() for each in all_])
-def test_wrong_arguments(
-    options: str, message: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
-) -> None:
+def test_wrong_arguments(options, message, tmp_path, monkeypatch, capsys):
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(train, "run", lambda *_: pytest.fail("training was started"))
     monkeypatch.setattr("fastlora.cli.finetune.available_backends", lambda device: ("torch",))
@@ -63,11 +61,11 @@ def test_wrong_arguments(
     assert sorted(tmp_path.rglob("*")) == before
 
 
-def paragraphs(text: str) -> set[str]:
+def paragraphs(text):
     return {" ".join(paragraph.split()) for paragraph in text.split("\n\n")}
 
 
-def test_nothing_held_out_is_trained_on(tmp_path: Path) -> None:
+def test_nothing_held_out_is_trained_on(tmp_path):
     for name, period in (("a.md", 90), ("b.txt", 80)):
         (tmp_path / name).write_text("\n\n".join(f"Paragraph {i % period} of a text, {i % 7}." for i in range(900)))
     (tmp_path / "c.bin").write_bytes(b"\xff")
@@ -77,13 +75,13 @@ def test_nothing_held_out_is_trained_on(tmp_path: Path) -> None:
         assert len(corpus["pretrain"]) > 100_000
 
 
-def test_control_noise_has_the_size_asked_for() -> None:
+def test_control_noise_has_the_size_asked_for():
     layer = EagerLoraLinear(64, 48, r=4)
     generator = torch.Generator().manual_seed(0)
     layer.lora_B.data.normal_(generator=generator)
     x = torch.randn(128, 64, generator=generator, requires_grad=True)
 
-    def results() -> list[Tensor]:
+    def results():
         y = layer(x)
         return [y.detach(), *torch.autograd.grad(y, (x, layer.lora_A, layer.lora_B), torch.ones_like(y))]
 

@@ -10,7 +10,7 @@ import torch
 from tuned import GPU, LARGE, NAMED, TILE, TILED, problems, watch
 
 from fastlora import dispatch, lora_linear, oracle
-from fastlora.dispatch import ASSUMED_SLOWDOWN, BALANCE, Problem, candidates, choose, default_choice, store
+from fastlora.dispatch import EXPECTED, Problem, candidates, choose, default_choice, expected, store
 from fastlora.kernels.config import valid_tiles
 from fastlora.kernels.gemm import gemm_kernel
 from fastlora.kernels.target import INTERPRETER, Target
@@ -20,29 +20,45 @@ pytestmark = pytest.mark.usefixtures("empty_cache")
 
 
 def test_the_default_reads_what_the_page_says():
-    """docs/forms.md: of the GPU its multiprocessors, of the problem everything."""
-    edge = replace(LARGE, rows=4096, in_features=1024, r=16)
+    """docs/forms.md: of the GPU its multiprocessors and capability, of the problem everything."""
+    edge = replace(LARGE, rows=4096)
     few = replace(edge, rows=DECODE_ROWS, dropout=False)
-    another = Target(100, GPU.sms, 99 * 1024, "Another GPU")
-    for problem in (edge, LARGE, few, replace(edge, direction="backward"), replace(edge, dtype=torch.float32)):
+    another = Target(90, GPU.sms, 99 * 1024, "Another GPU")
+    for problem in (edge, few, replace(edge, direction="backward"), replace(edge, dtype=torch.float32)):
         assert default_choice(problem, GPU) == default_choice(problem, another)
     assert default_choice(edge, GPU) == default_choice(replace(edge, dtype=torch.float16), GPU) == "fused"
-    changes = [{"direction": "backward"}, {"dtype": torch.float32}, {"rows": 1024}, {"r": 100}]
-    for change in (*changes, {"in_features": 4096}, {"out_features": 128}):
+    assert default_choice(replace(edge, direction="backward", out_features=14336), GPU) == "addmm"
+    changes = [{"dtype": torch.float32}, {"rows": 1024}, {"r": 100}]
+    for change in (*changes, {"in_features": 14336}, {"out_features": 128}):
         assert default_choice(replace(edge, **change), GPU) == "addmm", change
-    assert default_choice(edge, replace(GPU, sms=10_000)) == "addmm"
+    for gpu in (replace(GPU, sms=10_000), replace(GPU, capability=80), replace(GPU, capability=100)):
+        assert default_choice(edge, gpu) == "addmm"
     assert default_choice(few, GPU) == "torch"
     for change in ({"rows": 2 * DECODE_ROWS}, {"dropout": True}, {"direction": "backward"}):
         assert default_choice(replace(few, **change), GPU) == "addmm", change
 
 
-def test_the_figures_of_the_page():
-    page = " ".join((Path(__file__).parents[2] / "docs/forms.md").read_text().split())
-    length = int((BALANCE - 16) / ASSUMED_SLOWDOWN)
-    problem = replace(LARGE, in_features=length)
-    assert default_choice(problem, GPU) == "fused" != default_choice(replace(problem, in_features=length + 1), GPU)
-    for words in (f"({BALANCE} − r) / L", f"At r = 16 that gives `fused` up to L = {length}", f"at most {DECODE_ROWS} rows"):
-        assert words in page, words
+@pytest.mark.parametrize(("capability", "row"), [(80, "8.x"), (90, "9.0"), (100, "10.0 and later")])
+def test_the_figures_of_the_page(capability, row):
+    page = (Path(__file__).parents[2] / "docs/forms.md").read_text()
+    (cells,) = (line.split(" | ") for line in page.splitlines() if line.startswith(f"| {row} |"))
+    balance, slowdown = EXPECTED[capability].balance, EXPECTED[capability].slowdown
+    longest = int((balance - 16) / [*slowdown.values()][-1])
+    problem, gpu = replace(LARGE, rows=65536, in_features=longest), replace(GPU, capability=capability)
+    assert default_choice(problem, gpu) == "fused" != default_choice(replace(problem, in_features=longest + 1), gpu)
+    assert cells[1].startswith(f"{balance},")
+    assert cells[2].startswith(f"{100 * next(iter(slowdown.values())):g} %")
+    assert cells[3].startswith(f"L = {longest} ")
+    assert f"at most {DECODE_ROWS} rows" in page
+
+
+def test_what_is_expected_of_a_gpu():
+    """An unlisted capability takes the entry below it.  The slowdown is that of the next listed length."""
+    gpus = [replace(GPU, capability=capability) for capability in (75, 80, 89, 90, 103, 120)]
+    assert [expected(gpu) for gpu in gpus] == [EXPECTED[known] for known in (80, 80, 80, 90, 100, 100)]
+    for length, most in ((1024, 141), (1025, 129), (6478, 16)):  # 165 − 2.3 %, 3.5 % and 2.3 % of the length
+        assert EXPECTED[90].prefers_fused(length, most)
+        assert not EXPECTED[90].prefers_fused(length, most + 1)
 
 
 @pytest.mark.parametrize("capability", [80, 90, 100])

@@ -134,7 +134,8 @@ SOURCES = {
     "peft/calls.py": {"adapter", "operands", "unsupported_input", "decide"},
     "peft/experts.py": {"unsupported_reason", "decide", "terms", "_unsupported_experts"},
     "peft/layers.py": {"unsupported_reason"},
-    "quantized.py": {"unsupported_reason", "unsupported_input"},
+    "quantized/__init__.py": {"unsupported_input"},
+    **{f"quantized/{library}.py": {"read"} for library in ("bitsandbytes", "torchao", "hqq", "gptq", "fp8")},
 }
 #: What other reasons are put into.
 FRAMES = {"its base layer …", " under autocast to …"}

@@ -21,7 +21,7 @@ from fastlora.oracle import Case, masked_reference
 Linear = Callable[..., Tensor]
 SHAPE = (64, 72, 264)  # every output has the elements that one draw needs
 P = 0.1
-DTYPES = [pytest.param(*pair, id="+".join(oracle.SHORT[dtype] for dtype in pair)) for pair in oracle.FLOOR]
+DTYPES = [pytest.param(*pair, id="+".join(oracle.SHORT[dtype] for dtype in pair)) for pair in oracle.DTYPES]
 NAMES = ("x", "weight", "lora_A", "lora_B", "bias")
 right = masked_reference()
 

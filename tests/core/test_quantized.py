@@ -4,7 +4,7 @@ from types import SimpleNamespace
 
 import pytest
 import torch
-from quantized_layers import KINDS, adapter, by_definition, random_layer
+from quantized_layers import KINDS, adapter, by_definition, random_layer, size
 from saved import saved_by
 from torch import nn
 from torch.multiprocessing.reductions import StorageWeakRef
@@ -89,10 +89,6 @@ def test_bias_of_another_dtype_is_cast():
 
 
 # What is kept.
-
-
-def size(tensors) -> int:
-    return sum(tensor.numel() * tensor.itemsize for tensor in tensors)
 
 
 @pytest.mark.parametrize("kind", KINDS)

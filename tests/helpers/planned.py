@@ -17,7 +17,7 @@ from fastlora.kernels.sums import plan_sum, sum_partials
 from fastlora.kernels.target import INTERPRETER, Target
 from fastlora.kernels.tensor_spec import TensorSpec
 
-DTYPES = list(oracle.FLOOR)  # (dtype of x, dtype of the adapter)
+DTYPES = oracle.DTYPES  # (dtype of x, dtype of the adapter)
 
 #: Views of a (rows, cols) matrix with the same shape and values, each unlike a freshly allocated one.
 VIEWS = {

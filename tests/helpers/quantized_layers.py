@@ -1,5 +1,7 @@
 """Linears of the real bitsandbytes, and what they stand for: shared by the tests of quantised weights."""
 
+from collections.abc import Iterable
+
 import torch
 from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
 from torch import nn
@@ -59,3 +61,8 @@ def by_definition(layer: nn.Module) -> torch.Tensor:
 def dense(weight: torch.Tensor, kind: str) -> torch.Tensor:
     """What `weight` is once quantised, in float32; the same for its float64 copy."""
     return weight_of(quantize(weight.float(), kind)).dequantize(torch.float32)
+
+
+def size(tensors: Iterable[torch.Tensor]) -> int:
+    """In bytes."""
+    return sum(tensor.numel() * tensor.itemsize for tensor in tensors)

@@ -14,7 +14,7 @@ from fastlora.kernels.target import INTERPRETER, Target
 NAMED = replace(INTERPRETER, name="Interpreted GPU")
 
 GPU = Target(90, 132, 232448, "Test GPU 9000")
-LARGE = Problem("forward", torch.bfloat16, 8192, 4096, 4096, 16, True)  # its default is "addmm"
+LARGE = Problem("forward", torch.bfloat16, 8192, 4096, 4096, 16, True)  # its default is "fused"
 TILE = GemmConfig(128, 256, 64, 32, 8, 3)  # takes descriptors, in bfloat16
 TILED = f"fused/{TILE}"
 

@@ -5,7 +5,16 @@ import math
 import pytest
 import torch
 
-from fastlora.kernels.config import MIN_STEPS, GemmConfig, gemm_candidates, gemm_config, rank_block, split_steps, valid_tiles
+from fastlora.kernels.config import (
+    MIN_STEPS,
+    TILE_EFFICIENCY,
+    GemmConfig,
+    gemm_candidates,
+    gemm_config,
+    rank_block,
+    split_steps,
+    valid_tiles,
+)
 from fastlora.kernels.grad_a import plan_grad_a
 from fastlora.kernels.grad_b import MAX_RANK, plan_grad_s_and_b
 from fastlora.kernels.launch import Plan
@@ -42,6 +51,31 @@ def test_large_shapes_get_large_tiles():
     assert (config.block_m, config.block_n) == (128, 128)
     few = gemm_config(32, 4096, torch.bfloat16, "ieee", HOPPER, True)
     assert few.block_m * few.block_n < 128 * 128
+
+
+@pytest.mark.parametrize(("rows", "cols"), [(2048, 4096), (4096, 4096), (8192, 1024), (8192, 14336), (16384, 5120)])
+def test_standard_shapes_keep_the_largest_tile(rows, cols):
+    config = gemm_config(rows, cols, torch.bfloat16, "ieee", HOPPER, True)
+    assert (config.block_m, config.block_n) == (128, 256)
+
+
+@pytest.mark.parametrize(
+    ("rows", "cols", "tile"),
+    [(1024, 5120, (64, 128)), (2048, 1024, (128, 128)), (1, 4096, (64, 64)), (8448, 4096, (128, 256))],
+)
+def test_the_last_wave_counts(rows, cols, tile):
+    """At 1024 x 5120, 160 tiles of 128 x 256 fill two waves of 132 to 61 %, and 640 of 64 x 128 fill five to 97 %."""
+    config = gemm_config(rows, cols, torch.bfloat16, "ieee", HOPPER, True)
+    assert (config.block_m, config.block_n) == tile
+
+
+def test_every_candidate_has_an_efficiency():
+    """It follows from the clocks of Hopper's shared memory: 128 bytes, beside 2048 multiply-adds of the tensor cores."""
+    for dtype, precision in DTYPES:
+        assert {(config.block_m, config.block_n) for config in gemm_candidates(dtype, precision)} <= set(TILE_EFFICIENCY)
+    for m, n in ((128, 256), (128, 128), (64, 128), (64, 64)):
+        bytes_moved = 32 * (m + n) + m // 64 * 32 * (64 + n)
+        assert TILE_EFFICIENCY[m, n] == pytest.approx((m * n * 16 / 2048) / (bytes_moved / 128), abs=0.005)
 
 
 def test_oversized_tiles_are_invalid():

@@ -5,9 +5,12 @@ import pytest
 import torch
 from planned import AMPERE, DTYPES, VIEWS, assert_close, far_apart, run_gemm
 
+from fastlora.kernels import gemm as gemm_module
 from fastlora.kernels import launch
 from fastlora.kernels.config import GemmConfig
+from fastlora.kernels.gemm import plan_gemm
 from fastlora.kernels.target import INTERPRETER
+from fastlora.kernels.tensor_spec import TensorSpec
 
 TARGETS = {"descriptors": INTERPRETER, "pointers": AMPERE}
 
@@ -63,6 +66,32 @@ def test_aligned_operands_go_through_descriptors(plans, path, transposed):
     run_gemm(P[:, 1:], stored[1:], U, V, TARGETS[path])
     assert [plan.options["DESCRIPTORS"] for plan in plans] == [path == "descriptors", False]
     assert plans[0].options["Q_TRANSPOSED"] == transposed
+
+
+@pytest.mark.parametrize(
+    ("rank", "adapter", "transposed", "flatten"),
+    [(5, torch.bfloat16, False, True), (40, torch.float32, True, True), (70, torch.bfloat16, True, False)],
+)
+def test_one_loop_over_the_steps_of_several_tiles(plans, rank, adapter, transposed, flatten):
+    """10 tiles on four programs: some make three, some two.  Two steps each, the last one not full."""
+    P, Q, U, V = torch.randn(70, 72), torch.randn(72, 264), torch.randn(70, rank), torch.randn(rank, 264).to(adapter)
+    P, Q, bias, keep = P.bfloat16(), Q.bfloat16(), torch.randn(264).bfloat16(), torch.rand(70, 264) < 0.5
+    bits = torch.from_numpy(np.packbits(keep.numpy(), axis=1, bitorder="little"))
+    stored = Q.t().contiguous().t() if transposed else Q
+    C = run_gemm(P, stored, U, V, alpha=0.5, bias=bias, bits=bits, config=GemmConfig(64, 64, 64, 32, 4, 3))
+    assert_close(C, exact(P, Q, U, V, 0.5, bias.double(), keep.double()), torch.bfloat16)
+    (plan,) = plans
+    assert (plan.grid, plan.options["FLATTEN"]) == ((4,), flatten)
+
+
+@pytest.mark.parametrize("precision", ["ieee", "tf32"])
+def test_descriptors_round_to_tf32(precision, monkeypatch):
+    """Those of P and Q, in tf32, where Triton's descriptors can.  C keeps its 24 bits."""
+    monkeypatch.setattr(gemm_module, "DESCRIPTORS_ROUND", True)
+    specs = (TensorSpec.new(*shape, dtype=torch.float32) for shape in ((40, 64), (64, 48), (40, 4), (4, 48)))
+    plan = plan_gemm(*specs, torch.float32, precision, INTERPRETER)
+    assert plan.options["ROUNDED"] == (precision == "tf32")
+    assert [facts[3:] for facts in plan.descriptors] == [("zero", True) if precision == "tf32" else ()] * 2 + [()]
 
 
 def test_a_tile_that_is_not_valid_for_the_operands_is_replaced(plans):

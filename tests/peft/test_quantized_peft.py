@@ -1,10 +1,12 @@
-"""QLoRA: a tiny Llama on 4-bit and 8-bit linears of the real bitsandbytes, wrapped by PEFT and accelerated."""
+"""QLoRA: a tiny Llama on linears of bitsandbytes, torchao, HQQ, GPTQModel or FP8Linear, wrapped by PEFT and accelerated."""
 
 import copy
+from collections.abc import Callable
 
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
+from packed_layers import packed, stand_ins
 from peft import prepare_model_for_kbit_training
 from peft_models import PRECISIONS, Judged, autocast, build, counted_calls, inputs_of, logits_of, states_equal, wrap
 from quantized_layers import KINDS, quantize
@@ -17,14 +19,19 @@ from fastlora.peft import layers
 PROJECTIONS = 14
 
 
-def quantized_llama(kind: str, dtype: torch.dtype = torch.float32, compute_dtype: torch.dtype | None = None) -> nn.Module:
-    """The tiny Llama with every linear but the head quantised, as transformers loads it."""
+def with_linears(dtype: torch.dtype, made_of: Callable[[torch.Tensor], nn.Module]) -> nn.Module:
+    """The tiny Llama in dtype with every linear but the head made of its weight."""
     model = build("llama", dtype)
-    options = {} if kind == "int8" else {"compute_dtype": compute_dtype}
     for name, linear in list(model.named_modules()):
         if isinstance(linear, nn.Linear) and name != "lm_head":
-            parent, _, child = name.rpartition(".")
-            setattr(model.get_submodule(parent), child, quantize(linear.weight, kind, **options))
+            model.set_submodule(name, made_of(linear.weight.detach()))
+    return model
+
+
+def quantized_llama(kind: str, dtype: torch.dtype = torch.float32, compute_dtype: torch.dtype | None = None) -> nn.Module:
+    """The tiny Llama with every linear but the head quantised, as transformers loads it."""
+    options = {} if kind == "int8" else {"compute_dtype": compute_dtype}
+    model = with_linears(dtype, lambda weight: quantize(weight, kind, **options))
     setattr(model, "is_loaded_in_8bit" if kind == "int8" else "is_loaded_in_4bit", True)
     return model
 
@@ -136,3 +143,38 @@ def test_layers_that_are_not_quantised_yet_are_left():
         report = fastlora.accelerate(wrap(model))
     told = "its base layer is not quantised yet: move it to a device first"
     assert report.left == (("base_model.model.model.layers.0.self_attn.q_proj", told),)
+
+
+# Other libraries' formats.
+
+TARGETS = ["q_proj", "k_proj", "v_proj", "o_proj", "gate_proj", "up_proj", "down_proj"]
+MODULES = {"torchao": "torchao", "hqq": "hqq", "gptq": "gptq", "awq": "awq", "fp8": "layer"}
+
+
+@pytest.fixture
+def _stand_ins():
+    with stand_ins():
+        yield
+
+
+@pytest.mark.usefixtures("_stand_ins")
+@pytest.mark.filterwarnings("ignore:TorchaoLoraLinear was instantiated without")
+@pytest.mark.parametrize("precision", ["float32", "mixed", "mixed-autocast"])
+@pytest.mark.parametrize(
+    "name", ["torchao int8", "torchao float8", "torchao int4", "hqq 4 axis 1", "gptq 4", "awq", "fp8 cut blocks"]
+)
+def test_other_formats(name, precision):
+    """Logits and every gradient with float32 adapters and dropout; PEFT's own classes come back."""
+    dtype, autocast_dtype = PRECISIONS[precision]
+    model = wrap(with_linears(dtype, lambda weight: packed(name, weight)[0]), lora_dropout=0.3, target_modules=TARGETS)
+    judge = Judged(model, autocast_dtype, exact=dense)
+    with counted_calls() as calls:
+        for draw in range(3):
+            judge.add(inputs_of(seed=draw), seed=draw)
+    assert len(calls) == 3 * PROJECTIONS
+    assert not judge.failures(oracle.FLOOR[dtype, dtype])
+    assert not fastlora.peft.fallbacks(judge.fused)
+    assert fastlora.decelerate(judge.fused) == PROJECTIONS
+    kinds = {type(layer) for layer in layers.find(model).values()}
+    assert {type(layer) for layer in layers.find(judge.fused).values()} == kinds
+    assert {kind.__module__ for kind in kinds} == {f"peft.tuners.lora.{MODULES[name.split()[0]]}"}
