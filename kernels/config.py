@@ -7,7 +7,7 @@ from dataclasses import astuple, dataclass, replace
 
 import torch
 
-from fastlora.kernels.target import Target
+from fastlora.kernels.target import TENSOR_MEMORY_COLUMNS, Target
 
 
 def cdiv(a: int, b: int) -> int:
@@ -45,19 +45,21 @@ class GemmConfig:
 
     def is_valid(self, target: Target, dtype: torch.dtype, precision: str, descriptors: bool) -> bool:
         """The one statement of what may run, for the default choice and for the tuner."""
-        accumulators = self.block_m * self.block_n // (32 * self.num_warps)  # a thread's
+        accumulators = self.block_m * self.block_n // (target.warp_size * self.num_warps)  # a thread's
         if dtype == torch.float32 and precision == "ieee":
             # Without tensor cores a thread holds its rows and columns of both operands.  With 32 accumulators and steps of 16
             # that is 228 registers on sm_90; steps of 32 spill.
             fits = accumulators <= 32 and max(self.block_k, self.block_r) <= 16
         else:
             # 128 accumulators leave room for wgmma's operands, which are in shared memory.  They leave no room for mma's,
-            # which are in registers, nor for float16 on sm_100, where accumulators leave tensor memory to be scaled (136
-            # bytes of stack at rank 64), nor for the addresses of pointer loads (632 bytes of stack with ragged rows).
-            scaled = dtype == torch.float16 and target.has_tensor_memory
-            roomy = target.has_wgmma and descriptors and not scaled
+            # which are in registers, nor for the addresses of pointer loads (632 bytes of stack with ragged rows).
+            roomy = target.has_wgmma and descriptors
             # One wgmma covers 64 rows.
             fits = accumulators <= (128 if roomy else 64) and (self.block_m >= 64 or not target.has_wgmma)
+        if target.has_tensor_memory:
+            # U's tile, and two accumulators where nothing passes the rank-r product through registers: 128 x 256 takes 576
+            # columns at rank 16 without bias and mask (Triton 3.8 and 3.9, compiled).
+            fits = fits and 2 * self.block_n + self.block_r <= TENSOR_MEMORY_COLUMNS
         return fits and self.shared_memory(dtype.itemsize, descriptors) <= target.shared_memory
 
 

@@ -193,7 +193,7 @@ def plan_gemm(
         K, strides, programs = P.shape[1], (*P.stride, *Q.stride), target.sms
         transposed = Q.stride[0] == 1 and Q.stride[1] != 1
         stored = P, Q.t() if transposed else Q, C
-        described = stored if target.has_descriptors and all(map(fits_descriptor, stored)) else ()
+        described = stored if all(fits_descriptor(spec) and target.can_describe(spec.span) for spec in stored) else ()
         if config is None or not config.is_valid(target, dtype, precision, bool(described)):
             config = gemm_config(M, N, dtype, precision, target, bool(described))
     tiles = cdiv(M, config.block_m) * cdiv(N, config.block_n)

@@ -66,7 +66,8 @@ def forward(
     """
     with _on(x.device):
         specs = TensorSpec.of_each(x, weight, lora_A, lora_B, bias)
-        facts = target or target_of(x.device), matmul_precision(x.dtype), mask_code(dropout_p, seed)
+        target = target or target_of(x.device)
+        facts = target, matmul_precision(x.dtype), mask_code(dropout_p, seed, target)
         run = (plan or plan_forward)(choice, *facts, *specs)
         return run(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, out)
 
@@ -95,7 +96,8 @@ def backward(
     with _on(dy.device):
         S = None if S is None else S.contiguous()
         specs = TensorSpec.of_each(dy, x, weight, lora_A, lora_B, S)
-        facts = target or target_of(dy.device), matmul_precision(dy.dtype), mask_code(dropout_p, seed)
+        target = target or target_of(dy.device)
+        facts = target, matmul_precision(dy.dtype), mask_code(dropout_p, seed, target)
         run = (plan or plan_backward)(choice, *facts, adapter_dtype, *specs)
         return run(dy, x, weight, lora_A, lora_B, S, seed, scaling, dropout_p, adapter_dtype, out)
 

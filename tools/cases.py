@@ -13,7 +13,8 @@ from fastlora.kernels import steps
 from fastlora.kernels.dropout import mask_code, pack_bits, plan_pack_bits
 from fastlora.kernels.launch import Result
 from fastlora.kernels.sums import plan_sum, sum_partials
-from fastlora.kernels.target import Target
+from fastlora.kernels.target import NOT_NVIDIA, Target
+from tools.aot import GFX942
 
 # Both directions in both forms of `fastlora.kernels.steps`, the packed mask alone, and the sum of partial results.
 STEPS = ("forward", "backward", "addmm-forward", "addmm-backward", "mask", "sum")
@@ -27,7 +28,7 @@ DTYPES = {
     "float16+float32": (torch.float16, torch.float32),
 }
 RANKS = (8, 16, 64, 128)
-# An A100, an RTX A6000, an RTX 4090, an H200, a B200 and an RTX 5090.  shared_memory: the most bytes that one block may use.
+# An A100, an RTX A6000, an RTX 4090, an H200, a B200, an RTX 5090 and an MI300X.  shared_memory: the most bytes that one block may use.
 TARGETS = {
     80: Target(capability=80, sms=108, shared_memory=163 * 1024),
     86: Target(capability=86, sms=84, shared_memory=99 * 1024),
@@ -35,6 +36,7 @@ TARGETS = {
     90: Target(capability=90, sms=132, shared_memory=227 * 1024),
     100: Target(capability=100, sms=148, shared_memory=227 * 1024),
     120: Target(capability=120, sms=170, shared_memory=99 * 1024),
+    GFX942: Target(capability=NOT_NVIDIA, sms=304, shared_memory=64 * 1024, warp_size=64),
 }
 # (M, in, out).  "ragged" rules out tensor descriptors and vector loads, "eighths" has rows of a multiple of 8 elements and
 # not of 16, "wide" needs 64-bit offsets, "short" and "tiny" get smaller tiles.
@@ -60,7 +62,8 @@ class CompileCase:
     shape: str = "aligned"
 
     def __str__(self) -> str:
-        return f"{self.step}-{self.dtype}-r{self.rank}-sm{self.capability}-{self.shape}"
+        gpu = "gfx942" if self.capability == GFX942 else f"sm{self.capability}"
+        return f"{self.step}-{self.dtype}-r{self.rank}-{gpu}-{self.shape}"
 
     @property
     def target(self) -> Target:
@@ -85,7 +88,7 @@ class CompileCase:
                 both = Result((self.rank, K), adapter, parts=4), Result((N, self.rank), adapter, parts=3)
                 sum_partials(plan_sum(*both), *(result.empty(x.device) for result in both))
             elif seed is not None:
-                pack_bits(plan_pack_bits((M, K), mask_code(dropout_p, seed)), seed, dropout_p)
+                pack_bits(plan_pack_bits((M, K), mask_code(dropout_p, seed, self.target)), seed, dropout_p)
 
 
 def every_case(ranks: Iterable[int] = RANKS, shapes: Iterable[str] = ("aligned",)) -> list[CompileCase]:

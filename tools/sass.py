@@ -94,6 +94,29 @@ def read_cubin(cubin: bytes) -> Sass:
     )
 
 
+def read_amdgcn(assembly: str) -> Sass:
+    """The same counts for an AMD GPU, from the assembly of one kernel.  Its loop is empty: those pipes are NVIDIA's.
+
+    Raises:
+        ValueError: the assembly does not say what the kernel uses.
+    """
+    used = {name: int(value) for name, value in re.findall(r"^\s+\.(\w+):\s+(\d+)$", assembly, re.MULTILINE)}
+    if "vgpr_spill_count" not in used:
+        raise ValueError("expected the assembly of a kernel with its metadata")
+    opcodes = Counter(re.findall(r"^\s+([vs]_\w+|(?:global|buffer|scratch|ds|flat)_\w+)", assembly, re.MULTILINE))
+    return Sass(
+        registers=used["vgpr_count"],
+        stack=max(used["private_segment_fixed_size"], 4 * used["vgpr_spill_count"]),
+        instructions=opcodes.total(),
+        local=_count(opcodes, re.compile("scratch_(?:load|store)")),
+        tensor_core=_count(opcodes, re.compile("v_mfma_")),
+        hgmma=0,
+        atomics=_count(opcodes, re.compile("(?:global|buffer|flat)_atomic")),
+        narrow_loads=_count(opcodes, re.compile(r"(?:global|buffer)_load_(?:u|s|d16|dword$)")),
+        loop={},
+    )
+
+
 def _longest_loop(instructions: list[tuple[int, str, str]]) -> list[str]:
     """The opcodes of the longest loop that holds no other.  A loop ends with a branch backwards."""
     branches = (
