@@ -158,7 +158,7 @@ def stream_config(
     many_warps = block_r >= 64 or ((mixed or dtype.itemsize == 4) and target.has_tensor_memory) or not aligned
     block_m, warps = 64, 8 if many_warps else 4
     if hi_lo and not target.has_wgmma:
-        block_m, warps = 32, 4 if aligned else 8
+        block_m, warps = 32, 4 if aligned and not with_dx else 8
     if with_dx and (block_r >= 64 or not aligned or dtype.itemsize == 4):
         block_m = 32
     if dropout and block_r >= 64 and dtype.itemsize == 4:
