@@ -1,12 +1,15 @@
 """The steps to compile, with operands on the meta device, and the GPUs to compile for."""
 
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from fastlora.kernels import steps
@@ -49,6 +52,9 @@ SHAPES = {
     "tiny": (32, 512, 512),
 }
 DROPOUT = 0.1
+# Other versions of Triton compile for 8.0, 9.0 and 10.0 alone.
+_PIN = re.search(r"^triton==(\S+)$", (Path(__file__).parents[1] / "constraints.txt").read_text(), re.MULTILINE)
+IS_PINNED_TRITON = _PIN is not None and triton.__version__ == _PIN[1]
 
 
 @dataclass(frozen=True, order=True)
@@ -109,7 +115,24 @@ def gated_cases() -> list[CompileCase]:
     ]
     keys += [("bfloat16", 16, 90, shape) for shape in SHAPES if shape != "aligned"]
     whole = [CompileCase(step, *key) for key in keys for step in STEPS[:4]]
-    return whole + [CompileCase(step, "bfloat16", 16, 90) for step in ("mask", "sum")]
+    whole += [CompileCase(step, "bfloat16", 16, 90) for step in ("mask", "sum")]
+    return whole + (_on_other_cards() if IS_PINNED_TRITON else [])
+
+
+def _on_other_cards() -> list[CompileCase]:
+    """What shares its tiles with no GPU of the other cases, and what has spilled."""
+    fused, addmm = ("forward", "backward"), ("addmm-backward",)
+    keys = [(fused, "bfloat16", 16, capability, "aligned") for capability in (86, 89, 120, GFX942)]
+    keys += [(addmm, "bfloat16", 16, capability, "aligned") for capability in (86, 120)]
+    keys += [(addmm, "float16+float32", 128, capability, "aligned") for capability in (86, 120)]
+    keys += [(("forward",), "bfloat16", 16, capability, "ragged") for capability in (86, 120)]
+    keys += [
+        (("forward",), "float16+float32", 128, 86, "aligned"),
+        (("forward",), "bfloat16", 128, 120, "aligned"),
+        (("backward",), "bfloat16+float32", 16, 120, "aligned"),
+        (("backward",), "float16+float32", 16, GFX942, "aligned"),
+    ]
+    return [CompileCase(step, *key) for steps, *key in keys for step in steps]
 
 
 def _meta(*sizes: int, dtype: torch.dtype) -> Tensor:

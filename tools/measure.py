@@ -7,7 +7,7 @@ from typing import Any
 from fastlora.kernels.target import TENSOR_MEMORY_COLUMNS
 from tools.aot import Compiled, offline
 from tools.cases import DROPOUT, CompileCase
-from tools.sass import Sass, read_amdgcn, read_cubin
+from tools.sass import Sass, read_kernel
 
 # kernels that a step launches, in order -> what they compute.  Sums of partial results are measured as a step of their own.
 PRODUCTS = {
@@ -86,7 +86,7 @@ def _row(case: CompileCase, dropout: bool, product: str, launch: Compiled, plain
     assembly, metadata = launch.compiled.asm, launch.compiled.metadata
     config = {name: value for name, value in launch.constexprs.items() if name.startswith("BLOCK")}
     config |= {name: launch.options[name] for name in ("num_warps", "num_stages")}
-    sass = read_cubin(assembly["cubin"]) if "cubin" in assembly else read_amdgcn(assembly["amdgcn"])
+    sass = read_kernel(assembly)
     per_element = per_masked_element = None
     if product in MASKED_TILE and sass.loop:
         tile = prod(config[name] for name in MASKED_TILE[product])

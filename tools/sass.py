@@ -1,4 +1,4 @@
-"""Read a cubin: registers, stack, and counts of machine instructions (SASS).
+"""Read a compiled kernel: registers, stack, and counts of machine instructions, in SASS or an AMD GPU's assembly.
 
 The Triton wheel brings `cuobjdump`, which disassembles a cubin without a CUDA toolkit or a GPU.  Triton's `asm["sass"]` is not
 used: it stops after 4096 instructions, at the last four-digit address.
@@ -8,7 +8,9 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from triton import knobs
 
@@ -33,13 +35,13 @@ _NARROW_LOAD = re.compile(r"(?:LDG|LDGSTS)\b(?!.*\.(?:64|128|256))")
 
 @dataclass(frozen=True)
 class Sass:
-    """Counts over one cubin.  Instruction counts are static and leave out NOPs, which pad the code.
+    """Counts over one kernel.  Instruction counts are static and leave out NOPs, which pad the code.
 
     Attributes:
         registers: 32-bit registers per thread.
         stack: bytes per thread.
         local: loads and stores of local memory (LDL, STL).
-        tensor_core: matrix instructions of any generation (HMMA, HGMMA, UTC*MMA).
+        tensor_core: matrix instructions of any generation (HMMA, HGMMA, UTC*MMA, MFMA).
         hgmma: those of Hopper (HGMMA).
         atomics: atomic updates of global memory.  Their order is not fixed.
         narrow_loads: loads of global memory of fewer than 8 bytes per thread.
@@ -92,6 +94,11 @@ def read_cubin(cubin: bytes) -> Sass:
         narrow_loads=_count(opcodes, _NARROW_LOAD),
         loop=dict(Counter(map(_pipe, _longest_loop(instructions)))),
     )
+
+
+def read_kernel(assembly: Mapping[str, Any]) -> Sass:
+    """Count in what Triton compiled for one kernel, for an NVIDIA or an AMD GPU."""
+    return read_cubin(assembly["cubin"]) if "cubin" in assembly else read_amdgcn(assembly["amdgcn"])
 
 
 def read_amdgcn(assembly: str) -> Sass:
