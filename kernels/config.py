@@ -186,9 +186,12 @@ def super_tile_config(
     block_r = rank_block(r)
     block_m, width = (64, 128) if dtype.itemsize == 4 else (32, 512)
     width = width * 16 // block_r
+    mixed = small_dtype.itemsize > dtype.itemsize
+    if mixed and not target.runs_ptx:
+        width //= 4  # MFMA: at 256 columns float16 and float32 at rank 16 spill 140 bytes (gfx942, Triton 3.7.1)
     on_wgmma = target.has_wgmma and not target.has_tensor_memory
     wide_tiles_fill = fills_device(cdiv(shape[0], 64) * cdiv(shape[1], 256), target)
-    if small_dtype.itemsize > dtype.itemsize and on_wgmma and wide_tiles_fill:
+    if mixed and on_wgmma and wide_tiles_fill:
         # At 32 rows the two dots with B are one chain of 64 mma (sm_90, from the machine code); at 64 rows they are wgmma.
         block_m, width = 64, 256
     narrowest = 16 * block_r // dtype.itemsize  # there a partial dS is a quarter of dY's bytes
