@@ -49,7 +49,7 @@ def main(argv: Sequence[str] | None = None) -> None:
 
     check_that_it_falls(losses)
     assert report.taken, report
-    assert not fastlora.peft.fallbacks(model)  # every call of every adapter was fused
+    assert set(fastlora.peft.fallbacks(model)) <= {fastlora.peft.SMALL}  # every call was fused, or too small on a CPU
     if args.output:
         model.save_pretrained(args.output)  # PEFT's file: it loads with or without fastlora
 

@@ -21,9 +21,9 @@ class LoraLinearFunction(torch.autograd.Function):
         dx = dy W + c · mask(dS A)     (..., in)
         dbias = Σ dy over rows         (out,)
 
-    Saved for backward: x where dA is needed, W and A where dx is, B where dx or dA is, S where dB is, and the 8-byte seed;
-    no dropped copy of x and no mask.  A quantised W is made dense for the one product of forward and, again, for that of
-    backward; it is saved packed.  Second derivatives are refused.
+    Saved for backward: x where dA is needed, W and A where dx is, B where dx or dA is, S where dB is, and for the mask the
+    8-byte seed, or on the backend "torch" one bit an element of x; no dropped copy of x.  A quantised W is made dense for the
+    one product of forward and, again, for that of backward; it is saved packed.  Second derivatives are refused.
 
     Args of `apply`: x (..., in), weight (out, in), lora_A (r, in), lora_B (out, r), bias (out,) or None, seed int64 (1,) or
     None for no dropout, scaling, dropout_p, backend as in `lora_linear` but chosen; for a quantised W, weight is its packed
@@ -46,7 +46,7 @@ class LoraLinearFunction(torch.autograd.Function):
         *statistics: Tensor,
     ) -> Tensor:
         dense = weight if scheme is None else dequantize(scheme, weight, statistics, x.dtype)
-        y, S = ops.LORA_LINEAR(x, dense, lora_A, lora_B, bias, seed, scaling, dropout_p, backend)
+        y, S, mask = ops.LORA_LINEAR(x, dense, lora_A, lora_B, bias, seed, scaling, dropout_p, backend)
         need_dx, _, need_dA, need_dB, _ = ctx.needs_input_grad[:5]
         need_dS = need_dx or need_dA
         ctx.save_for_backward(
@@ -55,7 +55,7 @@ class LoraLinearFunction(torch.autograd.Function):
             lora_A if need_dx else None,
             lora_B if need_dS else None,
             S if need_dB else None,
-            seed if need_dS else None,
+            (mask if ops.keeps_mask(seed, backend) else seed) if need_dS else None,
             *(statistics if need_dx else ()),
         )
         ctx.adapter_dtype = lora_A.dtype
@@ -76,11 +76,11 @@ class LoraLinearFunction(torch.autograd.Function):
         dx = dA = dB = dbias = None
         if need_dx or need_dA or need_dB:
             scaling, dropout_p, backend = ctx.constants
-            x, weight, lora_A, lora_B, S, seed, *statistics = ctx.saved_tensors
+            x, weight, lora_A, lora_B, S, mask, *statistics = ctx.saved_tensors
             if ctx.scheme is not None and need_dx:
                 weight = dequantize(ctx.scheme, weight, statistics, dy.dtype, after=dy)
             dx, dA, dB = ops.LORA_LINEAR_BACKWARD(
-                dy, x, weight, lora_A, lora_B, S, seed, scaling, dropout_p, ctx.adapter_dtype, backend
+                dy, x, weight, lora_A, lora_B, S, mask, scaling, dropout_p, ctx.adapter_dtype, backend
             )
         if need_dbias:
             dbias = ops.as_rows(dy).sum(0, dtype=ops.accumulator(dy.dtype)).to(ctx.bias_dtype)

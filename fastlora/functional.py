@@ -140,7 +140,7 @@ def dropout_mask(
     validation.check_seed(seed)
     if not isinstance(seed, Tensor):
         seed = torch.full((1,), seed, dtype=torch.int64, device=device)
-    return keep_mask(seed.to(device=device).reshape(1, 1), rows, cols, p, projection)
+    return keep_mask(seed.to(device=device).reshape(1), rows, cols, p, projection)
 
 
 def available_backends(device: torch.device | str) -> tuple[str, ...]:

@@ -3,25 +3,29 @@
 They are functional: no output aliases an input, nothing is written in place, and the seed is an explicit tensor.  So fake
 tensors, functionalisation, CUDA graphs and activation checkpointing see everything.  A schema cannot return None, so a gradient
 that nobody asked for comes back as an empty tensor.
+
+The backend "torch" makes the mask once: lora_linear returns it packed, one bit an element, and lora_linear_backward takes it.
+The kernels make it where they need it: the mask returned is empty, and lora_linear_backward takes the seed in its place.
 """
 
 import functools
 import math
 from collections.abc import Callable
-from typing import Any
+from typing import Any, TypeGuard
 
 import torch
 from torch import Tensor
 
 from fastlora import torch_backend
+from fastlora.dropout import LANES, packed_mask
 
 _LIBRARY = torch.library.Library("fastlora", "DEF")
 _LIBRARY.define(
     "lora_linear(Tensor x, Tensor weight, Tensor lora_A, Tensor lora_B, Tensor? bias, Tensor? seed, float scaling, "
-    "float dropout_p, str backend) -> (Tensor y, Tensor S)"
+    "float dropout_p, str backend) -> (Tensor y, Tensor S, Tensor mask)"
 )
 _LIBRARY.define(
-    "lora_linear_backward(Tensor dy, Tensor? x, Tensor? weight, Tensor? lora_A, Tensor? lora_B, Tensor? S, Tensor? seed, "
+    "lora_linear_backward(Tensor dy, Tensor? x, Tensor? weight, Tensor? lora_A, Tensor? lora_B, Tensor? S, Tensor? mask, "
     "float scaling, float dropout_p, ScalarType adapter_dtype, str backend) -> (Tensor dx, Tensor dA, Tensor dB)"
 )
 
@@ -42,6 +46,11 @@ def _implementation(direction: str, backend: str) -> Callable[..., Any]:
     return functools.partial(getattr(steps, direction), choice=backend, plan=getattr(dispatch, f"plan_{direction}"))
 
 
+def keeps_mask(seed: Tensor | None, backend: str) -> TypeGuard[Tensor]:
+    """Whether backward takes the packed mask that forward made, in place of the seed."""
+    return backend == "torch" and seed is not None
+
+
 def as_rows(tensor: Tensor) -> Tensor:
     """(..., K) as (M, K), also where K is 0."""
     return tensor if tensor.dim() == 2 else tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
@@ -57,11 +66,16 @@ def forward(
     scaling: float,
     dropout_p: float,
     backend: str,
-) -> tuple[Tensor, Tensor]:
-    """(y (..., out), S (M, r)): the operator lora_linear.  y has its final shape: FSDP2 warns of modules that return a view."""
-    y = x.new_empty((*x.shape[:-1], weight.shape[0]))
+) -> tuple[Tensor, Tensor, Tensor]:
+    """(y (..., out), S (M, r), mask): the operator lora_linear.
+
+    y has its final shape: FSDP2 warns of modules that return a view.
+    """
+    y, rows = x.new_empty((*x.shape[:-1], weight.shape[0])), as_rows(x)
+    mask = packed_mask(seed, rows.shape[0], rows.shape[1], dropout_p) if keeps_mask(seed, backend) else None
     run = _implementation("forward", backend)
-    return y, run(as_rows(x), weight, lora_A, lora_B, bias, seed, scaling, dropout_p, as_rows(y))[1]
+    S = run(rows, weight, lora_A, lora_B, bias, seed if mask is None else mask, scaling, dropout_p, as_rows(y))[1]
+    return y, S, x.new_empty(0, dtype=torch.uint8) if mask is None else mask
 
 
 def backward(
@@ -71,7 +85,7 @@ def backward(
     lora_A: Tensor | None,
     lora_B: Tensor | None,
     S: Tensor | None,
-    seed: Tensor | None,
+    mask: Tensor | None,
     scaling: float,
     dropout_p: float,
     adapter_dtype: torch.dtype,
@@ -82,19 +96,20 @@ def backward(
     rows = None if x is None else as_rows(x)
     out = None if weight is None else as_rows(dx)
     run = _implementation("backward", backend)
-    _, dA, dB = run(as_rows(dy), rows, weight, lora_A, lora_B, S, seed, scaling, dropout_p, adapter_dtype, out)
+    _, dA, dB = run(as_rows(dy), rows, weight, lora_A, lora_B, S, mask, scaling, dropout_p, adapter_dtype, out)
     return dx, dy.new_empty(0) if dA is None else dA, dy.new_empty(0) if dB is None else dB
 
 
 @torch.library.register_fake("fastlora::lora_linear", lib=_LIBRARY)
 def _forward_fake(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, backend):  # type: ignore[no-untyped-def]  # the schema types it
     y = x.new_empty((*x.shape[:-1], weight.shape[0]))
-    # math.prod, because Size.numel() specialises a symbolic size and recompiles for every length.
-    return y, x.new_empty((math.prod(x.shape[:-1]), lora_A.shape[0]), dtype=accumulator(x.dtype))
+    rows = math.prod(x.shape[:-1])  # Size.numel() specialises a symbolic size and recompiles for every length
+    mask = (rows, -(-x.shape[-1] // LANES)) if keeps_mask(seed, backend) else 0
+    return y, x.new_empty((rows, lora_A.shape[0]), dtype=accumulator(x.dtype)), x.new_empty(mask, dtype=torch.uint8)
 
 
 @torch.library.register_fake("fastlora::lora_linear_backward", lib=_LIBRARY)
-def _backward_fake(dy, x, weight, lora_A, lora_B, S, seed, scaling, dropout_p, adapter_dtype, backend):  # type: ignore[no-untyped-def]  # the schema types it
+def _backward_fake(dy, x, weight, lora_A, lora_B, S, mask, scaling, dropout_p, adapter_dtype, backend):  # type: ignore[no-untyped-def]  # the schema types it
     dx = dy.new_empty(0 if weight is None else (*dy.shape[:-1], weight.shape[1]))
     dA = dy.new_empty(0) if x is None else dy.new_empty((lora_B.shape[1], x.shape[-1]), dtype=adapter_dtype)
     dB = dy.new_empty(0) if S is None else dy.new_empty((dy.shape[-1], S.shape[1]), dtype=adapter_dtype)

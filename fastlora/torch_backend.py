@@ -3,9 +3,10 @@
 Forward:   S = c · mask(x) Aᵀ,  y = x Wᵀ + bias + scaling · S Bᵀ
 Backward:  dS = scaling · dy B,  dB = scaling · dyᵀ S,  dA = c · dSᵀ mask(x),  dx = dy W + c · mask(dS A)
 
-with c = keep_scale(p).  The mask is made again in backward, row chunk by row chunk, so that neither it nor a dropped copy of x
-ever exists whole; the LoRA terms are accumulated in place onto the frozen GEMMs' outputs.  Sums are kept in float32 (float64
-for float64 inputs), also where x is 16-bit.
+with c = keep_scale(p).  Where the kernels take a seed, these functions take the packed mask, one bit an element of x: on a CPU
+it takes ten times as long to make the bits as to look them up, so forward and backward share them.  A dropped copy of x never
+exists whole.  The second of two terms is accumulated in place onto the first.  Sums are kept in float32 (float64 for float64
+inputs), also where x is 16-bit.
 """
 
 import functools
@@ -15,16 +16,18 @@ from typing import Concatenate, ParamSpec, TypeVar
 import torch
 from torch import Tensor
 
-from fastlora.dropout import keep_rows, keep_scale, row_chunks
+from fastlora.dropout import byte_masks, keep_scale, row_chunks
 
-# Elements of x per chunk, on a CPU for each thread.  There 2**18 takes 5 to 8 % more time than 2**19 or 2**20 with two threads,
-# 2**17 takes 15 % more (M = 2048, K = N = 1024, r = 16, p = 0.1, forward and backward, interleaved medians of 22); an
-# accelerator wants few launches and bounded memory.
-_CPU_CHUNK = 1 << 19
+# Elements of x per chunk, on a CPU for each thread; an accelerator wants few launches and bounded memory.
+_CPU_CHUNK = 1 << 18
 _DEVICE_CHUNK = 1 << 26
 
 #: Up to so many rows a forward without dropout waits for launches and for W, and nothing of it is worth a kernel of its own.
 DECODE_ROWS = 64
+
+#: On a CPU, PEFT's forward and backward take less time below so many elements of x, where the host's time decides: ours is 0.99
+#: to 1.07 of theirs at 2**17 elements, 0.91 to 0.99 at 2**18, with dropout and without (one thread, widths 256 to 1024).
+BREAK_EVEN = 3 << 16
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -50,13 +53,16 @@ def forward(
     lora_A: Tensor,
     lora_B: Tensor,
     bias: Tensor | None,
-    seed: Tensor | None,
+    mask: Tensor | None,
     scaling: float,
     dropout_p: float,
     out: Tensor | None = None,
 ) -> tuple[Tensor, Tensor]:
-    """(y, S) of 2-D x (M, in), y in `out` where given.  S (M, r) holds the dropout scale but not `scaling`."""
-    S = _shrink(x, lora_A, seed, dropout_p)
+    """(y, S) of 2-D x (M, in), y in `out` where given.  S (M, r) holds the dropout scale but not `scaling`.
+
+    mask: `dropout.packed_mask`, None for no dropout.
+    """
+    S = _shrink(x, lora_A, mask, dropout_p)
     y = torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
     if lora_B.dtype == y.dtype:
         y.addmm_(S.to(y.dtype), lora_B.t(), alpha=scaling)
@@ -75,38 +81,44 @@ def backward(
     lora_A: Tensor | None,
     lora_B: Tensor | None,
     S: Tensor | None,
-    seed: Tensor | None,
+    mask: Tensor | None,
     scaling: float,
     dropout_p: float,
     adapter_dtype: torch.dtype,
     out: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dx, dA, dB).  dx, in `out` where given, needs weight, lora_A and lora_B; dA needs x and lora_B; dB needs S."""
-    dS, dB = _grad_s_and_b(dy, lora_B, S, scaling)
+    dS, dB = _grad_s_and_b(dy, lora_B, S, scaling, dropout_p)
+    if dB is not None:
+        dB = dB.to(adapter_dtype)
     if dS is None:
-        return None, None, dB if dB is None else dB.to(adapter_dtype)
-    dx = None if weight is None else torch.mm(dy, weight, out=out)
-    dA = _grad_a_and_add_to_dx(dS.mul_(keep_scale(dropout_p)), x, lora_A, dx, seed, dropout_p)
-    return dx, dA if dA is None else dA.to(adapter_dtype), dB if dB is None else dB.to(adapter_dtype)
+        return None, None, dB
+    dx = dy.new_empty((dy.shape[0], weight.shape[1])) if out is None and weight is not None else out
+    dA = _grad_a_and_term_of_dx(dS, x, lora_A, dx, mask)
+    if dx is not None and weight is not None:
+        dx.addmm_(dy, weight)
+    return dx, dA if dA is None else dA.to(adapter_dtype), dB
 
 
-def _shrink(x: Tensor, lora_A: Tensor, seed: Tensor | None, dropout_p: float) -> Tensor:
+def _shrink(x: Tensor, lora_A: Tensor, mask: Tensor | None, dropout_p: float) -> Tensor:
     """S = c · mask(x) Aᵀ, (M, r)."""
     dtype = _accumulator(x)
-    if seed is None and x.dtype == lora_A.dtype == dtype:
+    if mask is None and x.dtype == lora_A.dtype == dtype:
         return x @ lora_A.t()
-    if seed is None and x.dtype == lora_A.dtype and x.is_cuda:
+    if mask is None and x.dtype == lora_A.dtype and x.is_cuda:
         return torch.mm(x, lora_A.t(), out_dtype=dtype)  # the sum as it was kept; on a CPU it comes out rounded only
-    A_t = lora_A.t().to(dtype)
-    S = x.new_empty((x.shape[0], lora_A.shape[0]), dtype=A_t.dtype)
+    A_t, c = lora_A.t().to(dtype), keep_scale(dropout_p)
+    S = x.new_empty((x.shape[0], lora_A.shape[0]), dtype=dtype)
     for rows in _chunks(x):
-        keep = _keep(seed, rows, x.shape[1], dropout_p, A_t.dtype)
-        torch.mm(_masked(_rows(x, rows).to(A_t.dtype), keep, out=keep), A_t, out=_rows(S, rows))
-    return S if seed is None else S.mul_(keep_scale(dropout_p))
+        keep = _keep(mask, rows, x.shape[1], dtype)
+        _product(_masked(_rows(x, rows).to(dtype), keep, out=keep), A_t, c, out=_rows(S, rows))
+    return S
 
 
-def _grad_s_and_b(dy: Tensor, lora_B: Tensor | None, S: Tensor | None, scaling: float) -> tuple[Tensor | None, Tensor | None]:
-    """dS = scaling · dy B where B is given, dB = scaling · dyᵀ S where S is, in one pass over dy."""
+def _grad_s_and_b(
+    dy: Tensor, lora_B: Tensor | None, S: Tensor | None, scaling: float, dropout_p: float
+) -> tuple[Tensor | None, Tensor | None]:
+    """c · dS = c · scaling · dy B where B is given, dB = scaling · dyᵀ S where S is, in one pass over dy."""
     dtype = _accumulator(dy)
     B = None if lora_B is None else lora_B.to(dtype)
     dS = None if B is None else dy.new_empty((dy.shape[0], B.shape[1]), dtype=dtype)
@@ -114,32 +126,37 @@ def _grad_s_and_b(dy: Tensor, lora_B: Tensor | None, S: Tensor | None, scaling: 
     for rows in _chunks(dy) if dy.dtype != dtype else [range(dy.shape[0])]:
         dy_rows = _rows(dy, rows).to(dtype)
         if B is not None and dS is not None:
-            torch.mm(dy_rows, B, out=_rows(dS, rows))
+            _product(dy_rows, B, scaling * keep_scale(dropout_p), out=_rows(dS, rows))
         if S is not None and dB_t is not None:
-            dB_t.addmm_(_rows(S, rows).t(), dy_rows)
-    return (None if dS is None else dS.mul_(scaling)), (None if dB_t is None else dB_t.mul_(scaling).t().contiguous())
+            dB_t.addmm_(_rows(S, rows).t(), dy_rows, alpha=scaling)
+    return dS, None if dB_t is None else dB_t.t().contiguous()
 
 
-def _grad_a_and_add_to_dx(
-    dS: Tensor, x: Tensor | None, lora_A: Tensor | None, dx: Tensor | None, seed: Tensor | None, dropout_p: float
+def _grad_a_and_term_of_dx(
+    dS: Tensor, x: Tensor | None, lora_A: Tensor | None, dx: Tensor | None, mask: Tensor | None
 ) -> Tensor | None:
-    """dA = dSᵀ mask(x) where x is given, and dx += mask(dS A) in place where dx is; dS already holds the dropout scale."""
-    if seed is None and dx is not None and lora_A is not None and lora_A.dtype == dx.dtype:
-        dx.addmm_(dS.to(dx.dtype), lora_A)
+    """dA = dSᵀ mask(x) where x is given, and dx = mask(dS A) where dx is; dS holds the dropout scale."""
+    if mask is None and dx is not None and lora_A is not None and lora_A.dtype == dx.dtype:
+        torch.mm(dS.to(dx.dtype), lora_A, out=dx)
         dx = None
     source = x if x is not None else dx
     if source is None:
         return None
     A = None if lora_A is None else lora_A.to(dS.dtype)
     dA = None if x is None else dS.new_zeros((dS.shape[1], x.shape[1]))
-    for rows in _chunks(source) if seed is not None or source.dtype != dS.dtype else [range(source.shape[0])]:
-        keep = _keep(seed, rows, source.shape[1], dropout_p, dS.dtype)
+    for rows in _chunks(source) if mask is not None or source.dtype != dS.dtype else [range(source.shape[0])]:
+        keep = _keep(mask, rows, source.shape[1], dS.dtype)
         if dx is not None and A is not None:
             term = _rows(dS, rows) @ A
-            _rows(dx, rows).add_(_masked(term, keep, out=term))
+            _rows(dx, rows).copy_(_masked(term, keep, out=term))
         if x is not None and dA is not None:
             dA.addmm_(_rows(dS, rows).t(), _masked(_rows(x, rows).to(dS.dtype), keep, out=keep))
     return dA
+
+
+def _product(first: Tensor, second: Tensor, factor: float, out: Tensor) -> None:
+    """out = factor · first second, without a pass for the factor."""
+    torch.addmm(out, first, second, beta=0, alpha=factor, out=out)
 
 
 def _accumulator(tensor: Tensor) -> torch.dtype:
@@ -155,12 +172,11 @@ def _rows(tensor: Tensor, rows: range) -> Tensor:
     return tensor[rows.start : rows.stop]
 
 
-def _keep(seed: Tensor | None, rows: range, cols: int, dropout_p: float, dtype: torch.dtype) -> Tensor | None:
-    """The keep mask of `rows` as integers of `dtype`'s size, all ones where kept and zero where dropped."""
-    if seed is None:
+def _keep(mask: Tensor | None, rows: range, cols: int, dtype: torch.dtype) -> Tensor | None:
+    """The keep mask of `rows` as integers of `dtype`'s size, every bit set where kept and zero where dropped."""
+    if mask is None:
         return None
-    integer = torch.int64 if dtype == torch.float64 else torch.int32
-    return keep_rows(seed.view(1, 1), rows, cols, dropout_p, dtype=integer).neg_()
+    return byte_masks(_rows(mask, rows), cols).to(torch.int64 if dtype == torch.float64 else torch.int32)
 
 
 def _masked(tensor: Tensor, keep: Tensor | None, out: Tensor | None) -> Tensor:

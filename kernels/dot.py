@@ -9,8 +9,16 @@ from triton.language.target_info import cuda_capability_geq
 from fastlora.kernels.target import Target
 from fastlora.kernels.tensor_spec import TensorSpec
 
+
+def version_of_triton() -> tuple[int, ...]:
+    """(3, 6) of 3.6.0."""
+    return tuple(map(int, triton.__version__.split(".")[:2]))
+
+
 TRITON_DTYPES = {torch.float32: tl.float32, torch.float16: tl.float16, torch.bfloat16: tl.bfloat16}
 INTERPRETED = tl.constexpr(bool(knobs.runtime.interpret))
+#: Triton before 3.7 leaves out the fence between the copies of a pipelined load (cp.async) and wgmma, its PR 9610.
+FENCE_MISSING = tl.constexpr(not INTERPRETED.value and version_of_triton() < (3, 7))
 
 
 @triton.jit
@@ -34,8 +42,18 @@ def round_to_tf32(t):
 
 
 @triton.jit
-def dot(a, b, acc, PRECISION: tl.constexpr, ROUNDED: tl.constexpr = False):
+def fence_copies():
+    """On 9.x, lets wgmma see this thread's copies to shared memory.  The assembly is not pure, so it stays where it is."""
+    if cuda_capability_geq(9, 0) and not cuda_capability_geq(10, 0):
+        fence: tl.constexpr = "fence.proxy.async.shared::cta; mov.b32 $0, $1;"
+        tl.inline_asm_elementwise(fence, "=r,r", [0], dtype=tl.int32, is_pure=False, pack=1)
+
+
+@triton.jit
+def dot(a, b, acc, PRECISION: tl.constexpr, ROUNDED: tl.constexpr = False, BY_TMA: tl.constexpr = False):
     """acc + a b in float32.  In "tf32" the operands are rounded first, unless they are ROUNDED: tensor cores truncate.
+
+    BY_TMA: both operands come through descriptors.
 
     The interpreter's dot neither truncates nor knows bfloat16, whose raw bits it multiplies.  There dot does both.
     """
@@ -45,6 +63,8 @@ def dot(a, b, acc, PRECISION: tl.constexpr, ROUNDED: tl.constexpr = False):
         a, b = a.to(tl.float32), b.to(tl.float32)
         if PRECISION == "tf32":
             a, b = truncate_to_tf32(a), truncate_to_tf32(b)
+    if FENCE_MISSING and not BY_TMA:
+        fence_copies()
     return tl.dot(a, b, acc, input_precision=PRECISION, out_dtype=tl.float32)
 
 

@@ -122,7 +122,7 @@ def gemm_kernel(
                 q = tl.trans(Q.load([first_n, step * BLOCK_K]))
             else:
                 q = Q.load([step * BLOCK_K, first_n])
-            acc = dot(p, q, acc, PRECISION, ROUNDED)
+            acc = dot(p, q, acc, PRECISION, ROUNDED, BY_TMA=True)
             if step == steps - 1:
                 C.store([first_m, first_n], round_to(acc, DTYPE))
                 following = tl.minimum(tile + tl.num_programs(0), tiles - 1)  # the last one again, for nothing
@@ -155,7 +155,7 @@ def gemm_kernel(
                     other = None if EVEN_K else 0.0
                     p = tl.load(P + safe_m[:, None] * stride_pm + offs_k[None, :] * stride_pk, mask=p_mask, other=other)
                     q = tl.load(Q + offs_k[:, None] * stride_qk + safe_n[None, :] * stride_qn, mask=q_mask, other=other)
-                acc = dot(p, q, acc, PRECISION, ROUNDED)
+                acc = dot(p, q, acc, PRECISION, ROUNDED, BY_TMA=DESCRIPTORS)
         if DESCRIPTORS:
             C.store([first_m, first_n], round_to(acc, DTYPE))
         else:

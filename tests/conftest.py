@@ -76,6 +76,16 @@ def cache_of_the_tests(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Pat
         yield folder
 
 
+@pytest.fixture(scope="session", autouse=True)
+def fused_at_any_size() -> Iterator[None]:
+    """Small calls on a CPU are not left to PEFT's forward: the models of the tests are small."""
+    from fastlora import torch_backend
+
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch_backend, "BREAK_EVEN", 0)
+        yield
+
+
 @pytest.fixture
 def empty_cache(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     """A cache folder that is not there yet, and a process that has not looked at it."""

@@ -8,6 +8,7 @@ from fastlora.kernels.target import TENSOR_MEMORY_COLUMNS
 from tools.aot import Compiled, offline
 from tools.cases import DROPOUT, CompileCase
 from tools.sass import Sass, read_kernel
+from tools.wgmma import in_ptx
 
 # kernels that a step launches, in order -> what they compute.  Sums of partial results are measured as a step of their own.
 PRODUCTS = {
@@ -39,6 +40,7 @@ class KernelFacts:
         shared: bytes of shared memory per program.
         tensor_memory: columns (capability 100).
         dots: whether it multiplies matrices.
+        rewritten_in_ptx: registers of a wgmma in flight that the PTX rewrites, see `tools.wgmma`.
         conversions: `ttg.convert_layout` operations.  Each goes through shared memory or shuffles.
         per_element: issue slots of the loop over x per element of x, `Sass.issue_slots` · threads of a program / elements of a
             tile.  None for a kernel that does not stream x.
@@ -55,6 +57,7 @@ class KernelFacts:
     shared: int
     tensor_memory: int
     dots: bool
+    rewritten_in_ptx: tuple[str, ...]
     conversions: int
     per_element: float | None
     per_masked_element: float | None
@@ -104,6 +107,7 @@ def _row(case: CompileCase, dropout: bool, product: str, launch: Compiled, plain
         shared=metadata.shared,
         tensor_memory=getattr(metadata, "tmem_size", None) or 0,
         dots="tt.dot" in assembly["ttir"],
+        rewritten_in_ptx=in_ptx(assembly["ptx"]) if "ptx" in assembly else (),
         conversions=assembly["ttgir"].count("ttg.convert_layout"),
         per_element=per_element,
         per_masked_element=per_masked_element,
@@ -127,6 +131,9 @@ def faults(row: KernelFacts) -> list[str]:
         found.append(f"shared memory: {row.shared} bytes, the device has {target.shared_memory}")
     if row.tensor_memory > TENSOR_MEMORY_COLUMNS:
         found.append(f"tensor memory: {row.tensor_memory} columns, the device has {TENSOR_MEMORY_COLUMNS}")
+    for level, rewritten in {"PTX": row.rewritten_in_ptx, "machine code": sass.rewritten}.items():
+        if rewritten:
+            found.append(f"registers of a wgmma in flight are rewritten: {len(rewritten)} in {level}, {rewritten[0]}")
     if row.dots and not row.case.dtype.endswith("ieee"):
         if not sass.tensor_core:
             found.append("no tensor-core instruction")

@@ -14,8 +14,10 @@ from typing import Any
 
 from triton import knobs
 
+from tools.wgmma import in_sass
+
 # "/*0a30*/   @!P0 LDGSTS.E.BYPASS.128 [R3], desc[UR4][R2.64] ;   /* 0x... */": address, predicate if any, opcode, operands.
-_INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(?:@!?U?P\w+\s+)?([A-Z][A-Z0-9_.]*)([^;]*);", re.MULTILINE)
+_INSTRUCTION = re.compile(r"^\s*/\*([0-9a-f]{4,})\*/\s+(@!?U?P\w+\s+)?([A-Z][\w.]*)([^;]*);", re.MULTILINE)
 # The pipe that executes an opcode; the first match counts.  Integer logic and multiplication issue at half rate each: 64
 # results a clock on a multiprocessor that issues 128 (CUDA C++ Programming Guide, arithmetic instructions, 8.0 to 9.0).
 _PIPES = {
@@ -45,6 +47,7 @@ class Sass:
         hgmma: those of Hopper (HGMMA).
         atomics: atomic updates of global memory.  Their order is not fixed.
         narrow_loads: loads of global memory of fewer than 8 bytes per thread.
+        rewritten: registers of a wgmma in flight that are rewritten, see `tools.wgmma`.
         loop: the longest innermost loop's instructions by pipe ("tensor", "memory", "imad", "alu", "other").
     """
 
@@ -56,6 +59,7 @@ class Sass:
     hgmma: int
     atomics: int
     narrow_loads: int
+    rewritten: tuple[str, ...]
     loop: dict[str, int]
 
     @property
@@ -75,11 +79,11 @@ def read_cubin(cubin: bytes) -> Sass:
         file.flush()
         usage = _USAGE.findall(_cuobjdump("-res-usage", file.name))
         instructions = [
-            (int(address, 16), opcode, operands)
-            for address, opcode, operands in _INSTRUCTION.findall(_cuobjdump("-sass", file.name))
+            (int(address, 16), predicate, opcode, operands)
+            for address, predicate, opcode, operands in _INSTRUCTION.findall(_cuobjdump("-sass", file.name))
             if opcode != "NOP"
         ]
-    opcodes = Counter(opcode for _, opcode, _ in instructions)
+    opcodes = Counter(opcode for _, _, opcode, _ in instructions)
     if len(usage) != 1 or not opcodes:
         raise ValueError(f"expected one kernel in the cubin, found {len(usage)} and {opcodes.total()} instructions")
     registers, stack = map(int, usage[0])
@@ -92,6 +96,7 @@ def read_cubin(cubin: bytes) -> Sass:
         hgmma=_count(opcodes, re.compile(r"HGMMA\b")),
         atomics=_count(opcodes, re.compile(r"(?:ATOMG?|RED)\b")),
         narrow_loads=_count(opcodes, _NARROW_LOAD),
+        rewritten=in_sass(instructions),
         loop=dict(Counter(map(_pipe, _longest_loop(instructions)))),
     )
 
@@ -120,22 +125,23 @@ def read_amdgcn(assembly: str) -> Sass:
         hgmma=0,
         atomics=_count(opcodes, re.compile("(?:global|buffer|flat)_atomic")),
         narrow_loads=_count(opcodes, re.compile(r"(?:global|buffer)_load_(?:u|s|d16|dword$)")),
+        rewritten=(),
         loop={},
     )
 
 
-def _longest_loop(instructions: list[tuple[int, str, str]]) -> list[str]:
+def _longest_loop(instructions: list[tuple[int, str, str, str]]) -> list[str]:
     """The opcodes of the longest loop that holds no other.  A loop ends with a branch backwards."""
     branches = (
         (address, re.search(r"0x([0-9a-f]+)", operands))
-        for address, opcode, operands in instructions
+        for address, _, opcode, operands in instructions
         if opcode.startswith("BRA")
     )
     loops = [(int(target[1], 16), address) for address, target in branches if target and int(target[1], 16) < address]
     innermost = [
         loop for loop in loops if not any(loop != other and loop[0] <= other[0] <= other[1] <= loop[1] for other in loops)
     ]
-    bodies = ([opcode for address, opcode, _ in instructions if start <= address <= end] for start, end in innermost)
+    bodies = ([opcode for address, _, opcode, _ in instructions if start <= address <= end] for start, end in innermost)
     return max(bodies, key=len, default=[])
 
 

@@ -2,7 +2,7 @@
 
     report = fastlora.accelerate(model)   # after get_peft_model, PeftModel.from_pretrained, ...
     print(report)                         # how many layers were taken, and why each other layer was left
-    fastlora.peft.fallbacks(model)        # {} if every call since then was fused
+    fastlora.peft.fallbacks(model)        # which calls since then ran PEFT's forward, and why; {} if none did
 
 Names, parameters, files, merging and switching adapters stay PEFT's own code. An accelerated layer decides at each call. If
 exactly one plain adapter is active, it computes y = x Wᵀ + bias + scaling · dropout(x) Aᵀ Bᵀ at once. Otherwise it runs PEFT's
@@ -16,9 +16,9 @@ from typing import Any
 
 from torch import nn
 
-from fastlora.peft.report import Report
+from fastlora.peft.report import SMALL, Report
 
-__all__ = ["Report", "accelerate", "decelerate", "fallbacks", "register", "status"]
+__all__ = ["SMALL", "Report", "accelerate", "decelerate", "fallbacks", "register", "status"]
 
 OLDEST_PEFT = "0.18"
 INSTALL = f"pip install 'peft>={OLDEST_PEFT}'"  # works in a clone as well as beside an installed fastlora

@@ -7,7 +7,8 @@ A call is fused if exactly one active adapter has weights in the layer, and
     the base      is an nn.Linear or Conv1D that does nothing else, with a frozen weight; or a quantised layer that
                   `fastlora.quantized` reads, with dtypes that its `unsupported_input` accepts
     the call      passes x alone, a dense tensor; is not decoding on a GPU (few rows, no gradient), where PEFT's launches cost
-                  less; is not traced by torch.jit, and not differentiated by torch.func or in forward mode
+                  less; is not small on a CPU (`torch_backend.BREAK_EVEN`); is not traced by torch.jit, and not
+                  differentiated by torch.func or in forward mode
     the dtypes    x, W and bias share one; A and B share that one, or are float32 and it is 16-bit. Autocast applies first.
 """
 
@@ -16,10 +17,10 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor, nn
 
-from fastlora import quantized
+from fastlora import quantized, torch_backend
 from fastlora.functional import _autocast_dtype
 from fastlora.peft.base import PLAIN_TENSORS, weight_of
-from fastlora.torch_backend import DECODE_ROWS
+from fastlora.peft.report import SMALL
 from fastlora.validation import FLOAT_DTYPES, HALF_DTYPES, autocast_target, is_altered, is_transformed
 
 DISABLED = "adapters are disabled"
@@ -31,7 +32,7 @@ UNCAST = "casting of the input is disabled"
 DECODING = "few rows without a gradient, as in decoding"
 
 #: Fallbacks that never warn: requested by the user, or free.
-INTENDED = frozenset({DISABLED, MERGED, INACTIVE, MIXED_BATCH, UNCAST, DECODING})
+INTENDED = frozenset({DISABLED, MERGED, INACTIVE, MIXED_BATCH, UNCAST, DECODING, SMALL})
 
 
 class Adapter(NamedTuple):
@@ -135,11 +136,16 @@ def unsupported_input(x: Tensor, given: Operands, layer: Any) -> str | None:
     return f"x is {x.dtype}, the base weight {stored}, the adapter {given.lora_A.dtype} (autocast: {autocast})"
 
 
-def _decodes(x: Tensor) -> bool:
-    """Whether launches alone decide the time of the call. PEFT makes as many, in less time on the host: `make host-time`."""
-    if torch.compiler.is_compiling() or torch.is_grad_enabled() or type(x) not in PLAIN_TENSORS:
-        return False
-    return x.device.type != "cpu" and x.numel() <= DECODE_ROWS * x.shape[-1]
+def _too_small(x: Tensor) -> str | None:
+    """The reason why the host's time decides that of the call, which is less with PEFT's forward, or None.
+
+    Decoding on a GPU: PEFT makes as many launches, in less time on the host (`make host-time`).
+    """
+    if torch.compiler.is_compiling() or type(x) not in PLAIN_TENSORS:
+        return None
+    if x.device.type == "cpu":
+        return SMALL if x.numel() < torch_backend.BREAK_EVEN else None
+    return DECODING if not torch.is_grad_enabled() and x.numel() <= torch_backend.DECODE_ROWS * x.shape[-1] else None
 
 
 def decide(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Operands | str:
@@ -155,8 +161,8 @@ def decide(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any])
         )
     if kwargs.get("adapter_names") is not None:
         return MIXED_BATCH
-    if _decodes(x):
-        return DECODING
+    if reason := _too_small(x):
+        return reason
     given = operands(layer)
     if isinstance(given, str):
         return given

@@ -4,7 +4,12 @@ import warnings
 from collections import Counter
 from dataclasses import dataclass, field
 
+from fastlora import torch_backend
+
 NAMES_SHOWN = 3
+
+#: The reason why a small call on a CPU runs PEFT's forward.
+SMALL = "few elements on a CPU, where PEFT's forward takes less time"
 
 
 @dataclass(frozen=True, repr=False)
@@ -39,6 +44,8 @@ class Report:
         for device, backend in self.backends:
             note = ", which saves memory rather than time on this device" if backend == "torch" else ""
             lines.append(f"  backend on {device}: {backend}{note}")
+            if device == "cpu" and torch_backend.BREAK_EVEN:
+                lines.append(f"  calls with fewer than {torch_backend.BREAK_EVEN} elements run PEFT's forward, which is faster")
         return "\n".join(lines)
 
 

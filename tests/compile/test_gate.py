@@ -75,6 +75,8 @@ PLANTS = {
     "atomics": lambda row: replace(row, sass=replace(row.sass, atomics=1)),
     "shared memory": lambda row: replace(row, shared=227 * 1024 + 1),
     "tensor memory": lambda row: replace(row, tensor_memory=513),
+    "rewritten: 1 in PTX, R1 of": lambda row: replace(row, rewritten_in_ptx=("R1 of",)),
+    "rewritten: 1 in machine code": lambda row: replace(row, sass=replace(row.sass, rewritten=("R1 of",))),
     "no tensor-core instruction": lambda row: replace(row, sass=replace(row.sass, tensor_core=0, hgmma=0)),
     "no HGMMA": lambda row: replace(row, sass=replace(row.sass, hgmma=0)),
 }

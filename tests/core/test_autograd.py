@@ -7,6 +7,7 @@ import torch
 from saved import saved_by
 
 from fastlora import lora_linear, oracle, torch_backend
+from fastlora.dropout import packed_mask
 from fastlora.oracle import Case
 
 BACKENDS = ("fused", "addmm", "torch")
@@ -46,11 +47,12 @@ def test_opcheck(backend):
     """Of backward also in part: dB alone, dx alone, dA alone.  An output that is not needed is empty, in the fake too."""
     x, weight, A, B, bias = inputs(M=9, requires_grad=False).values()
     seed, dy, S = torch.tensor([5]), torch.randn(9, 40), torch.randn(9, 4)
+    mask = packed_mask(seed, 9, 24, 0.25) if backend == "torch" else seed
     forward, backward = torch.ops.fastlora.lora_linear, torch.ops.fastlora.lora_linear_backward
     torch.library.opcheck(forward, (x, weight, A, B, bias, seed, 0.5, 0.25, backend))  # raises
     torch.library.opcheck(forward, (x, weight, A, B, None, None, 0.5, 0.0, backend))
-    dB, dx, dA = (None, None, None, None, S, None), (None, weight, A, B, None, seed), (x, None, None, B, None, seed)
-    for operands in ((x, weight, A, B, S, seed), dB, dx, dA):
+    dB, dx, dA = (None, None, None, None, S, None), (None, weight, A, B, None, mask), (x, None, None, B, None, mask)
+    for operands in ((x, weight, A, B, S, mask), dB, dx, dA):
         torch.library.opcheck(backward, (dy, *operands, 0.5, 0.25, torch.float32, backend))
 
 
@@ -68,30 +70,31 @@ def test_gradients_one_by_one(backend, outputs, dropout_p):
 
 @pytest.mark.parametrize("backend", BACKENDS)
 def test_saved_for_backward(backend):
-    """x and the parameters by reference, S and the seed; nothing of size M × in but x itself."""
+    """x and the parameters by reference, S, and for the mask the seed or, on "torch", a bit an element; no copy of x."""
     t = inputs(M=96, K=64, N=80, dtype=torch.bfloat16, adapter_dtype=torch.float32)
     saved = saved_by(lambda: lora_linear(*t.values(), dropout_p=0.1, backend=backend))
     shared = {t[name].data_ptr() for name in ("x", "weight", "lora_A", "lora_B")}
     assert shared <= {tensor.data_ptr() for tensor in saved}
     new = sorted((tuple(tensor.shape), tensor.dtype) for tensor in saved if tensor.data_ptr() not in shared)
-    assert new == [((1,), torch.int64), ((96, 4), torch.float32)]
+    mask = ((96, 8), torch.uint8) if backend == "torch" else ((1,), torch.int64)
+    assert new == [mask, ((96, 4), torch.float32)] or new == [((96, 4), torch.float32), mask]
 
 
 @pytest.mark.parametrize(
     ("trained", "expected"),
     [
-        (("x",), {"weight", "lora_A", "lora_B", "seed"}),
-        (("lora_A",), {"x", "lora_B", "seed"}),
+        (("x",), {"weight", "lora_A", "lora_B", "mask"}),
+        (("lora_A",), {"x", "lora_B", "mask"}),
         (("lora_B",), {"S"}),
         (("bias",), set()),
-        (("lora_A", "lora_B"), {"x", "lora_B", "S", "seed"}),
+        (("lora_A", "lora_B"), {"x", "lora_B", "S", "mask"}),
     ],
 )
 def test_only_what_backward_needs_is_saved(trained, expected):
     t = inputs(M=96, K=64, N=80, requires_grad=False)
     for name in trained:
         t[name].requires_grad_()
-    names = {tuple(t[name].shape): name for name in NAMES} | {(96, 4): "S", (1,): "seed"}
+    names = {tuple(t[name].shape): name for name in NAMES} | {(96, 4): "S", (96, 8): "mask"}
     assert {names[tuple(tensor.shape)] for tensor in saved_by(lambda: lora_linear(*t.values(), dropout_p=0.1))} == expected
 
 

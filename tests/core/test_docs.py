@@ -134,6 +134,7 @@ SOURCES = {
     "peft/calls.py": {"adapter", "operands", "unsupported_input", "decide"},
     "peft/experts.py": {"unsupported_reason", "decide", "terms", "_unsupported_experts"},
     "peft/layers.py": {"unsupported_reason"},
+    "peft/report.py": set(),
     "quantized/__init__.py": {"unsupported_input"},
     **{f"quantized/{library}.py": {"read"} for library in ("bitsandbytes", "torchao", "hqq", "gptq", "fp8")},
 }

@@ -1,6 +1,8 @@
 """The mask: a pure function of (seed, row, column), as the docstring of fastlora/dropout.py specifies it."""
 
 import math
+from collections.abc import Sequence
+from unittest import mock
 
 import pytest
 import torch
@@ -8,7 +10,12 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from fastlora import dropout_mask
-from fastlora.dropout import draw_seed, keep_rows, keep_scale, philox, threshold
+from fastlora.dropout import draw_seed, keep_scale, key_schedule, philox, threshold
+
+
+def philox_of(seed: int, counter: Sequence[int]) -> list[int]:
+    signed = seed - (1 << 64) if seed >= 1 << 63 else seed
+    return [int(word) for word in philox(key_schedule(torch.tensor([signed])), [torch.tensor(word) for word in counter])]
 
 
 @pytest.mark.parametrize(
@@ -24,8 +31,7 @@ from fastlora.dropout import draw_seed, keep_rows, keep_scale, philox, threshold
     ],
 )
 def test_philox_known_answers(counter, key, words):
-    tensors = [torch.tensor(value) for value in (*key, *counter)]
-    assert [int(word) for word in philox((tensors[0], tensors[1]), tuple(tensors[2:]))] == words
+    assert philox_of(key[0] | key[1] << 32, counter) == words
 
 
 def test_mask_known_answer():
@@ -34,8 +40,8 @@ def test_mask_known_answer():
     expected = torch.zeros(2, 18, dtype=torch.bool)
     for row in range(2):
         for col in range(18):
-            words = philox((torch.tensor(3), torch.tensor(256)), tuple(map(torch.tensor, (col // 8, row, 0, 0))))
-            expected[row, col] = (int(words[col % 8 // 2]) >> (16 * (col % 2)) & 0x7FFF) >= 16384
+            words = philox_of((1 << 40) + 3, (col // 8, row, 0, 0))
+            expected[row, col] = (words[col % 8 // 2] >> (16 * (col % 2)) & 0x7FFF) >= 16384
     assert torch.equal(mask, expected)
     assert "".join("01"[int(keep)] for keep in mask.flatten()) == "001110000011100000101010010110001100"
 
@@ -46,14 +52,19 @@ def test_mask_known_answer():
     rows=st.integers(0, 300),
     cols=st.integers(0, 200),
     p=st.floats(0, 1),
-    first=st.integers(0, 299),
+    projection=st.integers(0, 2**32 - 1),
+    calls=st.integers(1, 10000),
 )
-def test_rows_can_be_made_apart(seed, rows, cols, p, first):
-    mask = dropout_mask(seed, rows, cols, p)
-    assert mask.shape == (rows, cols)
-    part = range(min(first, rows), rows)
-    assert torch.equal(keep_rows(torch.tensor([[seed]]), part, cols, p), mask[part.start :])
-    assert torch.equal(mask, dropout_mask(torch.tensor([seed]), rows, cols, p))
+def test_mask_is_the_specification(seed, rows, cols, p, projection, calls):
+    """For every seed, projection, size and p, in whatever pieces it is made."""
+    with mock.patch("fastlora.dropout._CPU_CALLS", calls):
+        mask = dropout_mask(seed, rows, cols, p, projection=projection)
+    row, column = torch.arange(rows).unsqueeze(1), torch.arange(cols) // 8
+    words = philox(key_schedule(torch.tensor([seed])), (column, row, torch.tensor([projection]), torch.tensor([0])))
+    lane = torch.arange(cols) % 8
+    word = torch.stack([word.expand(rows, cols) for word in words]).gather(0, (lane // 2).expand(1, rows, cols))[0]
+    assert torch.equal(mask, (word >> 16 * (lane % 2) & 0x7FFF) >= threshold(p))
+    assert torch.equal(mask, dropout_mask(torch.tensor([seed]), rows, cols, p, projection=projection))
 
 
 @pytest.mark.parametrize("p", [0.05, 0.1, 0.5])

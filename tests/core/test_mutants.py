@@ -171,6 +171,8 @@ def test_mutated_backend(name: str, backend: str, monkeypatch: pytest.MonkeyPatc
     """The same through `lora_linear`, its own steps called with one wrong argument, where rounding hides most: bfloat16."""
     step, argument = name.split()
     change, spoils = BACKEND_MUTANTS[name]
+    if (backend, argument) == ("torch", "seed"):  # its steps take the packed mask that the operator has made
+        argument, change = "mask", lambda mask: mask.roll(1, 0)
     module = torch_backend if backend == "torch" else steps
     original = getattr(module, step)
     signature = inspect.signature(original)

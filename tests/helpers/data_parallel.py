@@ -19,6 +19,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 
 import fastlora
+from fastlora import torch_backend
 
 #: What `save_pretrained` needs of a sharded model: the whole of what is trained, on rank 0.
 WHOLE = StateDictOptions(full_state_dict=True, cpu_offload=True, ignore_frozen_params=True)
@@ -96,6 +97,7 @@ def train(rank: int, way: str, meeting: str) -> None:
 
 
 if __name__ == "__main__":
+    torch_backend.BREAK_EVEN = 0  # the model is small
     with tempfile.TemporaryDirectory() as folder:
         for way in WAYS:
             # Forked, so that what takes longest, the imports, is done once.

@@ -11,8 +11,8 @@ from peft_models import accelerated, assert_close, counted_calls
 from torch import Tensor, nn
 from torch.autograd import forward_ad
 
-from fastlora import oracle
-from fastlora.peft import calls
+from fastlora import oracle, torch_backend
+from fastlora.peft import calls, layers
 
 pytestmark = pytest.mark.filterwarnings("ignore:an accelerated LoRA layer")
 
@@ -122,6 +122,20 @@ def test_decoding_on_an_accelerator_is_pefts(shape: tuple[int, ...], grad: bool,
     with torch.set_grad_enabled(grad):
         decision = calls.decide(layer, torch.empty(shape, device=device), (), {})
     assert (decision == calls.DECODING) == isinstance(decision, str) == (device == "meta" and not grad and shape != (65, 8))
+
+
+@pytest.mark.parametrize(("rows", "device"), [(4, "cpu"), (5, "cpu"), (4, "meta")])
+def test_small_calls_on_a_cpu_are_pefts_without_a_warning(monkeypatch: Any, rows: int, device: str) -> None:
+    layer = layer_of().to(device)
+    monkeypatch.setattr(torch_backend, "BREAK_EVEN", 40)
+    small = rows * 8 < 40 and device == "cpu"
+    with warnings.catch_warnings(), counted_calls() as made:
+        warnings.simplefilter("error")
+        layer(torch.ones(rows, 8, device=device)).sum().backward()
+    assert (not made) == small
+    assert fallbacks_of(layer) == ({calls.SMALL: 1} if small else {})
+    report = str(layers.describe({"0": layer}))
+    assert ("fewer than 40 elements run PEFT's forward" in report) == (device == "cpu")
 
 
 @pytest.mark.parametrize("kwargs", [{}, {"alora_offsets": [3]}], ids=["x", "with offsets"])
