@@ -8,8 +8,8 @@ SOAK ?= 1
 OLDEST_TRITON := 3.6.0
 
 VENV := .venv
-OLDEST_VENV := .venv-triton-$(OLDEST_TRITON)
-REPORT_VENV := $(if $(TRITON),.venv-triton-$(TRITON),$(VENV))
+CHOSEN_VENV := $(if $(TRITON),.venv-triton-$(TRITON),$(VENV))
+COMPILE_VENVS := $(if $(TRITON),$(CHOSEN_VENV),$(VENV) .venv-triton-$(OLDEST_TRITON))
 PIP_INSTALL = $(@D)/bin/python -m pip install --quiet --disable-pip-version-check -c constraints.txt
 PYTEST_OPTIONS := --numprocesses $(JOBS) --dist worksteal --durations 10
 
@@ -25,12 +25,12 @@ demo: $(VENV)/.installed  ## fine-tune a small language model with fastlora and 
 test: test-interpreter test-compile  ## run the tests
 
 # Triton reads TRITON_INTERPRET once, when the kernels are imported, hence a process for each of the two modes.
-test-interpreter: $(VENV)/.installed  ## run the tests that execute the kernels under Triton's interpreter
-	OMP_NUM_THREADS=1 $(VENV)/bin/pytest $(PYTEST_OPTIONS) tests
+# The environment of another Triton has no Hugging Face packages: there only the kernels' own tests run.
+test-interpreter: $(CHOSEN_VENV)/.installed  ## run the kernels under Triton's interpreter (TRITON=3.9.0 for another Triton)
+	OMP_NUM_THREADS=1 $(CHOSEN_VENV)/bin/pytest $(PYTEST_OPTIONS) $(if $(TRITON),tests/kernels,tests)
 
-test-compile: $(VENV)/.installed $(OLDEST_VENV)/.installed  ## compile the kernels for GPUs, with the pinned and the oldest Triton
-	$(VENV)/bin/pytest $(PYTEST_OPTIONS) tests/compile
-	$(OLDEST_VENV)/bin/pytest $(PYTEST_OPTIONS) tests/compile
+test-compile: $(COMPILE_VENVS:%=%/.installed)  ## compile the kernels for GPUs, with the pinned and the oldest Triton (TRITON=3.9.0 for another)
+	@set -e; for environment in $(COMPILE_VENVS); do $$environment/bin/pytest $(PYTEST_OPTIONS) tests/compile; done
 
 soak: $(VENV)/.installed  ## run docs/reliability.md's long tests (SOAK=0.01 for a hundredth of their counts)
 	OMP_NUM_THREADS=1 SOAK=$(SOAK) $(VENV)/bin/pytest -s -p no:cacheprovider -p no:logging -o faulthandler_timeout=0 soak
@@ -53,8 +53,8 @@ bench-suite: $(VENV)/.installed  ## the same for the linears of five models, a d
 bench-report: $(VENV)/.installed  ## write the tables in benches/results and the plots from benches/results
 	$(VENV)/bin/python -m benches.report $(ARGS)
 
-compile-report: $(REPORT_VENV)/.installed  ## registers, spills and shared memory of every kernel (TRITON=3.6.0 for another Triton)
-	$(REPORT_VENV)/bin/python -m tools.compile_report $(ARGS)
+compile-report: $(CHOSEN_VENV)/.installed  ## registers, spills and shared memory of every kernel (TRITON=3.6.0 for another Triton)
+	$(CHOSEN_VENV)/bin/python -m tools.compile_report $(ARGS)
 
 traffic-report: $(VENV)/.installed  ## bytes that every step reads and writes against what it must, counted on a CPU
 	$(VENV)/bin/python -m tools.traffic_report $(ARGS)

@@ -25,6 +25,9 @@ HAS_TRITON = importlib.util.find_spec("triton") is not None
 #: "fused" and "addmm" are the two forms of "triton"; "fused/<tile>" also names the tile of its GEMMs.
 BACKENDS = ("triton", "fused", "addmm", "torch")
 
+#: AMD GPUs with the matrix instructions that the kernels are compiled for (tests/compile).  None has run them.
+AMD_GPUS = ("gfx942", "gfx950")
+
 _NO_TRITON = "Triton is not installed (`pip install triton`; it has wheels for Linux)"
 
 
@@ -59,7 +62,7 @@ def lora_linear(
         training: False turns dropout off, whatever dropout_p and seed are.
         seed: the mask's seed: an int, or an int64 tensor of one element on x.device.  None draws one from torch's default
             generator of x.device.
-        backend: None takes "triton" on a CUDA GPU of capability 8.0 or newer unless x is float64, otherwise "torch".
+        backend: None takes "triton" on an NVIDIA GPU of capability 8.0 or newer unless x is float64, otherwise "torch".
             "triton" runs the form that suits the shape (`fastlora.dispatch`).  "fused" and "addmm" insist on one;
             "fused/128,256,64,32,8,3,8" also names the GEMM's tile, which operands that cannot take it ignore.
 
@@ -146,13 +149,21 @@ def available_backends(device: torch.device | str) -> tuple[str, ...]:
     Warns where Triton alone is missing: the "torch" backend takes its place.
     """
     device = torch.device(device)
-    on_gpu = device.type == "cuda" and torch.version.cuda and torch.cuda.get_device_capability(device) >= (8, 0)
-    if not on_gpu and not (device.type == "cpu" and INTERPRETING):
+    on_nvidia = device.type == "cuda" and torch.version.cuda and torch.cuda.get_device_capability(device) >= (8, 0)
+    on_request = _is_amd_gpu(device) or (device.type == "cpu" and INTERPRETING)
+    if not on_nvidia and not on_request:
         return ("torch",)
     if not HAS_TRITON:
         warnings.warn(f"{_NO_TRITON}, so fastlora computes with plain torch operations", RuntimeWarning, stacklevel=2)
         return ("torch",)
-    return BACKENDS if on_gpu else BACKENDS[::-1]
+    return BACKENDS if on_nvidia else BACKENDS[::-1]
+
+
+def _is_amd_gpu(device: torch.device) -> bool:
+    """Whether `device` is one of AMD_GPUS.  ROCm's name has features behind it: "gfx942:sramecc+:xnack-"."""
+    if device.type != "cuda" or torch.version.hip is None:
+        return False
+    return torch.cuda.get_device_properties(device).gcnArchName.partition(":")[0] in AMD_GPUS
 
 
 def _choose_backend(backend: str | None, device: torch.device, dtype: torch.dtype) -> str:
@@ -170,7 +181,7 @@ def _choose_backend(backend: str | None, device: torch.device, dtype: torch.dtyp
         raise TypeError(f'backend="{backend}" computes in float32, float16 or bfloat16, got x in float64: use backend="torch"')
     if "triton" not in available:
         needs = (
-            "it needs a CUDA GPU of capability 8.0 or newer, or TRITON_INTERPRET=1 in the environment for Triton's interpreter "
+            "it needs an NVIDIA GPU of capability 8.0 or newer, or TRITON_INTERPRET=1 in the environment for Triton's interpreter "
             "on a CPU"
         )
         raise RuntimeError(f'backend="{backend}" cannot run tensors on {device}: {needs if HAS_TRITON else _NO_TRITON}')

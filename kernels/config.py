@@ -7,7 +7,7 @@ from dataclasses import astuple, dataclass, replace
 
 import torch
 
-from fastlora.kernels.target import Target
+from fastlora.kernels.target import TENSOR_MEMORY_COLUMNS, Target
 
 
 def cdiv(a: int, b: int) -> int:
@@ -45,19 +45,21 @@ class GemmConfig:
 
     def is_valid(self, target: Target, dtype: torch.dtype, precision: str, descriptors: bool) -> bool:
         """The one statement of what may run, for the default choice and for the tuner."""
-        accumulators = self.block_m * self.block_n // (32 * self.num_warps)  # a thread's
+        accumulators = self.block_m * self.block_n // (target.warp_size * self.num_warps)  # a thread's
         if dtype == torch.float32 and precision == "ieee":
             # Without tensor cores a thread holds its rows and columns of both operands.  With 32 accumulators and steps of 16
             # that is 228 registers on sm_90; steps of 32 spill.
             fits = accumulators <= 32 and max(self.block_k, self.block_r) <= 16
         else:
             # 128 accumulators leave room for wgmma's operands, which are in shared memory.  They leave no room for mma's,
-            # which are in registers, nor for float16 on sm_100, where accumulators leave tensor memory to be scaled (136
-            # bytes of stack at rank 64), nor for the addresses of pointer loads (632 bytes of stack with ragged rows).
-            scaled = dtype == torch.float16 and target.has_tensor_memory
-            roomy = target.has_wgmma and descriptors and not scaled
+            # which are in registers, nor for the addresses of pointer loads (632 bytes of stack with ragged rows).
+            roomy = target.has_wgmma and descriptors
             # One wgmma covers 64 rows.
             fits = accumulators <= (128 if roomy else 64) and (self.block_m >= 64 or not target.has_wgmma)
+        if target.has_tensor_memory:
+            # U's tile, and two accumulators where nothing passes the rank-r product through registers: 128 x 256 takes 576
+            # columns at rank 16 without bias and mask (Triton 3.8 and 3.9, compiled).
+            fits = fits and 2 * self.block_n + self.block_r <= TENSOR_MEMORY_COLUMNS
         return fits and self.shared_memory(dtype.itemsize, descriptors) <= target.shared_memory
 
 
@@ -156,7 +158,7 @@ def stream_config(
     many_warps = block_r >= 64 or ((mixed or dtype.itemsize == 4) and target.has_tensor_memory) or not aligned
     block_m, warps = 64, 8 if many_warps else 4
     if hi_lo and not target.has_wgmma:
-        block_m, warps = 32, 4 if aligned else 8
+        block_m, warps = 32, 4 if aligned and not with_dx else 8
     if with_dx and (block_r >= 64 or not aligned or dtype.itemsize == 4):
         block_m = 32
     if dropout and block_r >= 64 and dtype.itemsize == 4:
@@ -184,9 +186,12 @@ def super_tile_config(
     block_r = rank_block(r)
     block_m, width = (64, 128) if dtype.itemsize == 4 else (32, 512)
     width = width * 16 // block_r
+    mixed = small_dtype.itemsize > dtype.itemsize
+    if mixed and not target.runs_ptx:
+        width //= 4  # MFMA: at 256 columns float16 and float32 at rank 16 spill 140 bytes (gfx942, Triton 3.7.1)
     on_wgmma = target.has_wgmma and not target.has_tensor_memory
     wide_tiles_fill = fills_device(cdiv(shape[0], 64) * cdiv(shape[1], 256), target)
-    if small_dtype.itemsize > dtype.itemsize and on_wgmma and wide_tiles_fill:
+    if mixed and on_wgmma and wide_tiles_fill:
         # At 32 rows the two dots with B are one chain of 64 mma (sm_90, from the machine code); at 64 rows they are wgmma.
         block_m, width = 64, 256
     narrowest = 16 * block_r // dtype.itemsize  # there a partial dS is a quarter of dY's bytes

@@ -165,5 +165,9 @@ def lora_hi_lo(V: TensorSpec | None, dtype: torch.dtype, target: Target) -> bool
 
 
 def matmul_precision(dtype: torch.dtype) -> str:
-    """How float32 dots multiply: "tf32" where torch's switch allows it, else "ieee".  16-bit operands are exact either way."""
-    return "tf32" if dtype == torch.float32 and torch.backends.cuda.matmul.fp32_precision == "tf32" else "ieee"
+    """How float32 dots multiply: "tf32" where torch's switch allows it, else "ieee".  16-bit operands are exact either way.
+
+    AMD GPUs take "ieee": `round_to_tf32` is PTX.
+    """
+    allowed = torch.backends.cuda.matmul.fp32_precision == "tf32" and torch.version.hip is None
+    return "tf32" if dtype == torch.float32 and allowed else "ieee"

@@ -12,6 +12,7 @@ from fastlora.kernels import launch
 from fastlora.kernels.config import cdiv
 from fastlora.kernels.dot import INTERPRETED
 from fastlora.kernels.launch import Plan, Result
+from fastlora.kernels.target import Target
 
 _INFINITY = 0x7C00  # of float16
 _M0, _M1 = map(tl.constexpr, MULTIPLIERS)
@@ -19,14 +20,15 @@ _W0, _W1 = map(tl.constexpr, WEYL)
 _ROUNDS = tl.constexpr(ROUNDS)
 
 
-def mask_code(dropout_p: float, seed: object) -> str:
-    """How kernels compare a lane with t: "" takes no mask (`seed` is None), "f16x2" float16 numbers, "integer" integers.
+def mask_code(dropout_p: float, seed: object, target: Target) -> str:
+    """How kernels compare a lane with t: "" takes no mask (`seed` is None), "f16x2" float16 numbers by PTX, "integer" integers.
 
     As float16 without its sign a lane compares with t like an integer while t is at most infinity: NaNs are above t, and kept.
     """
     if seed is None:
         return ""
-    return "integer" if INTERPRETED.value or threshold(dropout_p) > _INFINITY else "f16x2"
+    as_integers = INTERPRETED.value or not target.runs_ptx or threshold(dropout_p) > _INFINITY
+    return "integer" if as_integers else "f16x2"
 
 
 def mask_threshold(dropout_p: float, MASK: str) -> int:

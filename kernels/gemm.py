@@ -193,7 +193,7 @@ def plan_gemm(
         K, strides, programs = P.shape[1], (*P.stride, *Q.stride), target.sms
         transposed = Q.stride[0] == 1 and Q.stride[1] != 1
         stored = P, Q.t() if transposed else Q, C
-        described = stored if target.has_descriptors and all(map(fits_descriptor, stored)) else ()
+        described = stored if all(fits_descriptor(spec) and target.can_describe(spec.span) for spec in stored) else ()
         if config is None or not config.is_valid(target, dtype, precision, bool(described)):
             config = gemm_config(M, N, dtype, precision, target, bool(described))
     tiles = cdiv(M, config.block_m) * cdiv(N, config.block_n)
@@ -220,6 +220,8 @@ def plan_gemm(
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
     }
+    if target.has_tensor_memory:
+        options["maxnreg"] = 255  # all there are: otherwise ptxas may stop at 128 and spill 8 bytes (Triton 3.8 and 3.9)
     small = (*V.stride, 0 if bias is None else bias.stride[0], packed_mask((M, N)).shape[1] if masked else 0)
     block_q = (config.block_n, config.block_k) if transposed else (config.block_k, config.block_n)
     blocks = [config.block_m, config.block_k], [*block_q], [config.block_m, config.block_n]

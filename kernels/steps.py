@@ -15,12 +15,14 @@ function that runs the step.
 """
 
 import functools
+import warnings
 from collections.abc import Callable
 from contextlib import AbstractContextManager, nullcontext
 from typing import Any
 
 import torch
 from torch import Tensor
+from triton.runtime.errors import OutOfResources
 
 from fastlora.dropout import keep_scale
 from fastlora.kernels.config import GemmConfig, valid_tiles
@@ -66,7 +68,8 @@ def forward(
     """
     with _on(x.device):
         specs = TensorSpec.of_each(x, weight, lora_A, lora_B, bias)
-        facts = target or target_of(x.device), matmul_precision(x.dtype), mask_code(dropout_p, seed)
+        target = target or target_of(x.device)
+        facts = target, matmul_precision(x.dtype), mask_code(dropout_p, seed, target)
         run = (plan or plan_forward)(choice, *facts, *specs)
         return run(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, out)
 
@@ -95,7 +98,8 @@ def backward(
     with _on(dy.device):
         S = None if S is None else S.contiguous()
         specs = TensorSpec.of_each(dy, x, weight, lora_A, lora_B, S)
-        facts = target or target_of(dy.device), matmul_precision(dy.dtype), mask_code(dropout_p, seed)
+        target = target or target_of(dy.device)
+        facts = target, matmul_precision(dy.dtype), mask_code(dropout_p, seed, target)
         run = (plan or plan_backward)(choice, *facts, adapter_dtype, *specs)
         return run(dy, x, weight, lora_A, lora_B, S, seed, scaling, dropout_p, adapter_dtype, out)
 
@@ -117,7 +121,7 @@ def plan_forward(choice: str, target: Target, precision: str, mask: str, *specs:
             return gemm(to_y, x, weight, S, lora_B, alpha=scaling, bias=bias, out=out), S
         return gemm(to_y, None, None, S, lora_B, alpha=scaling, bias=bias, out=out).addmm_(x, weight.t()), S
 
-    return run
+    return _or_addmm(run, plan_forward, target, precision, mask, *specs) if choice == "fused" else run
 
 
 @functools.lru_cache(maxsize=4096)
@@ -183,7 +187,28 @@ def plan_backward(
             dx.addmm_(dy, weight)
         return dx, dA, dB
 
-    return run
+    return _or_addmm(run, plan_backward, target, precision, mask, adapter_dtype, *specs) if choice == "fused" else run
+
+
+def _or_addmm(run: Run, plan: Callable[..., Run], *facts: Any) -> Run:
+    """`run`, or for good the form "addmm" of the same step once a kernel of `run` asks for more than the GPU has.
+
+    Triton says so at the first launch: a version of it may need more memory for a tile than the versions that were tried.
+    """
+    chosen = run
+
+    def run_or_addmm(*args: Any) -> Any:
+        nonlocal chosen
+        try:
+            return chosen(*args)
+        except OutOfResources as error:
+            if chosen is not run:
+                raise
+            warnings.warn(f'"fused" does not fit this GPU, "addmm" runs instead: {error}', RuntimeWarning, stacklevel=2)
+            chosen = plan("addmm", *facts)
+        return chosen(*args)
+
+    return run_or_addmm
 
 
 def _first(plan: Plan | None, default: Result) -> Result:

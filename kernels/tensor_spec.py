@@ -31,6 +31,12 @@ class TensorSpec(NamedTuple):
         """The spec of a matrix that the launcher allocates."""
         return cls(shape, (shape[1], 1), dtype, True)
 
+    @property
+    def span(self) -> int:
+        """Bytes from the first element to the end of the last, of a matrix that is not empty."""
+        last = sum((size - 1) * stride for size, stride in zip(self.shape, self.stride, strict=True))
+        return (last + 1) * self.dtype.itemsize
+
     def t(self) -> "TensorSpec":
         """The spec of the transposed matrix."""
         return self._replace(shape=self.shape[::-1], stride=self.stride[::-1])

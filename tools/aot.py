@@ -18,14 +18,17 @@ from triton.runtime.jit import JITFunction
 from fastlora.kernels import launch as launching
 
 
+GFX942 = 942  # stands for an AMD MI300 where an NVIDIA GPU has its capability
+
+
 class OfflineDriver:
-    """Replaces Triton's CUDA driver.  It knows only which GPU to compile for."""
+    """Replaces Triton's driver of a GPU.  It knows only which one to compile for: an NVIDIA capability, or GFX942."""
 
     def __init__(self, capability: int) -> None:
         self._capability = capability
 
     def get_current_target(self) -> GPUTarget:
-        return GPUTarget("cuda", self._capability, 32)
+        return GPUTarget("hip", "gfx942", 64) if self._capability == GFX942 else GPUTarget("cuda", self._capability, 32)
 
     def get_current_device(self) -> int:
         """The capability, so that Triton keeps the kernels of different capabilities apart."""
@@ -65,7 +68,7 @@ class _Compiling:
 
 @contextmanager
 def offline(capability: int) -> Iterator[list[Compiled]]:
-    """Compile every launch inside for `capability` (80, 90, ...).  Yields the list of the launches, in order.
+    """Compile every launch inside for `capability` (80, 90, ..., GFX942).  Yields the list of the launches, in order.
 
     Raises:
         RuntimeError: a kernel was imported under TRITON_INTERPRET=1.  Triton's own errors pass through.

@@ -1,19 +1,23 @@
 """The steps to compile, with operands on the meta device, and the GPUs to compile for."""
 
+import re
 from collections.abc import Iterable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import product
+from pathlib import Path
 from typing import Any
 
 import torch
+import triton
 from torch import Tensor
 
 from fastlora.kernels import steps
 from fastlora.kernels.dropout import mask_code, pack_bits, plan_pack_bits
 from fastlora.kernels.launch import Result
 from fastlora.kernels.sums import plan_sum, sum_partials
-from fastlora.kernels.target import Target
+from fastlora.kernels.target import NOT_NVIDIA, Target
+from tools.aot import GFX942
 
 # Both directions in both forms of `fastlora.kernels.steps`, the packed mask alone, and the sum of partial results.
 STEPS = ("forward", "backward", "addmm-forward", "addmm-backward", "mask", "sum")
@@ -27,11 +31,15 @@ DTYPES = {
     "float16+float32": (torch.float16, torch.float32),
 }
 RANKS = (8, 16, 64, 128)
-# An A100, an H200 and a B200.  shared_memory: the most bytes that one block may use.
+# An A100, an RTX A6000, an RTX 4090, an H200, a B200, an RTX 5090 and an MI300X.  shared_memory: the most bytes that one block may use.
 TARGETS = {
     80: Target(capability=80, sms=108, shared_memory=163 * 1024),
+    86: Target(capability=86, sms=84, shared_memory=99 * 1024),
+    89: Target(capability=89, sms=128, shared_memory=99 * 1024),
     90: Target(capability=90, sms=132, shared_memory=227 * 1024),
     100: Target(capability=100, sms=148, shared_memory=227 * 1024),
+    120: Target(capability=120, sms=170, shared_memory=99 * 1024),
+    GFX942: Target(capability=NOT_NVIDIA, sms=304, shared_memory=64 * 1024, warp_size=64),
 }
 # (M, in, out).  "ragged" rules out tensor descriptors and vector loads, "eighths" has rows of a multiple of 8 elements and
 # not of 16, "wide" needs 64-bit offsets, "short" and "tiny" get smaller tiles.
@@ -44,6 +52,9 @@ SHAPES = {
     "tiny": (32, 512, 512),
 }
 DROPOUT = 0.1
+# Other versions of Triton compile for 8.0, 9.0 and 10.0 alone.
+_PIN = re.search(r"^triton==(\S+)$", (Path(__file__).parents[1] / "constraints.txt").read_text(), re.MULTILINE)
+IS_PINNED_TRITON = _PIN is not None and triton.__version__ == _PIN[1]
 
 
 @dataclass(frozen=True, order=True)
@@ -57,7 +68,8 @@ class CompileCase:
     shape: str = "aligned"
 
     def __str__(self) -> str:
-        return f"{self.step}-{self.dtype}-r{self.rank}-sm{self.capability}-{self.shape}"
+        gpu = "gfx942" if self.capability == GFX942 else f"sm{self.capability}"
+        return f"{self.step}-{self.dtype}-r{self.rank}-{gpu}-{self.shape}"
 
     @property
     def target(self) -> Target:
@@ -82,7 +94,7 @@ class CompileCase:
                 both = Result((self.rank, K), adapter, parts=4), Result((N, self.rank), adapter, parts=3)
                 sum_partials(plan_sum(*both), *(result.empty(x.device) for result in both))
             elif seed is not None:
-                pack_bits(plan_pack_bits((M, K), mask_code(dropout_p, seed)), seed, dropout_p)
+                pack_bits(plan_pack_bits((M, K), mask_code(dropout_p, seed, self.target)), seed, dropout_p)
 
 
 def every_case(ranks: Iterable[int] = RANKS, shapes: Iterable[str] = ("aligned",)) -> list[CompileCase]:
@@ -103,7 +115,24 @@ def gated_cases() -> list[CompileCase]:
     ]
     keys += [("bfloat16", 16, 90, shape) for shape in SHAPES if shape != "aligned"]
     whole = [CompileCase(step, *key) for key in keys for step in STEPS[:4]]
-    return whole + [CompileCase(step, "bfloat16", 16, 90) for step in ("mask", "sum")]
+    whole += [CompileCase(step, "bfloat16", 16, 90) for step in ("mask", "sum")]
+    return whole + (_on_other_cards() if IS_PINNED_TRITON else [])
+
+
+def _on_other_cards() -> list[CompileCase]:
+    """What shares its tiles with no GPU of the other cases, and what has spilled."""
+    fused, addmm = ("forward", "backward"), ("addmm-backward",)
+    keys = [(fused, "bfloat16", 16, capability, "aligned") for capability in (86, 89, 120, GFX942)]
+    keys += [(addmm, "bfloat16", 16, capability, "aligned") for capability in (86, 120)]
+    keys += [(addmm, "float16+float32", 128, capability, "aligned") for capability in (86, 120)]
+    keys += [(("forward",), "bfloat16", 16, capability, "ragged") for capability in (86, 120)]
+    keys += [
+        (("forward",), "float16+float32", 128, 86, "aligned"),
+        (("forward",), "bfloat16", 128, 120, "aligned"),
+        (("backward",), "bfloat16+float32", 16, 120, "aligned"),
+        (("backward",), "float16+float32", 16, GFX942, "aligned"),
+    ]
+    return [CompileCase(step, *key) for steps, *key in keys for step in steps]
 
 
 def _meta(*sizes: int, dtype: torch.dtype) -> Tensor:

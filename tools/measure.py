@@ -4,9 +4,10 @@ from dataclasses import dataclass
 from math import prod
 from typing import Any
 
+from fastlora.kernels.target import TENSOR_MEMORY_COLUMNS
 from tools.aot import Compiled, offline
 from tools.cases import DROPOUT, CompileCase
-from tools.sass import Sass, read_cubin
+from tools.sass import Sass, read_kernel
 from tools.wgmma import in_ptx
 
 # kernels that a step launches, in order -> what they compute.  Sums of partial results are measured as a step of their own.
@@ -27,8 +28,6 @@ MASKED_TILE = {
     "dA dx": ("BLOCK_M", "BLOCK_K"),
     "dx": ("BLOCK_M", "BLOCK_N"),
 }
-THREADS_PER_WARP = 32
-TENSOR_MEMORY_COLUMNS = 512
 
 
 @dataclass(frozen=True)
@@ -90,11 +89,11 @@ def _row(case: CompileCase, dropout: bool, product: str, launch: Compiled, plain
     assembly, metadata = launch.compiled.asm, launch.compiled.metadata
     config = {name: value for name, value in launch.constexprs.items() if name.startswith("BLOCK")}
     config |= {name: launch.options[name] for name in ("num_warps", "num_stages")}
-    sass = read_cubin(assembly["cubin"])
+    sass = read_kernel(assembly)
     per_element = per_masked_element = None
-    if product in MASKED_TILE:
+    if product in MASKED_TILE and sass.loop:
         tile = prod(config[name] for name in MASKED_TILE[product])
-        threads_per_element = THREADS_PER_WARP * config["num_warps"] / tile
+        threads_per_element = case.target.warp_size * config["num_warps"] / tile
         per_element = None if product == "dx" else sass.issue_slots * threads_per_element
         if dropout and plain is not None and plain.config == config:
             per_masked_element = (_of_mask(product, sass) - _of_mask(product, plain.sass)) * threads_per_element
@@ -106,9 +105,9 @@ def _row(case: CompileCase, dropout: bool, product: str, launch: Compiled, plain
         config=config,
         sass=sass,
         shared=metadata.shared,
-        tensor_memory=metadata.tmem_size or 0,
+        tensor_memory=getattr(metadata, "tmem_size", None) or 0,
         dots="tt.dot" in assembly["ttir"],
-        rewritten_in_ptx=in_ptx(assembly["ptx"]),
+        rewritten_in_ptx=in_ptx(assembly["ptx"]) if "ptx" in assembly else (),
         conversions=assembly["ttgir"].count("ttg.convert_layout"),
         per_element=per_element,
         per_masked_element=per_masked_element,

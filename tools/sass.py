@@ -1,4 +1,4 @@
-"""Read a cubin: registers, stack, and counts of machine instructions (SASS).
+"""Read a compiled kernel: registers, stack, and counts of machine instructions, in SASS or an AMD GPU's assembly.
 
 The Triton wheel brings `cuobjdump`, which disassembles a cubin without a CUDA toolkit or a GPU.  Triton's `asm["sass"]` is not
 used: it stops after 4096 instructions, at the last four-digit address.
@@ -8,7 +8,9 @@ import re
 import subprocess
 import tempfile
 from collections import Counter
+from collections.abc import Mapping
 from dataclasses import dataclass
+from typing import Any
 
 from triton import knobs
 
@@ -35,13 +37,13 @@ _NARROW_LOAD = re.compile(r"(?:LDG|LDGSTS)\b(?!.*\.(?:64|128|256))")
 
 @dataclass(frozen=True)
 class Sass:
-    """Counts over one cubin.  Instruction counts are static and leave out NOPs, which pad the code.
+    """Counts over one kernel.  Instruction counts are static and leave out NOPs, which pad the code.
 
     Attributes:
         registers: 32-bit registers per thread.
         stack: bytes per thread.
         local: loads and stores of local memory (LDL, STL).
-        tensor_core: matrix instructions of any generation (HMMA, HGMMA, UTC*MMA).
+        tensor_core: matrix instructions of any generation (HMMA, HGMMA, UTC*MMA, MFMA).
         hgmma: those of Hopper (HGMMA).
         atomics: atomic updates of global memory.  Their order is not fixed.
         narrow_loads: loads of global memory of fewer than 8 bytes per thread.
@@ -96,6 +98,35 @@ def read_cubin(cubin: bytes) -> Sass:
         narrow_loads=_count(opcodes, _NARROW_LOAD),
         rewritten=in_sass(instructions),
         loop=dict(Counter(map(_pipe, _longest_loop(instructions)))),
+    )
+
+
+def read_kernel(assembly: Mapping[str, Any]) -> Sass:
+    """Count in what Triton compiled for one kernel, for an NVIDIA or an AMD GPU."""
+    return read_cubin(assembly["cubin"]) if "cubin" in assembly else read_amdgcn(assembly["amdgcn"])
+
+
+def read_amdgcn(assembly: str) -> Sass:
+    """The same counts for an AMD GPU, from the assembly of one kernel.  Its loop is empty: those pipes are NVIDIA's.
+
+    Raises:
+        ValueError: the assembly does not say what the kernel uses.
+    """
+    used = {name: int(value) for name, value in re.findall(r"^\s+\.(\w+):\s+(\d+)$", assembly, re.MULTILINE)}
+    if "vgpr_spill_count" not in used:
+        raise ValueError("expected the assembly of a kernel with its metadata")
+    opcodes = Counter(re.findall(r"^\s+([vs]_\w+|(?:global|buffer|scratch|ds|flat)_\w+)", assembly, re.MULTILINE))
+    return Sass(
+        registers=used["vgpr_count"],
+        stack=max(used["private_segment_fixed_size"], 4 * used["vgpr_spill_count"]),
+        instructions=opcodes.total(),
+        local=_count(opcodes, re.compile("scratch_(?:load|store)")),
+        tensor_core=_count(opcodes, re.compile("v_mfma_")),
+        hgmma=0,
+        atomics=_count(opcodes, re.compile("(?:global|buffer|flat)_atomic")),
+        narrow_loads=_count(opcodes, re.compile(r"(?:global|buffer)_load_(?:u|s|d16|dword$)")),
+        rewritten=(),
+        loop={},
     )
 
 

@@ -7,6 +7,7 @@ import torch
 from planned import run_gemm
 
 from fastlora.kernels.config import GemmConfig, gemm_candidates
+from fastlora.kernels.target import TENSOR_MEMORY_COLUMNS
 from tools.aot import offline
 from tools.budgets import over_budget, recorded
 from tools.cases import TARGETS, CompileCase, gated_cases
@@ -44,7 +45,7 @@ def test_the_mask_costs_few_instructions(capability: int, step: str, product: st
     ],
 )
 def test_tiles_of_the_tuner(capability: int, config: GemmConfig) -> None:
-    """Every valid tile of the GEMM fits in registers and shared memory, in forward and in the masked backward."""
+    """Every valid tile of the GEMM fits in registers and memories, in forward and in the masked backward."""
     target = TARGETS[capability]
 
     def meta(*shape: int, dtype: torch.dtype = torch.bfloat16) -> torch.Tensor:
@@ -60,3 +61,4 @@ def test_tiles_of_the_tuner(capability: int, config: GemmConfig) -> None:
         sass = read_cubin(launch.compiled.asm["cubin"])
         assert (sass.stack, sass.local) == (0, 0)
         assert launch.compiled.metadata.shared <= target.shared_memory
+        assert (launch.compiled.metadata.tmem_size or 0) <= TENSOR_MEMORY_COLUMNS

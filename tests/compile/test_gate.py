@@ -8,11 +8,11 @@ import triton
 import triton.language as tl
 
 from fastlora.kernels import launch
-from tools.aot import offline
+from tools.aot import GFX942, offline
 from tools.budgets import cost, over_budget
 from tools.cases import CompileCase
 from tools.measure import KernelFacts, faults, measure
-from tools.sass import Sass, read_cubin
+from tools.sass import Sass, read_amdgcn, read_kernel
 
 
 @triton.jit
@@ -31,17 +31,17 @@ def product(capability: int, m: int, n: int, dtype: torch.dtype = torch.bfloat16
     with offline(capability) as launches:
         options = {"BLOCK_M": m, "BLOCK_N": n, "BLOCK_K": 64, "ATOMIC": atomic, "num_warps": 4, "num_stages": 1}
         launch.launch(launch.Plan(product_kernel, (1,), (), options), a.to(dtype), b.to(dtype), c)
-    return read_cubin(launches[0].compiled.asm["cubin"])
+    return read_kernel(launches[0].compiled.asm)
 
 
-@pytest.mark.parametrize("capability", [80, 90, 100])
+@pytest.mark.parametrize("capability", [80, 90, 100, GFX942])
 def test_instructions_are_seen(capability: int) -> None:
     """Tensor cores, wgmma for tiles of at least 64 rows on capability 90, and atomics."""
     plain, half_a_tile = product(capability, 64, 64), product(capability, 32, 64)
     assert plain.tensor_core
     assert half_a_tile.tensor_core
     assert (plain.hgmma > 0, half_a_tile.hgmma) == (capability == 90, 0)
-    assert not product(capability, 64, 64, torch.float32).tensor_core
+    assert (product(capability, 64, 64, torch.float32).tensor_core > 0) == (capability == GFX942)
     assert not plain.atomics
     assert product(capability, 64, 64, atomic=True).atomics
 
@@ -52,6 +52,15 @@ def test_spills_are_seen(capability: int) -> None:
     assert (fits.stack, fits.local) == (0, 0)
     assert spills.stack
     assert spills.local
+
+
+def test_spills_of_an_amd_gpu_are_seen() -> None:
+    code = "\tscratch_store_dwordx2 off, v[0:1], off\n\tglobal_load_ushort v2, v[0:1], off\n\tscratch_load_dword v1, off, off\n"
+    metadata = "    .private_segment_fixed_size: 8\n    .vgpr_count:     256\n    .vgpr_spill_count: 3\n"
+    seen = read_amdgcn(code + metadata)
+    assert (seen.registers, seen.stack, seen.local, seen.narrow_loads, seen.instructions) == (256, 12, 2, 1, 3)
+    with pytest.raises(ValueError, match="metadata"):
+        read_amdgcn(code)
 
 
 @pytest.fixture(scope="module")

@@ -2,6 +2,7 @@
 
 import math
 import warnings
+from types import SimpleNamespace
 
 import pytest
 import torch
@@ -104,6 +105,18 @@ def test_a_gpu_below_capability_80_takes_torch(monkeypatch):
     assert functional._choose_backend(None, gpu, torch.float16) == "torch"
     with pytest.raises(RuntimeError, match=r'backend="fused" cannot run tensors on cuda:0: it needs .* capability 8\.0'):
         functional._choose_backend("fused", gpu, torch.float16)
+
+
+@pytest.mark.parametrize(
+    ("name", "backends"), [("gfx942:sramecc+:xnack-", functional.BACKENDS[::-1]), ("gfx1100", ("torch",)), ("gfx90a", ("torch",))]
+)
+def test_an_amd_gpu_takes_triton_on_request_alone(monkeypatch, name, backends):
+    gpu = torch.device("cuda:0")
+    monkeypatch.setattr(torch.version, "cuda", None)
+    monkeypatch.setattr(torch.version, "hip", "7.0")
+    monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(gcnArchName=name))
+    assert functional.available_backends(gpu) == backends
+    assert functional._choose_backend(None, gpu, torch.float16) == "torch"
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda:0"])

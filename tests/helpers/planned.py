@@ -67,7 +67,7 @@ def far_apart(rows: int, cols: int, stride: int) -> Tensor:
 
 def run_shrink(x: Tensor, A: Tensor, target: Target = INTERPRETER, seed: Tensor | None = None, **options: Any) -> Tensor:
     """scaling · drop(x) Aᵀ."""
-    mask = mask_code(options.get("dropout_p", 0.0), seed)
+    mask = mask_code(options.get("dropout_p", 0.0), seed, target)
     plan = plan_shrink(TensorSpec.of(x), TensorSpec.of(A), mask, matmul_precision(x.dtype), target)
     (S,) = sum_partials(plan_sum(*plan.results), shrink(plan, x, A, seed=seed, **options))
     return S
@@ -97,7 +97,7 @@ def run_grad_a(
     """(scaling · Uᵀ drop(x), the packed mask with `pack`, drop(U V) with V)."""
     small = None if V is None else TensorSpec.of(V)
     facts = TensorSpec.of(x), TensorSpec.of(U), dtype, matmul_precision(x.dtype), target
-    plan = plan_grad_a(*facts, transposed=transposed, mask=mask_code(options.get("dropout_p", 0.0), seed), pack=pack, V=small)
+    plan = plan_grad_a(*facts, transposed=transposed, mask=mask_code(options.get("dropout_p", 0.0), seed, target), pack=pack, V=small)
     dx = None if V is None else x.new_full(x.shape, torch.nan)
     partials, bits = grad_a(plan, x, U, V, seed=seed, dx=dx, **options)
     (result,) = sum_partials(plan_sum(plan.results[0]), partials)
@@ -124,4 +124,4 @@ def run_gemm(
 
 def run_pack_bits(seed: Tensor, rows: int, cols: int, p: float, **block: int) -> Tensor:
     """The packed mask."""
-    return pack_bits(plan_pack_bits((rows, cols), mask_code(p, seed), **block), seed, p)
+    return pack_bits(plan_pack_bits((rows, cols), mask_code(p, seed, INTERPRETER), **block), seed, p)

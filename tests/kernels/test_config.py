@@ -19,7 +19,7 @@ from fastlora.kernels.grad_a import plan_grad_a
 from fastlora.kernels.grad_b import MAX_RANK, plan_grad_s_and_b
 from fastlora.kernels.launch import Plan
 from fastlora.kernels.shrink import plan_shrink
-from fastlora.kernels.target import Target
+from fastlora.kernels.target import NOT_NVIDIA, Target
 from fastlora.kernels.tensor_spec import TensorSpec
 
 TARGETS = {
@@ -29,18 +29,19 @@ TARGETS = {
     "sm_100": Target(100, 148, 232448),
     "small and unknown": Target(121, 20, 101376),
 }
+MI300X = Target(NOT_NVIDIA, 304, 65536, warp_size=64)
 HOPPER = TARGETS["sm_90"]
 DTYPES = [(torch.bfloat16, "ieee"), (torch.float16, "ieee"), (torch.float32, "tf32"), (torch.float32, "ieee")]
 
 
-@pytest.mark.parametrize("name", TARGETS)
+@pytest.mark.parametrize("target", [*TARGETS.values(), MI300X], ids=lambda target: f"sm_{target.capability}")
 @pytest.mark.parametrize(("dtype", "precision"), DTYPES)
 @pytest.mark.parametrize("descriptors", [False, True])
-def test_every_shape_has_a_valid_tile(name, dtype, precision, descriptors):
-    facts = dtype, precision, TARGETS[name], descriptors
+def test_every_shape_has_a_valid_tile(target, dtype, precision, descriptors):
+    facts = dtype, precision, target, descriptors
     valid = valid_tiles(*facts)
     assert set(valid) <= set(gemm_candidates(dtype, precision))
-    assert all(config.is_valid(TARGETS[name], dtype, precision, descriptors) for config in valid)
+    assert all(config.is_valid(target, dtype, precision, descriptors) for config in valid)
     for rows, cols in ((1, 1), (1, 4096), (64, 4096), (512, 1024), (8192, 4096), (16384, 28672)):
         assert gemm_config(rows, cols, *facts) in valid
 
@@ -82,6 +83,16 @@ def test_oversized_tiles_are_invalid():
     spilling, too_deep = GemmConfig(128, 256, 64, 32, 4, 3), GemmConfig(128, 256, 64, 32, 8, 4)
     for config in (spilling, too_deep):
         assert not config.is_valid(HOPPER, torch.bfloat16, "ieee", True)
+
+
+@pytest.mark.parametrize("dtype", [torch.bfloat16, torch.float16])
+def test_two_accumulators_and_u_fit_in_tensor_memory(dtype):
+    """128 x 256 wants 576 of 512 columns with Triton 3.8 and 3.9."""
+    large, half = GemmConfig(128, 256, 64, 32, 8, 3), GemmConfig(128, 128, 64, 32, 8, 4)
+    blackwell = TARGETS["sm_100"], dtype, "ieee", True
+    assert large.is_valid(HOPPER, *blackwell[1:])
+    assert not large.is_valid(*blackwell)
+    assert half.is_valid(*blackwell)
 
 
 @pytest.mark.parametrize(("rank", "block"), [(1, 16), (16, 16), (17, 32), (64, 64), (100, 128), (512, 128)])

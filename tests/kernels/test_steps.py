@@ -1,10 +1,12 @@
 """steps.py: choices, what backward gives when operands are missing, and memory that the caller provides."""
 
+import warnings
 from itertools import product
 
 import pytest
 import torch
 from planned import AMPERE, assert_close
+from triton.runtime.errors import OutOfResources
 
 from fastlora import oracle
 from fastlora.kernels import steps
@@ -44,6 +46,52 @@ def test_missing_operands_and_out(choice, dropout_p, rank):
                 assert_close(gradient, exact[name], torch.float32)
         if all(given):
             assert all(map(torch.equal, gradients, steps.backward(*call, choice=choice)))
+
+
+@pytest.fixture
+def too_large(monkeypatch):
+    """GEMMs with a product want more tensor memory than there is; the list of their launches."""
+    launched, gemm = [], steps.gemm
+
+    def launch(plan, *args, **options):
+        if plan.options["HAS_PRODUCT"]:
+            launched.append(plan)
+            raise OutOfResources(576, 512, "tensor memory")
+        return gemm(plan, *args, **options)
+
+    for plan in (steps.plan_forward, steps.plan_backward):
+        plan.cache_clear()
+    monkeypatch.setattr(steps, "gemm", launch)
+    yield launched
+    for plan in (steps.plan_forward, steps.plan_backward):
+        plan.cache_clear()
+
+
+def test_a_step_that_does_not_fit_takes_addmm_and_says_so_once(too_large):
+    case = oracle.Case((21, 40, 24), 4, dropout_p=0.3)
+    t = oracle.draw(case)
+    options = torch.tensor([t.seed]), case.scaling, 0.3
+    operands = t.x, t.weight, t.lora_A, t.lora_B
+
+    def step(choice):
+        y, S = steps.forward(*operands, t.bias, *options, choice=choice)
+        return y, S, *steps.backward(t.dy, *operands, S, *options, torch.float32, choice=choice)
+
+    with pytest.warns(RuntimeWarning, match='"addmm" runs instead: out of resource: tensor memory, Required: 576') as said:
+        first = step("fused")
+    assert len(said) == len(too_large) == 2  # one for each direction
+    with warnings.catch_warnings():
+        warnings.simplefilter("error")
+        again = step("fused")
+    assert len(too_large) == 2
+    assert all(map(torch.equal, first, step("addmm")))
+    assert all(map(torch.equal, again, first))
+
+
+def test_a_tile_that_was_asked_for_does_not_give_way(too_large):
+    t = oracle.draw(oracle.Case((21, 40, 24), 4))
+    with pytest.raises(OutOfResources):
+        steps.forward(t.x, t.weight, t.lora_A, t.lora_B, None, None, 1.0, 0.0, choice="fused/64,64,16,16,8,2,8")
 
 
 @pytest.mark.parametrize(
