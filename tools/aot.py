@@ -17,7 +17,6 @@ from triton.runtime.jit import JITFunction
 
 from fastlora.kernels import launch as launching
 
-
 GFX942 = 942  # stands for an AMD MI300 where an NVIDIA GPU has its capability
 
 

@@ -108,7 +108,8 @@ def test_a_gpu_below_capability_80_takes_torch(monkeypatch):
 
 
 @pytest.mark.parametrize(
-    ("name", "backends"), [("gfx942:sramecc+:xnack-", functional.BACKENDS[::-1]), ("gfx1100", ("torch",)), ("gfx90a", ("torch",))]
+    ("name", "backends"),
+    [("gfx942:sramecc+:xnack-", functional.BACKENDS[::-1]), ("gfx1100", ("torch",)), ("gfx90a", ("torch",))],
 )
 def test_an_amd_gpu_takes_triton_on_request_alone(monkeypatch, name, backends):
     gpu = torch.device("cuda:0")

@@ -97,7 +97,9 @@ def run_grad_a(
     """(scaling · Uᵀ drop(x), the packed mask with `pack`, drop(U V) with V)."""
     small = None if V is None else TensorSpec.of(V)
     facts = TensorSpec.of(x), TensorSpec.of(U), dtype, matmul_precision(x.dtype), target
-    plan = plan_grad_a(*facts, transposed=transposed, mask=mask_code(options.get("dropout_p", 0.0), seed, target), pack=pack, V=small)
+    plan = plan_grad_a(
+        *facts, transposed=transposed, mask=mask_code(options.get("dropout_p", 0.0), seed, target), pack=pack, V=small
+    )
     dx = None if V is None else x.new_full(x.shape, torch.nan)
     partials, bits = grad_a(plan, x, U, V, seed=seed, dx=dx, **options)
     (result,) = sum_partials(plan_sum(plan.results[0]), partials)
