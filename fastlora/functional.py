@@ -181,8 +181,8 @@ def _choose_backend(backend: str | None, device: torch.device, dtype: torch.dtyp
         raise TypeError(f'backend="{backend}" computes in float32, float16 or bfloat16, got x in float64: use backend="torch"')
     if "triton" not in available:
         needs = (
-            f"it needs an NVIDIA GPU of capability 8.0 or newer, an AMD {AMD_GPUS[0]} or {AMD_GPUS[1]}, or TRITON_INTERPRET=1 in "
-            "the environment for Triton's interpreter on a CPU"
+            f"it needs an NVIDIA GPU of capability 8.0 or newer, an AMD {AMD_GPUS[0]} or {AMD_GPUS[1]}, or TRITON_INTERPRET=1 "
+            "in the environment for Triton's interpreter on a CPU"
         )
         raise RuntimeError(f'backend="{backend}" cannot run tensors on {device}: {needs if HAS_TRITON else _NO_TRITON}')
     return backend
