@@ -219,9 +219,8 @@ def plan_gemm(
         "PRECISION": precision,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
+        **target.register_limit,
     }
-    if target.has_tensor_memory:
-        options["maxnreg"] = 255  # all there are: otherwise ptxas may stop at 128 and spill 8 bytes (Triton 3.8 and 3.9)
     small = (*V.stride, 0 if bias is None else bias.stride[0], packed_mask((M, N)).shape[1] if masked else 0)
     block_q = (config.block_n, config.block_k) if transposed else (config.block_k, config.block_n)
     blocks = [config.block_m, config.block_k], [*block_q], [config.block_m, config.block_n]

@@ -160,6 +160,7 @@ def plan_grad_a(
         "PRECISION": precision,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
+        **target.register_limit,
     }
     sizes = (M, K, steps, bits.shape[1] if pack else 0, *x.stride, *out_strides, *((0, 0) if V is None else V.stride))
     out = Result((K, r) if transposed else (r, K), dtype, splits)

@@ -52,6 +52,14 @@ class Target:
         return self.has_wgmma and not self.has_tensor_memory
 
     @property
+    def register_limit(self) -> dict[str, int]:
+        """The option of a launch that lets a thread have all 255 registers.
+
+        On Blackwell ptxas otherwise stops at 128 or 168 and spills 8 bytes (Triton 3.7.1 on 12.0, 3.8 and 3.9 on 10.0).
+        """
+        return {"maxnreg": 255} if self.capability >= 100 else {}
+
+    @property
     def has_tensor_memory(self) -> bool:
         """Accumulators live in tensor memory (10.x).  They pass through registers whenever they are scaled or masked."""
         return 100 <= self.capability < 120
