@@ -164,6 +164,7 @@ def tile_loads(launch: CountedLaunch, size: int, block: str, times: int) -> np.n
 def test_gemm(case, direction):
     """C (M, N) = P (M, K) Q (K, N) + bias + mask(U V): C is written once, tiles read the operands again.
 
+    With FLATTEN each program reads the term of the last tile once more, for nothing.
     cuBLAS accumulates P Q onto C in place; neither is copied nor cast first.
     """
     (e, a), forward = itemsizes(case), direction == "forward"
@@ -175,14 +176,19 @@ def test_gemm(case, direction):
     for launch in launches:
         tiles_m, tiles_n = (triton.cdiv(size, launch.constexprs[f"BLOCK_{axis}"]) for axis, size in (("M", M), ("N", N)))
         product, Q = case.form == "fused", tile_loads(launch, N, "BLOCK_N", tiles_m)
+        programs = launch.grid[0] * launch.constexprs["FLATTEN"]
+        row, col = (np.arange(size)[:, None] for size in (M, N))
+        last_m = row >= (tiles_m - 1) * launch.constexprs["BLOCK_M"]
+        last_n = col >= (tiles_n - 1) * launch.constexprs["BLOCK_N"]
+        V = tiles_m + programs * last_n
         check(
             launch,
             P=(M * K * e * product, tile_loads(launch, M, "BLOCK_M", tiles_n)),
             Q=(K * N * e * product, Q if forward else Q.T),  # W (N, K) or W (K, N)
-            U=(M * r * 4, tiles_n),
-            V=(r * N * a, tiles_m),
-            bias=(N * e * (forward and case.bias), tiles_m),
-            bits=(M * triton.cdiv(N, 8) * (not forward and case.dropout_p > 0), 1),
+            U=(M * r * 4, tiles_n + programs * last_m),
+            V=(r * N * a, V if forward else V.T),
+            bias=(N * e * (forward and case.bias), V[:, 0]),
+            bits=(M * triton.cdiv(N, 8) * (not forward and case.dropout_p > 0), 1 + programs * last_m * last_n.T[:, ::8]),
             C=(M * N * e, 0),
         )
 
