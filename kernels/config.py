@@ -146,7 +146,7 @@ def stream_config(
 
     Args:
         aligned: rows start at multiples of 16 bytes.  Others load element by element, and more warps share the addresses.
-        dropout: Philox's words take registers.  Without tensor cores and from rank 64 on the tile has half the height.
+        dropout: Philox's words take registers.  Without tensor cores, or wgmma, a float32 tile has half the height.
         with_dx: the kernel also writes a product U V.  Its accumulator takes half the width.  V stays in registers and takes
             half the height where it is large, where addresses are many, or where dots use no tensor core.
     """
@@ -161,8 +161,8 @@ def stream_config(
         block_m, warps = 32, 4 if aligned and not with_dx else 8
     if with_dx and (block_r >= 64 or not aligned or dtype.itemsize == 4):
         block_m = 32
-    if dropout and block_r >= 64 and dtype.itemsize == 4:
-        block_m = 32  # dots without tensor cores keep all operands in registers, beside Philox's words
+    if dropout and dtype.itemsize == 4 and (block_r >= 64 or not target.has_wgmma):
+        block_m = 32  # dots without wgmma keep all operands in registers, beside Philox's words: 64 rows spill 8 bytes on sm_80
     widths = (64,) if hi_lo or with_dx or dtype.itemsize == 4 else (128, 64)
     candidates = [StreamConfig(block_m, width, block_r, warps, stages) for width in widths for stages in (3, 2)]
     fitting = (
