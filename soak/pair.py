@@ -11,7 +11,7 @@ from hypothesis import strategies as st
 from hypothesis.stateful import RuleBasedStateMachine, rule
 from torch import nn
 
-from soak.networks import DTYPES, SIZE
+from soak.networks import DTYPES, SIZE, assert_equal
 
 seeds = st.integers(0, 99)
 
@@ -64,6 +64,12 @@ class Pair(RuleBasedStateMachine):
     def compiled(self, seed: int) -> None:
         torch._dynamo.reset()
         self.assert_computes(torch.compile(self.ours, backend="eager"), seed)
+
+    def assert_same_state(self) -> None:
+        """Equal parameters and buffers, and the same of them trained."""
+        assert_equal(self.ours.state_dict(), self.eager.state_dict())
+        ours, eager = (dict(model.named_parameters()) for model in (self.ours, self.eager))
+        assert {n: p.requires_grad for n, p in ours.items()} == {n: p.requires_grad for n, p in eager.items()}
 
     def apply(self, grads: dict[str, torch.Tensor]) -> None:
         """A step of gradient descent, with the same gradients on both."""

@@ -143,9 +143,7 @@ class Machine(Pair):
     def holds(self) -> None:
         Machine.steps += 1
         self.assert_computes(self.ours, Machine.steps % 7)
-        assert_equal(self.ours.state_dict(), self.eager.state_dict())
-        ours, eager = (dict(model.named_parameters()) for model in (self.ours, self.eager))
-        assert {n: p.requires_grad for n, p in ours.items()} == {n: p.requires_grad for n, p in eager.items()}
+        self.assert_same_state()
         assert [layer.merged for layer in self.layers(self.ours)] == [self.merged] * 2
         assert {module.training for module in self.ours.modules()} == {self.eager.training}
 

@@ -18,8 +18,10 @@ import torch
 from torch import Tensor, nn
 
 from fastlora.quantized import bitsandbytes, fp8, gptq, hqq, torchao
-from fastlora.quantized.bitsandbytes import KINDS, is_quantized, linear_of, of_4bit, quantize  # noqa: F401  # used from here
-from fastlora.quantized.weight import DTYPES, Family, QuantizedWeight, Scheme, dequantize  # noqa: F401  # used from here
+from fastlora.quantized.bitsandbytes import KINDS, is_quantized, linear_of, of_4bit, quantize
+from fastlora.quantized.weight import DTYPES, Family, QuantizedWeight, Scheme, dequantize
+
+__all__ = ["KINDS", "dequantize", "is_quantized", "linear_of", "of_4bit", "quantize", "read", "unsupported_input", "weight_of"]
 
 FAMILIES = (bitsandbytes.FAMILY, torchao.FAMILY, hqq.FAMILY, gptq.FAMILY, fp8.FAMILY)
 

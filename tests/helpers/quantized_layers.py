@@ -4,9 +4,11 @@ from collections.abc import Iterable
 
 import torch
 from bitsandbytes.nn import Int8Params, Linear4bit, Linear8bitLt, Params4bit
+from saved import saved_by
 from torch import nn
 
-from fastlora.quantized import weight_of
+from fastlora import lora_linear
+from fastlora.quantized import QuantizedWeight, weight_of
 
 KINDS = {
     "nf4": {"quant_type": "nf4", "compress_statistics": False},
@@ -61,6 +63,16 @@ def by_definition(layer: nn.Module) -> torch.Tensor:
 def dense(weight: torch.Tensor, kind: str) -> torch.Tensor:
     """What `weight` is once quantised, in float32; the same for its float64 copy."""
     return weight_of(quantize(weight.float(), kind)).dequantize(torch.float32)
+
+
+def saved_by_reference(weight: QuantizedWeight, x: torch.Tensor, A: torch.Tensor, B: torch.Tensor) -> torch.Tensor:
+    """S, the one tensor that `lora_linear` saves beside x, A, B and the packed weight with its statistics, which it shares."""
+    saved = saved_by(lambda: lora_linear(x, weight, A, B))
+    known = (x, A, B, weight.packed, *weight.statistics)
+    storages = [tensor.untyped_storage().data_ptr() for tensor in known]
+    (S,) = [tensor for tensor in saved if tensor.untyped_storage().data_ptr() not in storages]
+    assert size(saved) == size((*known, S))
+    return S
 
 
 def size(tensors: Iterable[torch.Tensor]) -> int:
