@@ -59,6 +59,48 @@ def start_tile(first_m, first_n, M, N, term, R, BLOCK_M, BLOCK_N, BLOCK_R, DTYPE
     return acc
 
 
+@triton.jit
+def load_described(P, Q, first_m, first_n, k, Q_TRANSPOSED: tl.constexpr):
+    """The blocks of P and Q at step k of the tile at (first_m, first_n)."""
+    p = P.load([first_m, k])
+    if Q_TRANSPOSED:
+        q = tl.trans(Q.load([first_n, k]))
+    else:
+        q = Q.load([k, first_n])
+    return p, q
+
+
+@triton.jit
+def flattened(
+    P, Q, C, M, N, K, term, R, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, GROUP_M, DTYPE, LORA_HI_LO, ROUNDED, Q_TRANSPOSED, USE_INT64,
+    PRECISION,
+):  # fmt: skip
+    """One loop over the steps of all tiles of a program, through descriptors.
+
+    The first steps of the next tile are loaded while C is stored and the next rank-r product is made.  That product stands at
+    the end of the loop, without a branch around it after the last tile: elsewhere Triton awaits every wgmma.
+    """
+    tiles, steps = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N), tl.cdiv(K, BLOCK_K)
+    tile, step = tl.program_id(0), -1
+    first_m, first_n = grouped_tile(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+    acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
+    if tile < tiles:  # always true: outside of a branch Triton keeps V's shared memory until the end
+        acc = start_tile(first_m, first_n, M, N, term, R, BLOCK_M, BLOCK_N, BLOCK_R, DTYPE, LORA_HI_LO, USE_INT64, PRECISION)
+    tile -= tl.num_programs(0)
+    for _ in range(tl.cdiv(tiles - tl.program_id(0), tl.num_programs(0)) * steps):
+        step = tl.where(step == steps - 1, 0, step + 1)
+        if step == 0:
+            tile += tl.num_programs(0)
+            first_m, first_n = grouped_tile(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+        p, q = load_described(P, Q, first_m, first_n, step * BLOCK_K, Q_TRANSPOSED)
+        acc = dot(p, q, acc, PRECISION, ROUNDED, BY_TMA=True)
+        if step == steps - 1:
+            C.store([first_m, first_n], round_to(acc, DTYPE))
+            following = tl.minimum(tile + tl.num_programs(0), tiles - 1)  # the last one again, for nothing
+            next_m, next_n = grouped_tile(following, M, N, BLOCK_M, BLOCK_N, GROUP_M)
+            acc = start_tile(next_m, next_n, M, N, term, R, BLOCK_M, BLOCK_N, BLOCK_R, DTYPE, LORA_HI_LO, USE_INT64, PRECISION)
+
+
 @triton.jit(do_not_specialize=["M"])
 def gemm_kernel(
     P,
@@ -101,35 +143,10 @@ def gemm_kernel(
     tiles = tl.cdiv(M, BLOCK_M) * tl.cdiv(N, BLOCK_N)
     term = bias, U, V, bits, stride_vr, stride_vn, stride_bias, row_bytes, alpha
     if FLATTEN:
-        # One loop over the steps of all tiles of a program.  The first steps of the next tile are loaded while C is stored and
-        # the next rank-r product is made.  That product stands at the end of the loop, without a branch around it after the
-        # last tile: elsewhere Triton awaits every wgmma.
-        tile, step, steps = tl.program_id(0), -1, tl.cdiv(K, BLOCK_K)
-        first_m, first_n = grouped_tile(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
-        acc = tl.zeros((BLOCK_M, BLOCK_N), tl.float32)
-        if tile < tiles:  # always true: outside of a branch Triton keeps V's shared memory until the end
-            acc = start_tile(
-                first_m, first_n, M, N, term, R, BLOCK_M, BLOCK_N, BLOCK_R, DTYPE, LORA_HI_LO, USE_INT64, PRECISION
-            )
-        tile -= tl.num_programs(0)
-        for _ in range(tl.cdiv(tiles - tl.program_id(0), tl.num_programs(0)) * steps):
-            step = tl.where(step == steps - 1, 0, step + 1)
-            if step == 0:
-                tile += tl.num_programs(0)
-                first_m, first_n = grouped_tile(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
-            p = P.load([first_m, step * BLOCK_K])
-            if Q_TRANSPOSED:
-                q = tl.trans(Q.load([first_n, step * BLOCK_K]))
-            else:
-                q = Q.load([step * BLOCK_K, first_n])
-            acc = dot(p, q, acc, PRECISION, ROUNDED, BY_TMA=True)
-            if step == steps - 1:
-                C.store([first_m, first_n], round_to(acc, DTYPE))
-                following = tl.minimum(tile + tl.num_programs(0), tiles - 1)  # the last one again, for nothing
-                next_m, next_n = grouped_tile(following, M, N, BLOCK_M, BLOCK_N, GROUP_M)
-                acc = start_tile(
-                    next_m, next_n, M, N, term, R, BLOCK_M, BLOCK_N, BLOCK_R, DTYPE, LORA_HI_LO, USE_INT64, PRECISION
-                )
+        flattened(
+            P, Q, C, M, N, K, term, R, BLOCK_M, BLOCK_N, BLOCK_K, BLOCK_R, GROUP_M, DTYPE, LORA_HI_LO, ROUNDED, Q_TRANSPOSED,
+            USE_INT64, PRECISION,
+        )  # fmt: skip
         return
     for tile in range(tl.program_id(0), tiles, tl.num_programs(0)):
         first_m, first_n = grouped_tile(tile, M, N, BLOCK_M, BLOCK_N, GROUP_M)
@@ -142,11 +159,7 @@ def gemm_kernel(
             safe_m, safe_n = tl.where(rows < M, offs_m, 0), tl.where(cols < N, offs_n, 0)
             for k in range(0, K, BLOCK_K):
                 if DESCRIPTORS:
-                    p = P.load([first_m, k])
-                    if Q_TRANSPOSED:
-                        q = tl.trans(Q.load([first_n, k]))
-                    else:
-                        q = Q.load([k, first_n])
+                    p, q = load_described(P, Q, first_m, first_n, k, Q_TRANSPOSED)
                 else:
                     ks = k + tl.arange(0, BLOCK_K)
                     offs_k = ks.to(tl.int64) if USE_INT64 else ks
