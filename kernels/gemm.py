@@ -63,11 +63,7 @@ def start_tile(first_m, first_n, M, N, term, R, BLOCK_M, BLOCK_N, BLOCK_R, DTYPE
 def load_described(P, Q, first_m, first_n, k, Q_TRANSPOSED: tl.constexpr):
     """The blocks of P and Q at step k of the tile at (first_m, first_n)."""
     p = P.load([first_m, k])
-    if Q_TRANSPOSED:
-        q = tl.trans(Q.load([first_n, k]))
-    else:
-        q = Q.load([k, first_n])
-    return p, q
+    return p, tl.trans(Q.load([first_n, k])) if Q_TRANSPOSED else Q.load([k, first_n])
 
 
 @triton.jit
