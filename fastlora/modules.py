@@ -1,7 +1,6 @@
 """`FusedLoraLinear`: a frozen linear with a LoRA bypass, in PEFT's semantics, on the fused operator."""
 
 import math
-import warnings
 from typing import Any, Self, TypedDict, Unpack
 
 import torch
@@ -9,6 +8,7 @@ from torch import Tensor, nn
 
 from fastlora import validation
 from fastlora.functional import lora_linear
+from fastlora.layers.base import FusedLoraLayer
 
 
 class Options(TypedDict, total=False):
@@ -20,7 +20,7 @@ class Options(TypedDict, total=False):
     adapter_dtype: torch.dtype | None
 
 
-class FusedLoraLinear(nn.Module):
+class FusedLoraLinear(FusedLoraLayer):
     """y = x Wᵀ + bias + scaling · dropout(x) Aᵀ Bᵀ, W and bias frozen; dropout in training mode only.
 
     scaling = lora_alpha / r, or lora_alpha / √r with `use_rslora`.  A is drawn from kaiming_uniform(a=√5) and B is zero, so a
@@ -44,8 +44,6 @@ class FusedLoraLinear(nn.Module):
 
     lora_A: nn.Parameter | None
     lora_B: nn.Parameter | None
-    bias: nn.Parameter | None
-    _base_weight: Tensor | None
     backend: str | None = None  # set it to choose the backend of `lora_linear` for this module
 
     def __init__(
@@ -93,52 +91,37 @@ class FusedLoraLinear(nn.Module):
         lora_alpha: float,
         lora_dropout: float,
         *,
-        use_rslora: bool = False,
         fan_in_fan_out: bool = False,
-        merge_weights: bool = False,
         adapter_dtype: torch.dtype | None = None,
+        **options: bool,
     ) -> None:
         validation.check_tensor(weight, "weight", 2)
         adapter_dtype = adapter_dtype or weight.dtype
         validation.check_dtype(adapter_dtype, "adapter_dtype")
         out_features, in_features = weight.shape[::-1] if fan_in_fan_out else weight.shape
         validation.check_rank(r, in_features, out_features)
-        validation.check_dropout_p(lora_dropout, "lora_dropout")
-        validation.check_number(lora_alpha, "lora_alpha")
-        validation.check_flag(use_rslora, "use_rslora")
-        validation.check_flag(merge_weights, "merge_weights")
         lora_A = torch.empty((r, in_features), device=weight.device, dtype=adapter_dtype)
         lora_B = torch.empty((out_features, r), device=weight.device, dtype=adapter_dtype)
         validation.check_inputs(None, weight.t() if fan_in_fan_out else weight, lora_A, lora_B, bias, None)
-        super().__init__()
-        self.in_features, self.out_features, self.r = in_features, out_features, r
-        self.lora_alpha, self.lora_dropout, self.use_rslora = lora_alpha, lora_dropout, use_rslora
-        self.fan_in_fan_out, self.merge_weights, self.merged = fan_in_fan_out, merge_weights, False
-        self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r) if r else 0.0
-        self.weight = self._frozen(weight)
-        self.register_parameter("bias", None if bias is None else self._frozen(bias))
-        self.register_buffer("_base_weight", None, persistent=False)
-        self.register_parameter("lora_A", nn.Parameter(lora_A) if r else None)
-        self.register_parameter("lora_B", nn.Parameter(lora_B) if r else None)
-        self.reset_lora_parameters()
+        self._register(weight, bias, lora_A, lora_B, r, lora_alpha, lora_dropout, **options)
+        self.in_features, self.out_features, self.fan_in_fan_out = in_features, out_features, fan_in_fan_out
+
+    @classmethod
+    def from_module(cls, module: nn.Module, r: int, lora_alpha: float, lora_dropout: float, **options: Any) -> Self:
+        """`from_linear`; every module but an nn.Linear is taken with fan_in_fan_out."""
+        return cls.from_linear(module, r, lora_alpha, lora_dropout, fan_in_fan_out=not isinstance(module, nn.Linear), **options)
 
     def reset_lora_parameters(self) -> None:
         """A from kaiming_uniform(a=√5), that is uniform(±1/√in), and B zero."""
         if self.lora_A is not None and self.lora_B is not None:
-            if self.in_features:
+            if self.lora_A.numel():
                 nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
             nn.init.zeros_(self.lora_B)
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out).  A merged module in training warns: its adapter gets no gradient."""
         W = self._W()
-        if self.merged or self.lora_A is None or self.lora_B is None:
-            untrained = self.merged and self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-            if untrained and any(p is not None and p.requires_grad for p in (self.lora_A, self.lora_B)):
-                warnings.warn(
-                    "a merged LoRA linear runs in training mode: its adapter gets no gradient, call unmerge() before training",
-                    stacklevel=2,
-                )
+        if self.lora_A is None or self.lora_B is None or not self._adapts():
             return nn.functional.linear(x, W, self.bias)
         return lora_linear(
             x,
@@ -156,12 +139,6 @@ class FusedLoraLinear(nn.Module):
         """W (out, in) as `lora_linear` takes it: a tensor, or in a subclass a QuantizedWeight."""
         return self.weight.t() if self.fan_in_fan_out else self.weight
 
-    def train(self, mode: bool = True) -> Self:
-        """Set the mode; with merge_weights, unmerge for training and merge for evaluation."""
-        if self.merge_weights and mode == self.merged:
-            self.unmerge() if mode else self.merge()
-        return super().train(mode)
-
     def delta_weight(self) -> Tensor:
         """scaling · B A, (out, in), in float32 (float64 for float64 adapters)."""
         if self.lora_A is None or self.lora_B is None:
@@ -169,103 +146,23 @@ class FusedLoraLinear(nn.Module):
         dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
         return (self.lora_B.detach().to(dtype) @ self.lora_A.detach().to(dtype)) * self.scaling
 
-    def merged_weight(self) -> Tensor:
-        """W + scaling · B A of a module that is not merged, in W's layout, summed in float32 and rounded once to W's dtype."""
-        base, delta = self.weight.detach(), self.delta_weight()
-        return (base.to(delta.dtype) + (delta.t() if self.fan_in_fan_out else delta)).to(base.dtype)
+    def _delta(self) -> Tensor:
+        return self.delta_weight().t() if self.fan_in_fan_out else self.delta_weight()
 
-    def merge(self, keep_base: bool = True) -> None:
-        """Fold the bypass into the weight, see `merged_weight`.
-
-        The merged weight is a new tensor: other modules that share W's storage keep the base weight.  With keep_base the base
-        weight is kept aside and `unmerge` restores it bit for bit; without, it is dropped and `unmerge` refuses.
-
-        Raises:
-            RuntimeError: the module is merged already.
-        """
-        if self.merged:
-            raise RuntimeError("merge() on a module that is merged already")
-        merged = self.merged_weight()
-        self._base_weight = self.weight.detach() if keep_base else None
-        self.weight = self._frozen(merged)
-        self.merged = True
-
-    def unmerge(self) -> None:
-        """Restore the base weight, bit for bit.
-
-        Raises:
-            RuntimeError: the module is not merged, or was merged with keep_base=False.
-        """
-        if not self.merged:
-            raise RuntimeError("unmerge() on a module that is not merged")
-        self.weight = self._frozen(self._kept_base())
-        self._base_weight = None
-        self.merged = False
-
-    def to_linear(self, merged: bool) -> nn.Module:
-        """A plain layer on the base weight, or with `merged` on the merged one, that shares weight, bias and mode with this.
-
-        It is an nn.Linear, or with fan_in_fan_out transformers' Conv1D.  A weight that this module does not hold is made.
-
-        Raises:
-            RuntimeError: the base weight was dropped by merge(keep_base=False).
-        """
+    def plain_module(self) -> nn.Module:
+        """An nn.Linear, or with fan_in_fan_out transformers' Conv1D, on the meta device."""
         with torch.device("meta"):  # what the constructor draws is thrown away
             if self.fan_in_fan_out:
                 from transformers.pytorch_utils import Conv1D
 
-                linear: nn.Module = Conv1D(self.out_features, self.in_features)
-            else:
-                linear = nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
-        if merged and not self.merged:
-            linear.weight = self._frozen(self.merged_weight())
-        else:
-            linear.weight = self.weight if merged == self.merged else self._frozen(self._kept_base())
-        linear.bias = self.bias  # type: ignore[assignment]  # None where it was
-        return linear.train(self.training)
+                return Conv1D(self.out_features, self.in_features)
+            return nn.Linear(self.in_features, self.out_features, bias=self.bias is not None)
 
-    def _kept_base(self) -> Tensor:
-        if self._base_weight is None:
-            raise RuntimeError("this needs the base weight, which merge(keep_base=False) dropped")
-        return self._base_weight
-
-    @staticmethod
-    def _frozen(weight: Tensor) -> nn.Parameter:
-        """A new Parameter: a graph that saved the old one for its backward keeps it."""
-        return nn.Parameter(weight.detach(), requires_grad=False)
-
-    def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
-        """A merged module saves its base weight or, without it, a zero B, so that what is saved is the same function."""
-        super()._save_to_state_dict(destination, prefix, keep_vars)
-        if not self.merged:
-            return
-        if self._base_weight is not None:
-            destination[prefix + "weight"] = self._base_weight
-        elif self.lora_B is not None:
-            destination[prefix + "lora_B"] = torch.zeros_like(self.lora_B)
-
-    def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
-        """Loading into a merged module replaces the base weight and A, B; the module is merged again afterwards.
-
-        A module merged with keep_base=False has no base weight to keep, so that weight, lora_A and lora_B must come together.
-        """
-        merged, keep_base = self.merged, self._base_weight is not None
-        missing = [name for name in ("weight", "lora_A", "lora_B") if prefix + name not in state_dict]
-        if merged and self.r and not keep_base and missing:
-            args[-1].append(f"{prefix or 'the module'} was merged with keep_base=False: loading needs {missing} as well")
-            return
-        if keep_base:
-            self.unmerge()
-        self.merged = False
-        super()._load_from_state_dict(state_dict, prefix, *args)
-        if merged:
-            self.merge(keep_base)
+    def to_linear(self, merged: bool) -> nn.Module:
+        """`to_plain`, by the name that a linear has."""
+        return self.to_plain(merged)
 
     def extra_repr(self) -> str:
         """What nn.Module prints between the parentheses."""
-        text = (
-            f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, r={self.r}, "
-            f"lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}"
-        )
-        flags = ("use_rslora", "fan_in_fan_out", "merge_weights", "merged")
-        return text + "".join(f", {flag}=True" for flag in flags if getattr(self, flag))
+        sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
+        return f"{sizes}, {super().extra_repr()}"

@@ -1,6 +1,6 @@
 """The tensors of an adapter file: which of a model's tensors it holds, under which keys, and whether those of a file fit.
 
-`layers` are a model's LoRA linears by name; `inject` may not have put them in place yet.
+`layers` are a model's LoRA layers by name; `inject` may not have put them in place yet.
 """
 
 from collections.abc import Iterable, Mapping
@@ -15,14 +15,16 @@ from fastlora.adapters.config import CONFIG_NAME
 from fastlora.injection.matching import embeddings, match_modules_to_save
 from fastlora.injection.options import LoraOptions
 from fastlora.injection.walk import named_modules, named_parameters
-from fastlora.modules import FusedLoraLinear
+from fastlora.layers.base import FusedLoraLayer
 
 _PREFIX = "base_model.model."
 
 
-def contents(model: nn.Module, layers: Mapping[str, FusedLoraLinear], options: LoraOptions) -> dict[str, Tensor]:
+def contents(model: nn.Module, layers: Mapping[str, FusedLoraLayer], options: LoraOptions) -> dict[str, Tensor]:
     """The parameters and buffers that the file holds, by key.  Raises ValueError when one is on the meta device."""
-    tensors = {f"{path}.{name}.weight": getattr(layer, name) for path, layer in layers.items() for name in ("lora_A", "lora_B")}
+    tensors: dict[str, Tensor] = {
+        f"{path}.{key}": getattr(layer, name) for path, layer in layers.items() for name, key in layer.FACTORS.items()
+    }
     for name, _, parameter in named_parameters(model):
         path, _, kind = name.rpartition(".")
         if kind == "bias" and options.bias != "none" and path in layers:
@@ -36,7 +38,7 @@ def contents(model: nn.Module, layers: Mapping[str, FusedLoraLinear], options: L
 
 
 def fit(
-    model: nn.Module, layers: Mapping[str, FusedLoraLinear], options: LoraOptions, file: Mapping[str, Tensor], path: Path
+    model: nn.Module, layers: Mapping[str, FusedLoraLayer], options: LoraOptions, file: Mapping[str, Tensor], path: Path
 ) -> list[tuple[Tensor, Tensor]]:
     """The model's tensors, each with the file's for it.  Raises ValueError when keys, shapes or dtypes do not fit.
 
@@ -75,7 +77,8 @@ def fit(
 
 def check_ranks(targets: Iterable[str], options: LoraOptions, file: Mapping[str, Tensor], path: Path) -> None:
     """The file holds factors of the ranks that its config names: layers of a rank that no file has would fill the memory."""
-    largest = max((len(A) for key, A in file.items() if key.endswith(".lora_A.weight") and A.dim()), default=0)
+    ends = (".lora_A.weight", ".lora_embedding_A")
+    largest = max((len(A) for key, A in file.items() if key.endswith(ends) and A.dim()), default=0)
     for name in targets:
         if (r := options.of_layer(name)["r"]) > largest:
             raise ValueError(f"{CONFIG_NAME}: r={r} for {name!r}, but the largest rank in {str(path)!r} is {largest}")

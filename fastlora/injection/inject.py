@@ -9,10 +9,11 @@ import torch
 from torch import nn
 
 from fastlora.injection import fast_path
-from fastlora.injection.layer_types import is_conv1d, lora_type
+from fastlora.injection.layer_types import is_conv1d, linear_types, lora_type
 from fastlora.injection.matching import match_modules_to_save, near, targets_of, warn
 from fastlora.injection.options import LoraOptions, pattern_matches
 from fastlora.injection.walk import is_sharded, lora_layers, named_modules, named_parameters, replace, unwrapped
+from fastlora.layers.base import FusedLoraLayer
 from fastlora.modules import FusedLoraLinear
 from fastlora.quantized import is_quantized, quantize
 
@@ -68,7 +69,7 @@ def inject(
         quantize: "nf4" or "fp4" rounds the targets' weights to 4 bits with bitsandbytes (QLoRA).  The new layers are then
             `fastlora.quantized_module.FusedLoraLinear4bit`, as for a target that is a Linear4bit already.
         fan_in_fan_out: follows from the class of each linear; another value given here earns PEFT's warning.
-        layer: the class of the new layers.
+        layer: the class of the new linears.
 
     Returns:
         `model` itself.
@@ -95,7 +96,7 @@ class Injection:
     """
 
     options: LoraOptions
-    layers: dict[FusedLoraLinear, list[str]]
+    layers: dict[FusedLoraLayer, list[str]]
     saved: dict[str, nn.Module]
     untied: list[tuple[nn.Parameter, Holders]]
 
@@ -155,7 +156,7 @@ def _check_model(model: nn.Module) -> None:
     if wrapped := {type(module).__name__ for module in model.modules()} & _DISTRIBUTED:
         raise ValueError(f"model holds a {wrapped.pop()}, which would not reduce new parameters: inject before wrapping")
     if layers:
-        raise ValueError(f"model holds {len(layers)} LoRA linears already, the first one at {next(iter(layers.values()))[0]!r}")
+        raise ValueError(f"model holds {len(layers)} LoRA layers already, the first one at {next(iter(layers.values()))[0]!r}")
     if sharded := [name for name, _, parameter in named_parameters(model) if is_sharded(parameter)]:
         raise ValueError(f"{sharded[0]!r} is sharded, which new parameters would not be: inject before fully_shard")
     peft = sys.modules.get("peft.tuners.tuners_utils")
@@ -163,17 +164,18 @@ def _check_model(model: nn.Module) -> None:
         raise ValueError(f"model holds layers of PEFT's, such as {of_peft[0]!r}: fastlora.accelerate(model) is for those")
 
 
-def _lora_layer(name: str, linear: nn.Module, options: LoraOptions, layer: type[FusedLoraLinear]) -> FusedLoraLinear:
-    """The LoRA layer for a target, on its very parameters, which may be tied to others; of the class `layer` where possible."""
-    base = linear if options.quantize is None or is_quantized(linear) else quantize(linear, options.quantize)
+def _lora_layer(name: str, module: nn.Module, options: LoraOptions, layer: type[FusedLoraLinear]) -> FusedLoraLayer:
+    """The LoRA layer for a target, on its very parameters, which may be tied to others; of class `layer` for a linear."""
+    dense = isinstance(module, linear_types()) and not is_quantized(module)
+    base = quantize(module, options.quantize) if options.quantize and dense else module
     needed = lora_type(base)
     assert needed is not None  # targets_of has checked it
-    if not issubclass(layer, needed):
-        if layer is not FusedLoraLinear:
+    if issubclass(needed, FusedLoraLinear) and layer is not FusedLoraLinear:
+        if not issubclass(layer, needed):
             raise TypeError(f"layer={layer.__name__} cannot hold a quantised weight, expected a {needed.__name__}")
-        layer = needed
-    new = layer.from_linear(base, **options.of_layer(name), fan_in_fan_out=is_conv1d(linear))
-    new.weight, new.bias = base.get_parameter("weight"), base._parameters["bias"]
+        needed = layer
+    new = needed.from_module(base, **options.of_layer(name))
+    new.weight, new.bias = base.get_parameter("weight"), base._parameters.get("bias")
     return new
 
 
@@ -199,7 +201,8 @@ def _warn_of_no_effect(options: LoraOptions, targets: Mapping[str, nn.Module]) -
         if unmatched := [key for key in patterns if not any(pattern_matches(key, name) for name in targets)]:
             warn(f"{option}: {', '.join(map(repr, unmatched))} matches no targeted module and has no effect")
     given = options.fan_in_fan_out
-    for kind in sorted({type(linear).__name__ for linear in targets.values() if given is (not is_conv1d(linear))}):
+    linears = [target for target in targets.values() if isinstance(target, linear_types())]
+    for kind in sorted({type(linear).__name__ for linear in linears if given is (not is_conv1d(linear))}):
         warn(f"fan_in_fan_out is {given}, but a target is a {kind}: taken as {not given}")
 
 

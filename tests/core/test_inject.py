@@ -86,7 +86,7 @@ def test_errors_leave_the_model_alone(options: dict[str, Any], error: type[Excep
 
 def test_models_that_cannot_be_injected() -> None:
     model = inject(llama(), **Q)
-    with pytest.raises(ValueError, match="holds 2 LoRA linears already"):
+    with pytest.raises(ValueError, match="holds 2 LoRA layers already"):
         inject(model, target_modules=["v_proj"])
     with pytest.raises(ValueError, match=r"no nn\.Linear at all"):
         inject(nn.Sequential(nn.ReLU()), target_modules="all-linear")

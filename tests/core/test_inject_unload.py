@@ -140,5 +140,5 @@ def test_a_shared_layer_stays_shared_and_a_single_layer_is_returned() -> None:
 
 @pytest.mark.parametrize("take_away", [merge_and_unload, unload])
 def test_a_plain_model_is_refused(take_away: Callable[[nn.Module], nn.Module]) -> None:
-    with pytest.raises(ValueError, match="holds no LoRA linear"):
+    with pytest.raises(ValueError, match="holds no LoRA layer"):
         take_away(llama())
