@@ -100,10 +100,10 @@ class FusedLoraLinear(FusedLoraLayer):
         validation.check_dtype(adapter_dtype, "adapter_dtype")
         out_features, in_features = weight.shape[::-1] if fan_in_fan_out else weight.shape
         validation.check_rank(r, in_features, out_features)
-        lora_A = torch.empty((r, in_features), device=weight.device, dtype=adapter_dtype)
-        lora_B = torch.empty((out_features, r), device=weight.device, dtype=adapter_dtype)
-        validation.check_inputs(None, weight.t() if fan_in_fan_out else weight, lora_A, lora_B, bias, None)
-        self._register(weight, bias, lora_A, lora_B, r, lora_alpha, lora_dropout, **options)
+        shapes = (r, in_features), (out_features, r)
+        A, B = (weight.new_empty((), dtype=adapter_dtype).expand(shape) for shape in shapes)
+        validation.check_inputs(None, weight.t() if fan_in_fan_out else weight, A, B, bias, None)
+        self._register(weight, bias, shapes, r, lora_alpha, lora_dropout, adapter_dtype=adapter_dtype, **options)
         self.in_features, self.out_features, self.fan_in_fan_out = in_features, out_features, fan_in_fan_out
 
     @classmethod

@@ -64,13 +64,19 @@ def forward(
     """
     S = _shrink(x, lora_A, mask, dropout_p)
     y = torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
+    add_rank_term(y, S, lora_B, scaling)
+    return y, S
+
+
+@_without_autocast
+def add_rank_term(y: Tensor, S: Tensor, lora_B: Tensor, scaling: float) -> None:
+    """y += scaling · S Bᵀ in place; with B in a wider dtype than y's, summed in B's."""
     if lora_B.dtype == y.dtype:
         y.addmm_(S.to(y.dtype), lora_B.t(), alpha=scaling)
-    else:
-        B_t = lora_B.t() * scaling
-        for rows in _chunks(y):
-            _rows(y, rows).add_(_rows(S, rows) @ B_t)
-    return y, S
+        return
+    B_t = lora_B.t() * scaling
+    for rows in _chunks(y):
+        _rows(y, rows).add_(_rows(S, rows) @ B_t)
 
 
 @_without_autocast
@@ -88,7 +94,7 @@ def backward(
     out: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dx, dA, dB).  dx, in `out` where given, needs weight, lora_A and lora_B; dA needs x and lora_B; dB needs S."""
-    dS, dB = _grad_s_and_b(dy, lora_B, S, scaling, dropout_p)
+    dS, dB = grad_s_and_b(dy, lora_B, S, scaling, dropout_p)
     if dB is not None:
         dB = dB.to(adapter_dtype)
     if dS is None:
@@ -115,7 +121,8 @@ def _shrink(x: Tensor, lora_A: Tensor, mask: Tensor | None, dropout_p: float) ->
     return S
 
 
-def _grad_s_and_b(
+@_without_autocast
+def grad_s_and_b(
     dy: Tensor, lora_B: Tensor | None, S: Tensor | None, scaling: float, dropout_p: float
 ) -> tuple[Tensor | None, Tensor | None]:
     """c · dS = c · scaling · dy B where B is given, dB = scaling · dyᵀ S where S is, in one pass over dy."""

@@ -63,14 +63,14 @@ def check_seed(seed: int | Tensor | None, device: torch.device | None = None) ->
             raise ValueError(f"seed must fit in 64 signed bits, got {seed}")
 
 
-def check_rank(r: int, in_features: int, out_features: int) -> None:
+def check_rank(r: int, in_features: int, out_features: int, stacklevel: int = 4) -> None:
     """r >= 0. Warns for r > min(in, out): a smaller rank gives the same functions."""
     check_size(r, "r")
     if r > min(in_features, out_features) and not torch.compiler.is_compiling():
         warnings.warn(
             f"r={r} is above min(in_features={in_features}, out_features={out_features}): the product of lora_B and lora_A "
             f"cannot have a higher rank than {min(in_features, out_features)}",
-            stacklevel=4,
+            stacklevel=stacklevel,
         )
 
 
@@ -98,6 +98,15 @@ def check_adapter_dtype(adapter: torch.dtype, dtype: torch.dtype, base: str) -> 
         raise TypeError(
             f"lora_A and lora_B are {adapter} but {base} is {dtype}: the adapters must have {base}'s dtype, or be "
             f"float32 with {base} in float16 or bfloat16"
+        )
+
+
+def check_frozen(weight: Tensor) -> None:
+    """`weight` requires no gradient."""
+    if weight.requires_grad and not is_transformed():  # lora_linear refuses transforms with an error of their own
+        raise ValueError(
+            "weight requires grad, but fastlora computes no gradient for the frozen weight: "
+            "call weight.requires_grad_(False), or pass weight.detach()"
         )
 
 
@@ -140,11 +149,7 @@ def check_inputs(
     if dtypes["lora_A"] != dtypes["lora_B"]:
         raise TypeError(f"lora_A is {dtypes['lora_A']} but lora_B is {dtypes['lora_B']}: they must share a dtype")
     check_adapter_dtype(dtypes["lora_A"], dtype, base)
-    if frozen.requires_grad and not is_transformed():  # lora_linear refuses transforms with an error of their own
-        raise ValueError(
-            "weight requires grad, but fastlora computes no gradient for the frozen weight: "
-            "call weight.requires_grad_(False), or pass weight.detach()"
-        )
+    check_frozen(frozen)
     if x is not None:
         check_rank(r, in_features, out_features)
 

@@ -32,31 +32,35 @@ class FusedLoraLayer(nn.Module):
         self,
         weight: Tensor,
         bias: Tensor | None,
-        A: Tensor,
-        B: Tensor,
+        factor_shapes: tuple[tuple[int, ...], tuple[int, ...]],
         r: int,
         lora_alpha: float,
         lora_dropout: float,
         *,
         use_rslora: bool = False,
         merge_weights: bool = False,
+        adapter_dtype: torch.dtype | None = None,
     ) -> None:
-        """Check the options that all layers share and become a module that holds these tensors, A and B initialised."""
+        """Check the options that all layers share, and become a module with this weight and bias and new A and B."""
+        validation.check_tensor(weight, "weight")
+        adapter_dtype = adapter_dtype or weight.dtype
+        validation.check_dtype(adapter_dtype, "adapter_dtype")
+        validation.check_adapter_dtype(adapter_dtype, weight.dtype, "weight")
         validation.check_dropout_p(lora_dropout, "lora_dropout")
         validation.check_number(lora_alpha, "lora_alpha")
         validation.check_flag(use_rslora, "use_rslora")
         validation.check_flag(merge_weights, "merge_weights")
-        validation.check_adapter_dtype(A.dtype, weight.dtype, "weight")
         super().__init__()
         self.r, self.lora_alpha, self.lora_dropout, self.use_rslora = r, lora_alpha, lora_dropout, use_rslora
         self.merge_weights, self.merged = merge_weights, False
         self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r) if r else 0.0
-        self.factor_shapes = tuple(A.shape), tuple(B.shape)
+        self.factor_shapes = factor_shapes
         self.weight = self._frozen(weight)
         self.register_parameter("bias", None if bias is None else self._frozen(bias))
         self.register_buffer("_base_weight", None, persistent=False)
-        for name, factor in zip(self.FACTORS, (A, B), strict=True):
-            self.register_parameter(name, nn.Parameter(factor) if r else None)
+        for name, shape in zip(self.FACTORS, factor_shapes, strict=True):
+            factor = nn.Parameter(torch.empty(shape, device=weight.device, dtype=adapter_dtype)) if r else None
+            self.register_parameter(name, factor)
         if r:
             self.reset_lora_parameters()
 

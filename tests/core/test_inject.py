@@ -41,7 +41,7 @@ def with_odd_parts() -> nn.Module:
         ({"target_modules": None}, TypeError, "target_modules must be a string or a list of strings, got None"),
         ({"target_modules": [1]}, TypeError, r"target_modules must be a string or a list of strings, got \[1\]"),
         ({"target_modules": ["mlp"]}, TypeError, "'model.layers.0.mlp' is a LlamaMLP, expected nn.Linear"),
-        ({"target_modules": ["embed_tokens"]}, TypeError, "is a Embedding, expected nn.Linear or transformers' Conv1D"),
+        ({"target_modules": ["layers.1"]}, TypeError, "expected nn.Linear, nn.Embedding, transformers' Conv1D"),
         ({"target_modules": ["sub"]}, TypeError, "'sub' is a Subclass"),
         ({"target_modules": "all-linear"}, TypeError, "'sub' is a Subclass"),
         ({"r": 0}, ValueError, "r must be >= 1, got 0"),
