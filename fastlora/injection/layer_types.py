@@ -5,15 +5,21 @@ import sys
 from torch import nn
 
 from fastlora.layers.base import FusedLoraLayer
+from fastlora.layers.conv import FusedLoraConv
 from fastlora.layers.embedding import FusedLoraEmbedding
 from fastlora.modules import FusedLoraLinear
 from fastlora.quantized import is_quantized
 from fastlora.quantized_module import FusedLoraLinear4bit
 
-_LORA_TYPES: dict[type[nn.Module], type[FusedLoraLayer]] = {nn.Embedding: FusedLoraEmbedding}
+_LORA_TYPES: dict[type[nn.Module], type[FusedLoraLayer]] = {
+    nn.Embedding: FusedLoraEmbedding,
+    nn.Conv1d: FusedLoraConv,
+    nn.Conv2d: FusedLoraConv,
+    nn.Conv3d: FusedLoraConv,
+}
 
 #: What `lora_type` replaces, as error messages say it.
-REPLACED = "nn.Linear, nn.Embedding, transformers' Conv1D or bitsandbytes' Linear4bit"
+REPLACED = "nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d, nn.Conv3d, transformers' Conv1D or bitsandbytes' Linear4bit"
 
 
 def linear_types() -> tuple[type[nn.Module], ...]:
