@@ -11,7 +11,7 @@ takes either form of `steps`.  dx has the form "addmm": with several masks, the 
 """
 
 import functools
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from typing import Any
 
 import torch
@@ -40,15 +40,17 @@ def forward_shared(
     dropout_p: float,
     outs: Sequence[Tensor],
     *,
-    choices: Sequence[str],
+    choice: str,
     target: Target | None = None,
+    plan: Callable[..., Run] | None = None,
 ) -> Tensor:
     """S (n, M, r) float32 of n projections, their y in `outs`.
 
     Args:
         x: (M, in).  lora_A: (n · r, in).  words: the projection words of the masks.  outs: contiguous memory for each y.
-        choices: "fused", "fused/<tile>" or "addmm" for each y.
+        choice: "fused", "fused/<tile>" or "addmm", the form of each y.
         target: the GPU to plan for; default: x's.
+        plan: what resolves the choice; default `steps.plan_y`.
     """
     with on_device(x.device):
         target, precision = target or target_of(x.device), matmul_precision(x.dtype)
@@ -56,8 +58,8 @@ def forward_shared(
         to_S, sum_S = _plan_s(target, precision, mask, words, *TensorSpec.of_each(x, lora_A))
         (S,) = sum_partials(sum_S, shrink(to_S, x, lora_A, seed=seed, dropout_p=dropout_p))
         S = S.view(len(outs), x.shape[0], -1)
-        for part, *operands, scaling, out, choice in zip(S, weights, lora_Bs, biases, scalings, outs, choices, strict=True):
-            run = _plan_y(choice, target, precision, *TensorSpec.of_each(x, *operands))
+        for part, *operands, scaling, out in zip(S, weights, lora_Bs, biases, scalings, outs, strict=True):
+            run = (plan or _plan_y)(choice, target, precision, mask, *TensorSpec.of_each(x, *operands))
             run(x, *operands, part, scaling, out)
         return S
 
@@ -105,7 +107,7 @@ def _plan_s(target: Target, precision: str, mask: str, words: tuple[int, ...], x
 
 
 @functools.lru_cache(maxsize=4096)
-def _plan_y(choice: str, target: Target, precision: str, *specs: Any) -> Run:
+def _plan_y(choice: str, target: Target, precision: str, mask: str, *specs: Any) -> Run:
     return plan_y(choice, target, precision, *specs)
 
 
