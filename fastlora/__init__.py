@@ -12,12 +12,14 @@ from fastlora.layers.conv import FusedLoraConv
 from fastlora.layers.embedding import FusedLoraEmbedding
 from fastlora.modules import FusedLoraLinear
 from fastlora.peft import accelerate, decelerate
+from fastlora.projections import Projection, lora_linears
 
 __all__ = [
     "FusedLoraConv",
     "FusedLoraEmbedding",
     "FusedLoraLinear",
     "LoraLinearFunction",
+    "Projection",
     "__version__",
     "accelerate",
     "decelerate",
@@ -27,6 +29,7 @@ __all__ = [
     "inject",
     "load_adapter",
     "lora_linear",
+    "lora_linears",
     "merge_and_unload",
     "oracle",
     "print_trainable_parameters",
