@@ -1,6 +1,7 @@
 """`FusedLoraLinear`: a frozen linear with a LoRA bypass, in PEFT's semantics, on the fused operator."""
 
 import math
+from collections.abc import Sequence
 from typing import Any, Self, TypedDict, Unpack
 
 import torch
@@ -9,15 +10,17 @@ from torch import Tensor, nn
 from fastlora import validation
 from fastlora.functional import lora_linear
 from fastlora.layers.base import FusedLoraLayer
+from fastlora.layers.slices import check_slices, from_blocks, to_blocks
 
 
 class Options(TypedDict, total=False):
-    """What `FusedLoraLinear` and its `from_linear` take by keyword only; each is False, or adapter_dtype None, by default."""
+    """What `FusedLoraLinear` and its `from_linear` take by keyword only; each is False, or None, by default."""
 
     use_rslora: bool
     fan_in_fan_out: bool
     merge_weights: bool
     adapter_dtype: torch.dtype | None
+    enable_lora: Sequence[bool] | None
 
 
 class FusedLoraLinear(FusedLoraLayer):
@@ -33,10 +36,13 @@ class FusedLoraLinear(FusedLoraLayer):
         merge_weights: merge on `eval()` and unmerge on `train()`, as loralib does.
         dtype, device: of weight and bias.  adapter_dtype: of lora_A and lora_B; default: dtype.  float32 adapters on a
             float16 or bfloat16 base keep float32 gradients without a float32 copy of x.
+        enable_lora: adapt slices of a fused projection, [True, False, True] the q and v of a qkv; each enabled slice has a pair
+            of factors of rank r, as in loralib's MergedLinear (`fastlora.layers.slices`).
 
     Attributes:
         weight (out, in) or, with fan_in_fan_out, (in, out); bias (out,) or None; lora_A (r, in); lora_B (out, r); scaling;
-        merged.  `state_dict` has the keys weight, bias, lora_A, lora_B, and describes the same function merged or not.
+        merged.  `state_dict` has the keys weight, bias, lora_A, lora_B, and describes the same function merged or not.  With n
+        enabled slices of s features each, lora_A is (n · r, in) and lora_B (n · s, r).
 
     Raises:
         TypeError, ValueError: a size, rank, rate or dtype out of range, or a `linear` that cannot be wrapped.
@@ -93,17 +99,24 @@ class FusedLoraLinear(FusedLoraLayer):
         *,
         fan_in_fan_out: bool = False,
         adapter_dtype: torch.dtype | None = None,
+        enable_lora: Sequence[bool] | None = None,
         **options: bool,
     ) -> None:
         validation.check_tensor(weight, "weight", 2)
         adapter_dtype = adapter_dtype or weight.dtype
         validation.check_dtype(adapter_dtype, "adapter_dtype")
         out_features, in_features = weight.shape[::-1] if fan_in_fan_out else weight.shape
-        validation.check_rank(r, in_features, out_features)
-        shapes = (r, in_features), (out_features, r)
-        A, B = (weight.new_empty((), dtype=adapter_dtype).expand(shape) for shape in shapes)
+        slices = [True] if enable_lora is None else enable_lora
+        check_slices(slices, out_features)
+        n, width = sum(slices), out_features // len(slices)
+        validation.check_rank(r, in_features, width)
+        A, B = (
+            weight.new_empty((), dtype=adapter_dtype).expand(shape) for shape in ((n * r, in_features), (out_features, n * r))
+        )
         validation.check_inputs(None, weight.t() if fan_in_fan_out else weight, A, B, bias, None)
+        shapes = (n * r, in_features), (n * width, r)
         self._register(weight, bias, shapes, r, lora_alpha, lora_dropout, adapter_dtype=adapter_dtype, **options)
+        self.enable_lora = None if enable_lora is None else tuple(enable_lora)
         self.in_features, self.out_features, self.fan_in_fan_out = in_features, out_features, fan_in_fan_out
 
     @classmethod
@@ -127,7 +140,7 @@ class FusedLoraLinear(FusedLoraLayer):
             x,
             W,
             self.lora_A,
-            self.lora_B,
+            self._B(self.lora_B),
             self.bias,
             scaling=self.scaling,
             dropout_p=self.lora_dropout,
@@ -139,15 +152,32 @@ class FusedLoraLinear(FusedLoraLayer):
         """W (out, in) as `lora_linear` takes it: a tensor, or in a subclass a QuantizedWeight."""
         return self.weight.t() if self.fan_in_fan_out else self.weight
 
+    def _B(self, B: Tensor) -> Tensor:
+        """lora_B as the factor of one adapter, (out, rank)."""
+        return B if self.enable_lora is None else to_blocks(B, self.enable_lora)
+
     def delta_weight(self) -> Tensor:
         """scaling · B A, (out, in), in float32 (float64 for float64 adapters)."""
         if self.lora_A is None or self.lora_B is None:
             return torch.zeros((self.out_features, self.in_features), device=self.weight.device)
         dtype = torch.promote_types(self.lora_A.dtype, torch.float32)
-        return (self.lora_B.detach().to(dtype) @ self.lora_A.detach().to(dtype)) * self.scaling
+        return (self._B(self.lora_B.detach()).to(dtype) @ self.lora_A.detach().to(dtype)) * self.scaling
 
     def _delta(self) -> Tensor:
         return self.delta_weight().t() if self.fan_in_fan_out else self.delta_weight()
+
+    def to_file(self, name: str, factor: Tensor) -> Tensor:
+        """lora_B is saved as that of one adapter, see `fastlora.layers.slices`."""
+        return self._B(factor) if name == "lora_B" else factor
+
+    def from_file(self, name: str, tensor: Tensor) -> Tensor:
+        """The inverse of `to_file`."""
+        return from_blocks(tensor, self.enable_lora, self.r) if name == "lora_B" and self.enable_lora else tensor
+
+    def of_config(self) -> dict[str, float]:
+        """Those of the one adapter of rank n · r that `to_file` gives, with the same scaling."""
+        n = sum(self.enable_lora or [True])
+        return {"r": n * self.r, "lora_alpha": self.lora_alpha * (n**0.5 if self.use_rslora and n > 1 else n)}
 
     def plain_module(self) -> nn.Module:
         """An nn.Linear, or with fan_in_fan_out transformers' Conv1D, on the meta device."""
@@ -165,4 +195,5 @@ class FusedLoraLinear(FusedLoraLayer):
     def extra_repr(self) -> str:
         """What nn.Module prints between the parentheses."""
         sizes = f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}"
-        return f"{sizes}, {super().extra_repr()}"
+        slices = "" if self.enable_lora is None else f"enable_lora={list(self.enable_lora)}, "
+        return f"{sizes}, {slices}{super().extra_repr()}"

@@ -18,7 +18,7 @@ from fastlora.layers.base import FusedLoraLayer
 CONFIG_NAME = "adapter_config.json"
 
 # The options of `inject` that PEFT's config shares.
-_SHARED = {field.name for field in fields(LoraOptions)} - {"fan_in_fan_out", "adapter_dtype", "quantize"}
+_SHARED = {field.name for field in fields(LoraOptions)} - {"fan_in_fan_out", "adapter_dtype", "quantize", "enable_lora"}
 
 # Options for features that these layers do not compute, with the values that ask for none.  An initialisation asks for none
 # if it keeps the base weight: PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA train on another one.
@@ -30,6 +30,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "layer_replication": (None, []),
     "lora_bias": (False, None),
     "alora_invocation_tokens": (None, []),
+    "enable_lora": (None, []),  # of PEFT's first version, whose files held B's pairs as loralib does
 }
 # PEFT names its variants use_* or *_config.  eva_config only says where the data of EVA's initialisation is.
 _VARIANT = re.compile("use_.*|(?!eva_).*_config")
@@ -60,7 +61,7 @@ def describe(model: nn.Module, layers: Mapping[str, FusedLoraLayer], options: Lo
             raise ValueError(f"the LoRA layers differ in {option}: {sorted(values)}; one config holds one value")
         config[option] = values.pop()
     for option, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
-        by_name = {name: getattr(layer, option) for name, layer in layers.items()}
+        by_name = {name: layer.of_config()[option] for name, layer in layers.items()}
         config[option] = usual = Counter(by_name.values()).most_common(1)[0][0]
         config[pattern] = {f"^{re.escape(name)}": value for name, value in by_name.items() if value != usual}
     return config
@@ -105,7 +106,6 @@ def check(said: LoraOptions, model: nn.Module, layers: Mapping[str, FusedLoraLay
             f"{list(options.modules_to_save)}: they differ in {', '.join(sorted(saved ^ expected))}"
         )
     for name, layer in layers.items():
-        for option in ("r", "lora_alpha", "use_rslora"):
-            value, own = said.of_layer(name)[option], getattr(layer, option)
-            if value != own:
+        for option, own in {**layer.of_config(), "use_rslora": layer.use_rslora}.items():
+            if (value := said.of_layer(name)[option]) != own:
                 raise ValueError(f"{CONFIG_NAME}: {option}={value!r}, but the layer {name!r} has {option}={own!r}")

@@ -62,7 +62,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     contents = adapter_tensors.contents(base, layers, options)
     config = adapter_config.describe(base, layers, options)
     _warn_unsaved(model, contents.values())
-    tensors, is_collective = sharded.gather(contents)
+    whole, is_collective = sharded.gather(contents)
+    tensors = adapter_tensors.to_file(layers, whole)
 
     def write() -> None:
         weights, text = safetensors.torch.save(tensors, metadata={"format": "pt"}), json.dumps(config, indent=2, sort_keys=True)

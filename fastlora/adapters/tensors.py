@@ -3,7 +3,7 @@
 `layers` are a model's LoRA layers by name; `inject` may not have put them in place yet.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import reduce
 from pathlib import Path
 
@@ -22,9 +22,7 @@ _PREFIX = "base_model.model."
 
 def contents(model: nn.Module, layers: Mapping[str, FusedLoraLayer], options: LoraOptions) -> dict[str, Tensor]:
     """The parameters and buffers that the file holds, by key.  Raises ValueError when one is on the meta device."""
-    tensors: dict[str, Tensor] = {
-        f"{path}.{key}": getattr(layer, name) for path, layer in layers.items() for name, key in layer.FACTORS.items()
-    }
+    tensors: dict[str, Tensor] = {}
     for name, _, parameter in named_parameters(model):
         path, _, kind = name.rpartition(".")
         if kind == "bias" and options.bias != "none" and path in layers:
@@ -34,7 +32,8 @@ def contents(model: nn.Module, layers: Mapping[str, FusedLoraLayer], options: Lo
     for path, module in match_modules_to_save(model, options.modules_to_save).items():
         state = module.state_dict(keep_vars=True)
         tensors |= {f"{path}.{name.replace('_orig_mod.', '')}": tensor for name, tensor in state.items()}
-    return _loaded({_PREFIX + key: tensor for key, tensor in tensors.items()})
+    factors = {key: getattr(layer, name) for key, layer, name in _factors(layers)}
+    return _loaded(factors | {_PREFIX + key: tensor for key, tensor in tensors.items()})
 
 
 def fit(
@@ -45,7 +44,7 @@ def fit(
     The file may also hold the weights of the embeddings, which PEFT adds when they are targets or were resized, and with
     bias "all" the biases of PEFT's two copies of a module to save, which PEFT does not load either.
     """
-    needed, optional = contents(model, layers, options), {}
+    needed, optional, file = contents(model, layers, options), {}, _from_file(layers, file, path)
     sides = [embeddings(model, side) for side in ("input", "output")]
     for name, module in named_modules(model):
         if module in sides and isinstance(module.weight, Tensor):
@@ -73,6 +72,34 @@ def fit(
             raise ValueError(f"{str(path)!r}: {key!r} is {tensor.dtype}, which {into.dtype} cannot hold exactly")
         pairs.append((into, tensor))
     return pairs
+
+
+def to_file(layers: Mapping[str, FusedLoraLayer], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The whole tensors of `contents` as the file holds them."""
+    converted = dict(tensors)
+    for key, layer, name in _factors(layers):
+        if key in tensors:  # under FSDP2 the first rank has them
+            converted[key] = layer.to_file(name, tensors[key]).contiguous()
+    return converted
+
+
+def _from_file(layers: Mapping[str, FusedLoraLayer], file: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The inverse of `to_file`.  Raises ValueError for what a layer cannot hold."""
+    converted = dict(file)
+    for key, layer, name in _factors(layers):
+        try:
+            if key in file:
+                converted[key] = layer.from_file(name, file[key])
+        except ValueError as error:
+            raise ValueError(f"{str(path)!r}: {key!r} {error}") from error
+    return converted
+
+
+def _factors(layers: Mapping[str, FusedLoraLayer]) -> Iterator[tuple[str, FusedLoraLayer, str]]:
+    """(key in the file, layer, name of the parameter) of every A and B."""
+    for path, layer in layers.items():
+        for name, key in layer.FACTORS.items():
+            yield f"{_PREFIX}{path}.{key}", layer, name
 
 
 def check_ranks(targets: Iterable[str], options: LoraOptions, file: Mapping[str, Tensor], path: Path) -> None:

@@ -39,6 +39,7 @@ def inject(
     fan_in_fan_out: bool | None = None,
     adapter_dtype: torch.dtype | None = None,
     quantize: str | None = None,
+    enable_lora: Mapping[str, Sequence[bool]] | None = None,
     layer: type[FusedLoraLinear] = FusedLoraLinear,
 ) -> nn.Module:
     """Replace every targeted linear of `model`, in place, by a LoRA linear on the same weight, and freeze all the rest.
@@ -68,6 +69,8 @@ def inject(
         rank_pattern, alpha_pattern: {regex that a name or an end of it must match: value}; the first match counts.
         quantize: "nf4" or "fp4" rounds the targets' weights to 4 bits with bitsandbytes (QLoRA).  The new layers are then
             `fastlora.quantized_module.FusedLoraLinear4bit`, as for a target that is a Linear4bit already.
+        enable_lora: {regex as in rank_pattern: list of bools} adapts slices of a fused projection, each with factors of its own
+            of rank r, as loralib's MergedLinear does: {"c_attn": [True, False, True]} is q and v of GPT-2's attention.
         fan_in_fan_out: follows from the class of each linear; another value given here earns PEFT's warning.
         layer: the class of the new linears.
 
@@ -109,6 +112,7 @@ def prepare(model: nn.Module, options: LoraOptions, layer: type[FusedLoraLinear]
     targets = targets_of(model, options)
     saved = match_modules_to_save(model, options.modules_to_save)
     _check_saved(model, options, targets, saved)
+    _check_enable_lora(options, targets)
     _warn_of_no_effect(options, targets)
     names: dict[nn.Module, list[str]] = defaultdict(list)
     for name, linear in targets.items():
@@ -194,6 +198,16 @@ def _check_saved(
         for name, parameter in module.named_parameters():
             if not parameter.is_floating_point():
                 raise TypeError(f"modules_to_save: {path}.{name} is {parameter.dtype}, which cannot be trained")
+
+
+def _check_enable_lora(options: LoraOptions, targets: Mapping[str, nn.Module]) -> None:
+    for key in options.enable_lora:
+        matched = {name: target for name, target in targets.items() if pattern_matches(key, name)}
+        if not matched:
+            raise ValueError(f"enable_lora: {key!r} matches no targeted module{near(key, targets)}")
+        for name, target in matched.items():
+            if not isinstance(target, linear_types()):
+                raise TypeError(f"enable_lora: {key!r} matches {name!r}, a {type(target).__name__}, expected a linear")
 
 
 def _warn_of_no_effect(options: LoraOptions, targets: Mapping[str, nn.Module]) -> None:

@@ -172,6 +172,18 @@ class FusedLoraLayer(nn.Module):
         """A new Parameter: a graph that saved the old one for its backward keeps it."""
         return nn.Parameter(weight.detach(), requires_grad=False)
 
+    def to_file(self, name: str, factor: Tensor) -> Tensor:
+        """The factor `name` as PEFT's files hold it."""
+        return factor
+
+    def from_file(self, name: str, tensor: Tensor) -> Tensor:
+        """The factor `name` out of a file's tensor.  Raises ValueError for one that this layer cannot hold."""
+        return tensor
+
+    def of_config(self) -> dict[str, float]:
+        """r and lora_alpha as PEFT's config has them for what `to_file` gives."""
+        return {"r": self.r, "lora_alpha": self.lora_alpha}
+
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:
         """A merged layer saves its base weight or, without it, a zero B, so that what is saved is the same function."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
