@@ -92,11 +92,6 @@ class FusedLoraConv(FusedLoraLayer):
         """The number of spatial dimensions, 1 to 3."""
         return len(self.kernel_size)
 
-    def is_linear(self) -> bool:
-        """Whether it is a linear on a view of x: windows neither overlap nor have gaps, and nothing is padded."""
-        windows = zip(self.kernel_size, self.stride, self.dilation, strict=True)
-        return self.groups == 1 and not any(_padding(self)) and all(k == 1 or (k == s and d == 1) for k, s, d in windows)
-
     def forward(self, x: Tensor) -> Tensor:
         """(..., in, *size) -> (..., out, *size'), with one dimension in place of ... or none."""
         if x.dim() not in (self.dims + 1, self.dims + 2) or x.shape[-self.dims - 1] != self.in_channels:
@@ -104,22 +99,14 @@ class FusedLoraConv(FusedLoraLayer):
             raise ValueError(f"x must be (N, {self.in_channels}{sizes}) or without N, got shape {tuple(x.shape)}")
         if self.lora_A is None or self.lora_B is None or not self._adapts():
             return self._conv(x, self.weight, self.bias, self.groups)
-        if self.is_linear():
-            y = lora_linear(
-                self._windows(x),
-                self.weight.flatten(1),
-                self.lora_A.flatten(1),
-                self.lora_B.flatten(1),
-                self.bias,
-                scaling=self.scaling,
-                dropout_p=self.lora_dropout,
-                training=self.training,
-                backend=self.backend,
+        dropout_p = self.lora_dropout if self.training else 0.0
+        if is_linear(self):
+            return convolve_windows(
+                self, x, self.lora_A, self.lora_B, scaling=self.scaling, dropout_p=dropout_p, backend=self.backend
             )
-            return y.movedim(-1, -self.dims - 1)
         validation.check_frozen(self.weight)
         base = self._conv(x, self.weight, self.bias, self.groups)
-        S = self._conv(F.dropout(x.to(self.lora_A.dtype), self.lora_dropout, self.training), self.lora_A)
+        S = self._conv(F.dropout(x.to(self.lora_A.dtype), dropout_p), self.lora_A)
         update = _FUNCTIONS[self.dims - 1](S, self.lora_B, groups=self.groups)
         return torch.add(base, update, alpha=self.scaling).to(base.dtype)
 
@@ -127,20 +114,6 @@ class FusedLoraConv(FusedLoraLayer):
         """A convolution with this one's stride, padding and dilation."""
         convolve = _FUNCTIONS[self.dims - 1]
         return convolve(x, weight, bias, self.stride, self.padding, self.dilation, groups)
-
-    def _windows(self, x: Tensor) -> Tensor:
-        """x (..., in, *size) as (..., *size', in · kernel): a row is what one position of y sees.  A copy unless pointwise."""
-        first = x.dim() - self.dims
-        for i in reversed(range(self.dims)):
-            k, s, n = self.kernel_size[i], self.stride[i], x.shape[first + i]
-            if n < k:
-                raise ValueError(f"x has shape {tuple(x.shape)}: dimension {first + i} is smaller than the kernel's {k}")
-            if k == 1:
-                x = x[(slice(None),) * (first + i) + (slice(None, None, s),)].unsqueeze(first + i + 1)
-            else:
-                x = (x if n % k == 0 else x.narrow(first + i, 0, n // k * k)).unflatten(first + i, (n // k, k))
-        spatial, kernel = range(first, x.dim(), 2), range(first + 1, x.dim(), 2)
-        return x.permute(*range(first - 1), *spatial, first - 1, *kernel).flatten(-self.dims - 1)
 
     def unmergeable_reason(self) -> str | None:
         """That of a grouped convolution."""
@@ -176,3 +149,31 @@ def _padding(conv: Any) -> tuple[int, ...]:
         return conv.padding
     same = conv.padding == "same"
     return tuple(same * d * (k - 1) for k, d in zip(conv.kernel_size, conv.dilation, strict=True))
+
+
+def is_linear(conv: Any) -> bool:
+    """Whether a convolution is a linear on a view of x: its windows neither overlap nor have gaps, and nothing is padded."""
+    sizes = zip(conv.kernel_size, conv.stride, conv.dilation, strict=True)
+    return conv.groups == 1 and not any(_padding(conv)) and all(k == 1 or (k == s and d == 1) for k, s, d in sizes)
+
+
+def windows(conv: Any, x: Tensor) -> Tensor:
+    """x (..., in, *size) as (..., *size', in · kernel): a row is what one position of y sees.  A copy unless pointwise."""
+    dims = len(conv.kernel_size)
+    first = x.dim() - dims
+    for i in reversed(range(dims)):
+        k, s, n = conv.kernel_size[i], conv.stride[i], x.shape[first + i]
+        if n < k:
+            raise ValueError(f"x has shape {tuple(x.shape)}: dimension {first + i} is smaller than the kernel's {k}")
+        if k == 1:
+            x = x[(slice(None),) * (first + i) + (slice(None, None, s),)].unsqueeze(first + i + 1)
+        else:
+            x = (x if n % k == 0 else x.narrow(first + i, 0, n // k * k)).unflatten(first + i, (n // k, k))
+    spatial, kernel = range(first, x.dim(), 2), range(first + 1, x.dim(), 2)
+    return x.permute(*range(first - 1), *spatial, first - 1, *kernel).flatten(-dims - 1)
+
+
+def convolve_windows(conv: Any, x: Tensor, A: Tensor, B: Tensor, **options: Any) -> Tensor:
+    """y of a convolution that `is_linear`, with its weight and bias, by `lora_linear`, which takes the options."""
+    weight, A, B = (tensor.flatten(1) for tensor in (conv.weight, A, B))
+    return lora_linear(windows(conv, x), weight, A, B, conv.bias, **options).movedim(-1, -len(conv.kernel_size) - 1)

@@ -1,6 +1,7 @@
 """FusedLoraConv beside PEFT's layers: forward, gradients, dropout, merging, and bad input."""
 
 import copy
+from functools import partial
 
 import pytest
 import torch
@@ -10,6 +11,7 @@ from torch.utils.checkpoint import checkpoint
 
 from fastlora import FusedLoraConv, dropout_mask, inject, merge_and_unload, oracle
 from fastlora.dropout import draw_seed, keep_scale
+from fastlora.layers.conv import is_linear, windows
 
 #: name -> (convolution, shape of x, whether it is a linear on a view of x)
 CONVS: dict[str, tuple[nn.Module, tuple[int, ...], bool]] = {
@@ -42,7 +44,7 @@ def case(name: str, dtypes=oracle.DTYPES[0], **options):
 @pytest.mark.parametrize("name", CONVS)
 def test_parity_with_peft(name, dtypes):
     own, layer, x = case(name, dtypes)
-    assert own.is_linear() == CONVS[name][2]
+    assert is_linear(own) == CONVS[name][2]
     assert_as_accurate(own, layer, x)
 
 
@@ -51,7 +53,7 @@ class Masked(nn.Module):
 
     def __init__(self, own: FusedLoraConv, p: float) -> None:
         super().__init__()
-        self.windows, self.p = own._windows, p
+        self.windows, self.p = partial(windows, own.to_plain(merged=False)), p
 
     def forward(self, x: Tensor) -> Tensor:
         torch.manual_seed(7)
