@@ -96,17 +96,16 @@ def run(script: str, argv: Sequence[str], args: argparse.Namespace, task: Task) 
     print(f"{'accelerated':<12} {small:,} calls left to PEFT's forward, which a CPU runs faster for few tokens")
 
     answers = {way: task.answer(model.eval()) for way, model in models.items()}
-    for way in WAYS:
-        print(f"{way:<12} {task.figures(answers[way])}, {median(seconds[way] or [0]):.3f} s a step, ", end="")
-        check_that_it_falls(losses[way])
-    for way in WAYS[1:]:
-        apart = max((abs(a - b) for a, b in zip(losses[way], losses["peft"], strict=True)), default=0.0)
-        print(f"{way:<12} largest difference from PEFT's loss curve {apart:.1e}")
-
     with tempfile.TemporaryDirectory() as scratch:
         output = args.output or Path(scratch)
         for way, model in models.items():
             save(model, way, output)
+        for way in WAYS:
+            print(f"{way:<12} {task.figures(answers[way])}, {median(seconds[way] or [0]):.3f} s a step, ", end="")
+            check_that_it_falls(losses[way])
+        for way in WAYS[1:]:
+            apart = max((abs(a - b) for a, b in zip(losses[way], losses["peft"], strict=True)), default=0.0)
+            print(f"{way:<12} largest difference from PEFT's loss curve {apart:.1e}")
         command = [sys.executable, script, *argv, "--score", str(output)]
         fresh = json.loads(subprocess.run(command, stdout=subprocess.PIPE, text=True, check=True).stdout)
     for way in WAYS:
