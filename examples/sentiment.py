@@ -28,6 +28,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     argv = sys.argv[1:] if argv is None else argv
     args = three_ways.parser(__doc__, "a file in SST-2's format").parse_args(argv)
     training, held_out = three_ways.data(args, read, SUMS, key=lambda row: row[0])
+    held_out.sort(key=lambda row: len(row[0]))  # sentences of one length need no padding
     classes = max(2, *(label + 1 for _, label in training))
     name = args.model or checkpoint("bert", AutoModelForSequenceClassification)
     tokenizer = AutoTokenizer.from_pretrained(name)

@@ -137,19 +137,19 @@ def test_a_long_context_is_read_in_windows(example):
     import offline
 
     words = ["zero"] * 100
-    words[59:62] = ["one", "two", "three"]
+    words[58:61] = ["one", "two", "three"]
     context = " ".join(words)
     question = qa.Question("four plus", context, [("one two three", context.index("one"))])
     windows = qa.Windows(offline.tokenizer(encoder=True), [question])
     places = [windows.place(i) for i in range(len(windows))]
     assert [len(windows.context(i)) for i in range(len(windows))] == [59, 57]
-    assert places == [(0, 0), (20, 22)]
+    assert places == [(0, 0), (19, 21)]  # window 0 ends after the answer's first word
     logits = torch.zeros(64), torch.zeros(64)
     for logit, place in zip(logits, places[1], strict=True):
         logit[place] = 5.0
     logits[0][0] = logits[1][1] = logits[1][10] = 9.0  # <cls>, the question, and an end before the start
     assert windows.best_span(1, *logits) == ("one two three", 10.0)
-    logits[1][20 + qa.LONGEST] = 7.0  # one token too many
+    logits[1][19 + qa.LONGEST] = 7.0  # one token too many
     assert windows.best_span(1, *logits)[1] == 10.0
 
 
