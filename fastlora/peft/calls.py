@@ -3,7 +3,7 @@
 A call is fused if exactly one active adapter has weights in the layer, and
 
     the layer     is neither merged nor disabled, and casts its input as PEFT does by default
-    the adapter   is no variant (DoRA, aLoRA, ...); A and B are linears without bias, its dropout is nn.Dropout or nn.Identity
+    the adapter   is plain or DoRA, no other variant (aLoRA, ...); A and B are linears without bias, its dropout is nn.Dropout or nn.Identity
     the base      is an nn.Linear or Conv1D that does nothing else, with a frozen weight; or a quantised layer that
                   `fastlora.quantized` reads, with dtypes that its `unsupported_input` accepts
     the call      passes x alone, a dense tensor; is not decoding on a GPU (few rows, no gradient), where PEFT's launches cost
@@ -15,6 +15,8 @@ A call is fused if exactly one active adapter has weights in the layer, and
 from typing import Any, NamedTuple
 
 import torch
+from peft.tuners.lora.dora import DoraLinearLayer
+from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
 from fastlora import quantized, torch_backend
@@ -36,16 +38,20 @@ INTENDED = frozenset({DISABLED, MERGED, INACTIVE, MIXED_BATCH, UNCAST, DECODING,
 
 
 class Adapter(NamedTuple):
-    """The one active adapter of a layer: A (r, in), B (out, r)."""
+    """The one active adapter of a layer: A (r, in), B (out, r), and the magnitude (out,) if it is DoRA."""
 
     lora_A: Tensor
     lora_B: Tensor
     scaling: float
     dropout_p: float
+    magnitude: Tensor | None
 
 
 class Operands(NamedTuple):
-    """The arguments of `lora_linear` after x: weight (out, in), A (r, in), B (out, r), bias (out,) or None."""
+    """The arguments of `lora_linear` after x: weight (out, in), A (r, in), B (out, r), bias (out,) or None.
+
+    With a magnitude (out,) they are those of `fastlora.dora.dora_linear`.
+    """
 
     weight: Tensor | quantized.QuantizedWeight
     lora_A: Tensor
@@ -53,6 +59,7 @@ class Operands(NamedTuple):
     bias: Tensor | None
     scaling: float
     dropout_p: float
+    magnitude: Tensor | None = None
 
 
 def adapter(layer: Any) -> Adapter | str:
@@ -68,8 +75,11 @@ def adapter(layer: Any) -> Adapter | str:
     if len(active) > 1:
         return "several adapters are active"
     name = active[0]
+    magnitude = None
     if name in layer.lora_variant:
-        return f"the adapter is a variant ({type(layer.lora_variant[name]).__name__})"
+        magnitude = _magnitude(layer, name)
+        if isinstance(magnitude, str):
+            return magnitude
     if not layer.cast_input_dtype_enabled:
         return UNCAST
     A, B, dropout = all_A[name], layer.lora_B[name], layer.lora_dropout[name]
@@ -89,7 +99,23 @@ def adapter(layer: Any) -> Adapter | str:
         # prepare_model_for_compiled_hotswap makes it, to refill it in place. Reading it on the device avoids a synchronisation.
         lora_B, scaling = (lora_B * scaling).to(lora_B.dtype), 1.0
     p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
-    return Adapter(lora_A, lora_B, float(scaling), p)  # PEFT accepts NumPy's numbers too
+    if magnitude is not None and not layer.training:
+        p = 0.0  # DoRA's forward asks the layer too
+    return Adapter(lora_A, lora_B, float(scaling), p, magnitude)  # PEFT accepts NumPy's numbers too
+
+
+def _magnitude(layer: Any, name: str) -> Tensor | str:
+    """The magnitude of the DoRA adapter `name`, or why fastlora does not compute the variant."""
+    if type(layer.lora_variant[name]) is not DoraLinearVariant:
+        return f"the adapter is a variant ({type(layer.lora_variant[name]).__name__})"
+    if name not in layer.lora_magnitude_vector:
+        held = list(layer.lora_magnitude_vector)
+        raise ValueError(f"the DoRA adapter {name!r} has no magnitude: lora_magnitude_vector holds {held}")
+    module = layer.lora_magnitude_vector[name]
+    if type(module) is not DoraLinearLayer or is_altered(module):
+        return "the adapter's modules have hooks, or a forward of their own"
+    weight = module.weight
+    return weight if type(weight) in PLAIN_TENSORS else f"the adapter's magnitude is a {type(weight).__name__}"
 
 
 def operands(layer: Any) -> Operands | str:
@@ -103,10 +129,12 @@ def operands(layer: Any) -> Operands | str:
         return weight
     if isinstance(weight, Tensor) and weight.requires_grad and not is_transformed():
         return "its base weight is trainable"
-    lora_A, lora_B, scaling, p = given
+    lora_A, lora_B, scaling, p, magnitude = given
     if not weight.device == lora_A.device == lora_B.device:
         return f"its base weight is on {weight.device}, the adapter on {lora_A.device} and {lora_B.device}"
-    return Operands(weight, lora_A, lora_B, base_layer.bias, scaling, p)
+    if magnitude is not None and magnitude.device != weight.device:
+        return f"its base weight is on {weight.device}, the magnitude on {magnitude.device}"
+    return Operands(weight, lora_A, lora_B, base_layer.bias, scaling, p, magnitude)
 
 
 def unsupported_input(x: Tensor, given: Operands, layer: Any) -> str | None:

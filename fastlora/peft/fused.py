@@ -9,6 +9,7 @@ from peft.tuners.lora.layer import Linear
 from peft.tuners.lora.torchao import TorchaoLoraLinear
 from torch import Tensor, nn
 
+from fastlora.dora import dora_linear
 from fastlora.functional import lora_linear
 from fastlora.peft.calls import INTENDED, decide
 from fastlora.peft.report import Tally
@@ -29,8 +30,12 @@ class Fused(nn.Module):
         if isinstance(given, str):
             note(self, given)
             return super().forward(x, *args, **kwargs)
-        y = lora_linear(x, *given[:4], scaling=given.scaling, dropout_p=given.dropout_p)
-        return y.to(x.dtype) if isinstance(given.weight, QuantizedWeight) else y
+        weight, A, B, bias, scaling, p, magnitude = given
+        if magnitude is None:
+            y = lora_linear(x, weight, A, B, bias, scaling=scaling, dropout_p=p)
+        else:
+            y = dora_linear(x, weight, A, B, magnitude, bias, scaling=scaling, dropout_p=p)
+        return y.to(x.dtype) if isinstance(weight, QuantizedWeight) else y
 
 
 class FusedLinear(Fused, Linear):
