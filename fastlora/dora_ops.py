@@ -51,6 +51,17 @@ def norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tens
     return (squares(weight) + (B * inner).sum(1)).clamp_(min=0).sqrt_()
 
 
+def scaled(total: Tensor, magnitude: Tensor | None, dim: int) -> Tensor:
+    """W + scaling · B A, `total`, with the magnitude (out,) as the length of each row, which runs along `dim`.
+
+    Without a magnitude it is `total` itself.
+    """
+    if magnitude is None:
+        return total
+    n = torch.linalg.vector_norm(total, dim=dim, keepdim=True)
+    return total * (magnitude.detach().to(n.dtype).unsqueeze(dim) / n)
+
+
 @_without_autocast
 def forward(
     x: Tensor,
@@ -102,7 +113,7 @@ def backward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, Tensor]:
     """(dx (..., in), dA (r, in), dB (out, r), dfactor (out,)): the operator dora_linear_backward."""
-    dx = dA = dB = dfactor = dy.new_empty(0)
+    dx, dA, dB, dfactor = (dy.new_empty(0) for _ in range(4))  # outputs of an operator may not share memory
     c, column = keep_scale(dropout_p), factor.unsqueeze(1)
     if lora_B is not None or S is not None:
         B = None if lora_B is None else (lora_B * column).to(lora_B.dtype)

@@ -36,7 +36,7 @@ def accelerate(model: nn.Module) -> Report:
 
     Returns:
         The status of each layer, and which layers were accelerated before. A warning shows the report if a layer is left, or
-        waits for a reason that the user did not choose, such as DoRA.
+        waits for a reason that the user did not choose, such as aLoRA.
 
     Raises:
         TypeError: model is not an nn.Module.

@@ -3,7 +3,8 @@
 A call is fused if exactly one active adapter has weights in the layer, and
 
     the layer     is neither merged nor disabled, and casts its input as PEFT does by default
-    the adapter   is plain or DoRA, no other variant (aLoRA, ...); A and B are linears without bias, its dropout is nn.Dropout or nn.Identity
+    the adapter   is plain or DoRA, no other variant (aLoRA, ...); A and B are linears without bias, its dropout is nn.Dropout
+                  or nn.Identity
     the base      is an nn.Linear or Conv1D that does nothing else, with a frozen weight; or a quantised layer that
                   `fastlora.quantized` reads, with dtypes that its `unsupported_input` accepts
     the call      passes x alone, a dense tensor; is not decoding on a GPU (few rows, no gradient), where PEFT's launches cost

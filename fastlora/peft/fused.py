@@ -34,7 +34,7 @@ class Fused(nn.Module):
         if magnitude is None:
             y = lora_linear(x, weight, A, B, bias, scaling=scaling, dropout_p=p)
         else:
-            y = dora_linear(x, weight, A, B, magnitude, bias, scaling=scaling, dropout_p=p)
+            y = dora_linear(x, weight, A, B, bias, magnitude=magnitude, scaling=scaling, dropout_p=p)
         return y.to(x.dtype) if isinstance(weight, QuantizedWeight) else y
 
 

@@ -5,7 +5,6 @@ runs PEFT's forward, and within the oracle's floor of float32 if it is fused.
 """
 
 import copy
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -121,15 +120,6 @@ def test_the_same_parameters_train(options: dict[str, Any]) -> None:
     eager, fused = pair(**options)
     assert_close(run(fused.train(), inputs_of()), run(eager.train(), inputs_of()))
     assert fallbacks(fused) == {}
-
-
-def test_dora_falls_back_until_a_plain_adapter_is_active() -> None:
-    reason = "the adapter is a variant (DoraLinearVariant)"
-    with pytest.warns(UserWarning, match=re.escape(f"0 of 4 LoRA layers accelerated\n  waiting, {reason}: 4")):
-        eager, fused = pair(use_dora=True)
-    assert_same(eager, fused, reason)
-    both(eager, fused, add_second)
-    assert_fused(eager, fused, lambda model: model.set_adapter("second"))
 
 
 def test_layer_replication() -> None:
