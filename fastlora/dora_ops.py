@@ -46,7 +46,7 @@ def norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tens
     """n = ‖W + scaling · B A‖ of each row, (out,), in float32 or float64: the operator dora_norm."""
     dtype = ops.accumulator(weight.dtype)
     A, B = lora_A.to(dtype), lora_B.to(dtype)
-    cross = _shrink(weight, lora_A, None, 0.0)
+    cross = _shrink(weight, lora_A, (None,), 0.0)
     inner = torch.addmm(cross, B, A @ A.t(), beta=2 * scaling, alpha=scaling**2)
     return (squares(weight) + (B * inner).sum(1)).clamp_(min=0).sqrt_()
 
@@ -140,10 +140,10 @@ def _bits(mask: Tensor, shape: torch.Size, dropout_p: float, backend: str) -> Te
     if backend == "torch":
         return mask
     from fastlora.kernels.dropout import mask_code, pack_bits  # it imports Triton, as in fastlora.ops
-    from fastlora.kernels.steps import _on
+    from fastlora.kernels.steps import on_device
     from fastlora.kernels.target import target_of
 
-    with _on(mask.device):
+    with on_device(mask.device):
         plan = _plan_bits(math.prod(shape[:-1]), shape[-1], mask_code(dropout_p, mask, target_of(mask.device)))
         return pack_bits(plan, mask, dropout_p)
 

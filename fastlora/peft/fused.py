@@ -14,6 +14,7 @@ from fastlora.functional import lora_linear
 from fastlora.peft.calls import INTENDED, decide
 from fastlora.peft.report import Tally
 from fastlora.quantized import QuantizedWeight
+from fastlora.several import Adapter, lora_adapters
 
 
 class Fused(nn.Module):
@@ -30,11 +31,13 @@ class Fused(nn.Module):
         if isinstance(given, str):
             note(self, given)
             return super().forward(x, *args, **kwargs)
-        weight, A, B, bias, scaling, p, magnitude = given
-        if magnitude is None:
+        weight, A, B, bias, scaling, p, magnitude, others, owner = given
+        if given.is_plain:
             y = lora_linear(x, weight, A, B, bias, scaling=scaling, dropout_p=p)
-        else:
+        elif magnitude is not None:
             y = dora_linear(x, weight, A, B, bias, magnitude=magnitude, scaling=scaling, dropout_p=p)
+        else:
+            y = lora_adapters(x, weight, [Adapter(A, B, scaling, p), *others], bias, owner=owner)
         return y.to(x.dtype) if isinstance(weight, QuantizedWeight) else y
 
 
