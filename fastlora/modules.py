@@ -145,7 +145,7 @@ class FusedLoraLinear(nn.Module):
     def _reset_magnitude(self) -> None:
         """The magnitude that changes nothing: ‖W + scaling · B A‖ of each row."""
         if self.lora_magnitude_vector is not None and self.lora_A is not None and self.lora_B is not None:
-            self.lora_magnitude_vector.copy_(dora_ops.norm(self._dense_W(), self.lora_A, self.lora_B, self.scaling))
+            self.lora_magnitude_vector.copy_(dora_ops.DORA_NORM(self._dense_W(), self.lora_A, self.lora_B, self.scaling))
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out).  A merged module in training warns: its adapter gets no gradient."""

@@ -275,3 +275,17 @@ def test_four_bits():
     torch.testing.assert_close(layer(x), layer.to_linear(merged=False)(x))
     expected = trained(layer)(x)
     torch.testing.assert_close(merge_and_unload(model)(x), expected)
+
+
+def test_copies_and_other_devices():
+    with torch.device("meta"):
+        meta = inject(
+            nn.Sequential(nn.Linear(16, 8)).bfloat16(), target_modules=["0"], use_dora=True, adapter_dtype=torch.float32
+        )
+    assert meta[0].lora_magnitude_vector.is_meta
+    layer, x = trained(FusedLoraLinear(16, 8, 2, use_dora=True)), torch.randn(3, 16)
+    assert torch.equal(copy.deepcopy(layer)(x), layer(x))
+    with torch.inference_mode():
+        expected = layer(x)
+        assert FusedLoraLinear(16, 8, 2, use_dora=True)(x).isfinite().all()  # its weight has no version
+    assert torch.equal(layer(x), expected)
