@@ -54,7 +54,7 @@ class Operands(NamedTuple):
     @property
     def is_plain(self) -> bool:
         """Whether `lora_linear` takes them."""
-        return self.magnitude is None and self.owner is None and not self.others
+        return self.magnitude is None and self.owner is None and len(self.others) == 0
 
 
 def operands(layer: Any, names: Sequence[str] | None = None) -> Operands | str:

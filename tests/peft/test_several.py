@@ -189,3 +189,20 @@ def test_disabled_adapters_win() -> None:
             mixed = logits_of(model)
         with model.disable_adapter():
             assert torch.equal(mixed, logits_of(model))
+
+
+@pytest.mark.parametrize("kind", ["DoRA", "all active", "mixed batch"])
+def test_traced_in_one_graph(kind: str) -> None:
+    options = {"target_modules": ["0"], "lora_dropout": 0.1}
+    model = accelerated(nn.ModuleList([nn.Linear(16, 24)]), use_dora=kind == "DoRA", **options)
+    if kind != "DoRA":
+        with_second(model, **options)
+    layer, x = model.base_model.model[0], torch.randn(4, 5, 16, requires_grad=True)
+    names = {"adapter_names": ["second", "__base__", "second", "default"]} if kind == "mixed batch" else {}
+    compiled = torch.compile(layer, fullgraph=True, backend="eager")
+    results = []
+    for call in (compiled, layer):
+        torch.manual_seed(0)
+        results.append(torch.autograd.grad(call(x, **names).square().sum(), x)[0])
+    torch.testing.assert_close(*results)
+    assert not layer._fastlora_tally.fallbacks
