@@ -35,6 +35,7 @@ def inject(
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
     use_rslora: bool = False,
+    use_dora: bool = False,
     fan_in_fan_out: bool | None = None,
     adapter_dtype: torch.dtype | None = None,
     quantize: str | None = None,
@@ -61,7 +62,7 @@ def inject(
         exclude_modules: modules that are no targets, by the same rule.  It wins over target_modules, as does modules_to_save.
         layers_to_transform: only the layers with these numbers, for names that a list matches by their end.
         layers_pattern: the name before the layer's number, "layers" or "h"; default: the first number in a name.
-        r, lora_alpha, lora_dropout, use_rslora, adapter_dtype: of every new layer, see `FusedLoraLinear`; r >= 1.
+        r, lora_alpha, lora_dropout, use_rslora, use_dora, adapter_dtype: of every new layer, see `FusedLoraLinear`; r >= 1.
         bias: the biases to train: "none", "all" of the model, or "lora_only" those of the new layers.
         modules_to_save: modules whose name ends so are trained whole and saved with the adapter ("classifier", "lm_head").
         rank_pattern, alpha_pattern: {regex that a name or an end of it must match: value}; the first match counts.

@@ -9,10 +9,12 @@ from peft.tuners.lora.layer import Linear
 from peft.tuners.lora.torchao import TorchaoLoraLinear
 from torch import Tensor, nn
 
+from fastlora.dora import dora_linear
 from fastlora.functional import lora_linear
 from fastlora.peft.calls import INTENDED, decide
 from fastlora.peft.report import Tally
 from fastlora.quantized import QuantizedWeight
+from fastlora.several import Adapter, lora_adapters
 
 
 class Fused(nn.Module):
@@ -29,8 +31,14 @@ class Fused(nn.Module):
         if isinstance(given, str):
             note(self, given)
             return super().forward(x, *args, **kwargs)
-        y = lora_linear(x, *given[:4], scaling=given.scaling, dropout_p=given.dropout_p)
-        return y.to(x.dtype) if isinstance(given.weight, QuantizedWeight) else y
+        weight, A, B, bias, scaling, p, magnitude, others, owner = given
+        if given.is_plain:
+            y = lora_linear(x, weight, A, B, bias, scaling=scaling, dropout_p=p)
+        elif magnitude is not None:
+            y = dora_linear(x, weight, A, B, bias, magnitude=magnitude, scaling=scaling, dropout_p=p)
+        else:
+            y = lora_adapters(x, weight, [Adapter(A, B, scaling, p), *others], bias, owner=owner)
+        return y.to(x.dtype) if isinstance(weight, QuantizedWeight) else y
 
 
 class FusedLinear(Fused, Linear):
