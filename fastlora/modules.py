@@ -9,6 +9,8 @@ from torch import Tensor, nn
 
 from fastlora import validation
 from fastlora.functional import lora_linear
+from fastlora.projections import Projection
+from fastlora.sharing import Group, drop, shared
 
 
 class Options(TypedDict, total=False):
@@ -46,6 +48,7 @@ class FusedLoraLinear(nn.Module):
     lora_B: nn.Parameter | None
     bias: nn.Parameter | None
     _base_weight: Tensor | None
+    _fastlora_group: Group | None = None  # `inject` makes one
     backend: str | None = None  # set it to choose the backend of `lora_linear` for this module
 
     def __init__(
@@ -131,26 +134,33 @@ class FusedLoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out).  A merged module in training warns: its adapter gets no gradient."""
-        W = self._W()
-        if self.merged or self.lora_A is None or self.lora_B is None:
+        given = self._projection(x)
+        if isinstance(given, str):
+            drop(self)
             untrained = self.merged and self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
             if untrained and any(p is not None and p.requires_grad for p in (self.lora_A, self.lora_B)):
                 warnings.warn(
                     "a merged LoRA linear runs in training mode: its adapter gets no gradient, call unmerge() before training",
                     stacklevel=2,
                 )
-            return nn.functional.linear(x, W, self.bias)
+            return nn.functional.linear(x, self._W(), self.bias)
+        y = shared(self, x, given)
+        if y is not None:
+            return y
         return lora_linear(
             x,
-            W,
-            self.lora_A,
-            self.lora_B,
-            self.bias,
-            scaling=self.scaling,
-            dropout_p=self.lora_dropout,
+            *given[:4],
+            scaling=given.scaling,
+            dropout_p=given.dropout_p,
             training=self.training,
             backend=self.backend,
         )
+
+    def _projection(self, x: Tensor) -> Projection | str:
+        """The operands of a call with x, or why it is a plain linear's: see `fastlora.sharing`."""
+        if self.merged or self.lora_A is None or self.lora_B is None:
+            return "it is merged" if self.merged else "it has rank 0"
+        return Projection(self._W(), self.lora_A, self.lora_B, self.bias, self.scaling, self.lora_dropout)
 
     def _W(self) -> Any:
         """W (out, in) as `lora_linear` takes it: a tensor, or in a subclass a QuantizedWeight."""

@@ -12,7 +12,9 @@ from torch import Tensor, nn
 from fastlora.functional import lora_linear
 from fastlora.peft.calls import INTENDED, decide
 from fastlora.peft.report import Tally
+from fastlora.projections import Projection
 from fastlora.quantized import QuantizedWeight
+from fastlora.sharing import Group, drop, shared
 
 
 class Fused(nn.Module):
@@ -22,15 +24,25 @@ class Fused(nn.Module):
     """
 
     _fastlora_tally: Tally
+    _fastlora_group: Group | None = None
+    backend: None = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x (..., in) -> (..., out), fused or by PEFT: see `fastlora.peft.calls`."""
         given = decide(self, x, args, kwargs)
         if isinstance(given, str):
             note(self, given)
+            drop(self)
             return super().forward(x, *args, **kwargs)
-        y = lora_linear(x, *given[:4], scaling=given.scaling, dropout_p=given.dropout_p)
+        y = shared(self, x, given)
+        if y is None:
+            y = lora_linear(x, *given[:4], scaling=given.scaling, dropout_p=given.dropout_p)
         return y.to(x.dtype) if isinstance(given.weight, QuantizedWeight) else y
+
+    def _projection(self, x: Tensor) -> Projection | str:
+        """What a call with x passes to `lora_linear`, or why PEFT computes it: see `fastlora.sharing`."""
+        given = decide(self, x, (), {})
+        return given if isinstance(given, str) else Projection(*given)
 
 
 class FusedLinear(Fused, Linear):
