@@ -103,7 +103,7 @@ class Group:
 class _LastLearner(threading.local):
     """The last call of a layer that was learning, in this thread."""
 
-    group: Group | None = None
+    group: weakref.ref[Group] | None = None
     moment: Moment | None = None
 
 
@@ -146,7 +146,7 @@ def drop(layer: Any) -> Pending | None:
 
 def _learn(layer: Any, moment: Moment, given: Projection) -> None:
     """Join the layers called just before with the same x, or be the first of a new group."""
-    group, last = _last.group, _last.moment
+    group, last = _last.group and _last.group(), _last.moment
     joins = group is not None and group.state is LEARNING and len(group.members) < MOST and last is not None and last.same(moment)
     if group is None or not joins:
         group = Group()
@@ -154,7 +154,7 @@ def _learn(layer: Any, moment: Moment, given: Projection) -> None:
         group.outstanding = int(_may_run_again())
     group.members.append(weakref.ref(layer))
     layer._fastlora_group = group
-    _last.group, _last.moment = group, moment
+    _last.group, _last.moment = weakref.ref(group), moment
 
 
 def _lead(
@@ -178,7 +178,7 @@ def _lead(
         operands = member._projection(x)
         reason = operands if isinstance(operands, str) else _left_out(member, x, operands, leader, given)
         if reason is None:
-            chosen.append((id(member), operands, _stamp(operands)))
+            chosen.append((id(member), operands, _stamp(member, operands)))
         else:
             group.refused[id(member)] = reason
     if not chosen:
@@ -202,7 +202,7 @@ def _fetch(layer: Any, group: Group, moment: Moment, given: Projection) -> Tenso
     if result is None:
         return None
     _, stamp, y = result  # the operands were alive until now: no other tensors can have their ids and addresses
-    if pending.moment.same(moment) and stamp == _stamp(given):
+    if pending.moment.same(moment) and stamp == _stamp(layer, given):
         return y
     group.reason = NOT_CALLED
     return None
@@ -249,10 +249,10 @@ def _dtype(weight: Tensor | QuantizedWeight) -> torch.dtype | None:
     return None if isinstance(weight, QuantizedWeight) else weight.dtype
 
 
-def _stamp(given: Projection) -> tuple[Any, ...]:
+def _stamp(layer: Any, given: Projection) -> tuple[Any, ...]:
     """What changes with the operands. Only where a gradient flows does it matter which of two views of one memory is used."""
     stamps = [(id(t) if t.requires_grad else 0, t.data_ptr(), t._version) for t in _tensors(given)]
-    return *stamps, given.scaling, given.dropout_p
+    return *stamps, given.scaling, given.dropout_p, layer.backend
 
 
 def _tensors(given: Projection) -> list[Tensor]:

@@ -34,7 +34,7 @@ class Fused(nn.Module):
             note(self, given)
             drop(self)
             return super().forward(x, *args, **kwargs)
-        y = shared(self, x, given)
+        y = shared(self, x, Projection(*given))
         if y is None:
             y = lora_linear(x, *given[:4], scaling=given.scaling, dropout_p=given.dropout_p)
         return y.to(x.dtype) if isinstance(given.weight, QuantizedWeight) else y

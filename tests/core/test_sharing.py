@@ -1,0 +1,421 @@
+"""Layers that share x as one call: what is fetched is what the layer would compute, whatever happens between two calls.
+
+A model with groups and its twin without go through the same steps. What they compute is compared, and the calls are counted.
+"""
+
+import copy
+import gc
+import pickle
+import threading
+import weakref
+from collections.abc import Callable, Iterator
+from contextlib import nullcontext
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
+
+import fastlora
+from fastlora import dropout_mask, inject, lora_linears, modules, oracle, reference, sharing
+from fastlora.dropout import draw_seed
+
+FLOOR = oracle.FLOOR[torch.float32, torch.float32]
+Step = Callable[[Any, Tensor], list[Tensor]]
+
+
+class Siblings(nn.Module):
+    """Three linears of one x, which a layer before them computes."""
+
+    def __init__(self) -> None:
+        super().__init__()
+        self.first, self.q, self.k, self.v = nn.Linear(6, 8), nn.Linear(8, 12), nn.Linear(8, 5, bias=False), nn.Linear(8, 7)
+
+    def forward(self, x: Tensor) -> list[Tensor]:
+        return self.siblings(torch.tanh(self.first(x)))
+
+    def siblings(self, x: Tensor) -> list[Tensor]:
+        return [self.q(x), self.k(x), self.v(x)]
+
+
+def model_of(p: float = 0.0, groups: bool = True) -> Any:
+    """The siblings with adapters of different ranks, in training mode; the same ones each time."""
+    torch.manual_seed(0)
+    model = inject(
+        Siblings(), target_modules=["q", "k", "v"], r=3, rank_pattern={"k": 2}, lora_dropout=p, groups=groups, lora_alpha=5
+    )
+    for parameter in model.parameters():
+        nn.init.normal_(parameter, std=0.4)
+    return model.train()
+
+
+def x_of(seed: int = 1, cols: int = 8) -> Tensor:
+    return torch.randn(5, cols, generator=torch.Generator().manual_seed(seed))
+
+
+def learned(p: float = 0.0, groups: bool = True) -> Any:
+    """The model after one training forward: its groups are active from now on."""
+    model = model_of(p, groups)
+    model.siblings(x_of(9))
+    return model
+
+
+@pytest.fixture
+def grouped(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """The number of projections of each call that a group makes."""
+    made: list[int] = []
+    monkeypatch.setattr(sharing, "lora_linears", lambda x, each, **k: made.append(len(each)) or lora_linears(x, each, **k))
+    yield made
+
+
+@pytest.fixture
+def single(monkeypatch: pytest.MonkeyPatch) -> Iterator[list[int]]:
+    """A 1 for each call that a layer makes alone."""
+    made: list[int] = []
+    monkeypatch.setattr(modules, "lora_linear", lambda *a, **k: made.append(1) or fastlora.lora_linear(*a, **k))
+    yield made
+
+
+def gradients(model: nn.Module, ys: list[Tensor]) -> dict[str, Tensor | None]:
+    model.zero_grad()
+    sum((y.float() * x_of(7, y.shape[-1])).sum() for y in ys if y.requires_grad).backward()
+    return {name: p.grad for name, p in model.named_parameters() if "lora_" in name}
+
+
+def assert_close(ours: Any, theirs: Any) -> None:
+    pairs = [(ours[key], theirs[key]) for key in theirs] if isinstance(theirs, dict) else list(zip(ours, theirs, strict=True))
+    for one, other in pairs:
+        assert (one is None) == (other is None)
+        if one is not None:
+            assert (one.dtype, one.requires_grad) == (other.dtype, other.requires_grad)
+            assert oracle.relative_error(one.detach(), other.detach()) <= 2 * oracle.FLOOR[one.dtype, torch.float32]
+
+
+def test_the_first_training_step_learns_and_the_next_one_shares(grouped: list[int], single: list[int]) -> None:
+    model, twin = model_of(), model_of(groups=False)
+    assert sharing.groups(dict(model.named_modules())) == ()
+    for calls in ([], [3], [3, 3]):
+        x, other = x_of().requires_grad_(), x_of().requires_grad_()
+        assert_close(gradients(model, model.siblings(x)), gradients(twin, twin.siblings(other)))
+        assert_close([x.grad], [other.grad])
+        assert grouped == calls
+        assert sharing.groups(dict(model.named_modules())) == (("q", "k", "v"),)
+    assert len(single) == 3 + 9
+
+
+def test_each_projection_takes_its_mask_of_the_leaders_seed(grouped: list[int]) -> None:
+    model, x = learned(p=0.4), x_of()
+    torch.manual_seed(3)
+    ys = model.siblings(x)
+    ours, after = gradients(model, ys), torch.rand(1)
+    torch.manual_seed(3)
+    seed = draw_seed("cpu")
+    assert torch.equal(torch.rand(1), after)  # one seed is drawn
+    twin = model_of().double()
+    expected = [
+        reference.lora_linear(
+            x.double(),
+            *(layer.weight, layer.lora_A, layer.lora_B, layer.bias),
+            scaling=layer.scaling,
+            dropout_p=0.4,
+            keep_mask=dropout_mask(seed, 5, 8, 0.4, projection=i),
+        )
+        for i, layer in enumerate((twin.q, twin.k, twin.v))
+    ]
+    theirs = gradients(twin, expected)
+    assert grouped == [3]
+    assert all(oracle.relative_error(y.detach(), other.detach()) <= FLOOR for y, other in zip(ys, expected, strict=True))
+    assert all(oracle.relative_error(ours[name], grad) <= FLOOR for name, grad in theirs.items())
+
+
+def between(change: Callable[[Any, Tensor], Any]) -> Step:
+    """A step with `change(model, x)` after the first sibling."""
+
+    def step(model: Any, x: Tensor) -> list[Tensor]:
+        y = model.q(x)
+        change(model, x)
+        return [y, model.k(x), model.v(x)]
+
+    return step
+
+
+@torch.no_grad()
+def doubled(model: Any, x: Tensor) -> None:
+    model.k.lora_B.mul_(2)
+
+
+def under(context: Callable[[], Any], inside: str = "k") -> Step:
+    """A step with one sibling inside `context`."""
+
+    def step(model: Any, x: Tensor) -> list[Tensor]:
+        ys = []
+        for name in "qkv":
+            with context() if name == inside else nullcontext():
+                ys.append(getattr(model, name)(x))
+        return ys
+
+    return step
+
+
+def bfloat16() -> Any:
+    return torch.autocast("cpu", torch.bfloat16)
+
+
+def replaced(model: Any, x: Tensor) -> None:
+    model.k.lora_A = nn.Parameter(model.k.lora_A.detach().clone())
+
+
+#: name -> (a step, the number of its calls that a layer computes alone)
+HAZARDS: dict[str, tuple[Step, int]] = {
+    "nothing": (lambda model, x: model.siblings(x), 0),
+    "x changed in place": (between(lambda model, x: x.detach().mul_(2)), 2),
+    "another x": (lambda model, x: [model.q(x), model.k(2 * x), model.v(x)], 1),
+    "an equal x": (lambda model, x: [model.q(x), model.k(x.clone().requires_grad_()), model.v(x)], 1),
+    "x with other memory": (between(lambda model, x: setattr(x, "data", x.data * 2)), 2),
+    "x requires grad": (between(lambda model, x: x.requires_grad_()), 2),
+    "no grad": (under(torch.no_grad), 1),
+    "no grad before": (under(torch.no_grad, "q"), 2),
+    "autocast": (under(bfloat16), 1),
+    "autocast before": (under(bfloat16, "q"), 2),
+    "adapter changed in place": (between(doubled), 1),
+    "adapter swapped": (between(lambda model, x: setattr(model.k.lora_B, "data", model.k.lora_B.data * 3)), 1),
+    "adapter replaced": (between(replaced), 1),
+    "adapter frozen": (between(lambda model, x: model.k.lora_A.requires_grad_(False)), 1),
+    "base swapped": (between(lambda model, x: setattr(model.k.weight, "data", model.k.weight.data * 3)), 1),
+    "bias changed in place": (between(lambda model, x: model.v.bias.detach().zero_()), 1),
+    "scaling": (between(lambda model, x: setattr(model.k, "scaling", 3.0)), 1),
+    "rate": (between(lambda model, x: setattr(model.k, "lora_dropout", 1.0)), 1),
+    "merged": (between(lambda model, x: model.k.merge()), 0),
+    "evaluation": (between(lambda model, x: model.k.eval()), 1),
+    "another backend": (between(lambda model, x: setattr(model.k, "backend", "torch")), 1),
+    "hooks": (between(lambda model, x: model.k.register_forward_hook(lambda module, args, y: 2 * y)), 1),
+    "another order": (lambda model, x: [model.k(x), model.q(x), model.v(x)], 1),
+    "called twice": (lambda model, x: [model.q(x), model.k(x), model.k(x), model.v(x)], 1),
+    "never called": (lambda model, x: [model.q(x), model.v(x)], 0),
+}
+#: They change what backward of the group, as of any step, has saved.
+NO_BACKWARD = {"x changed in place", "x with other memory", "adapter changed in place", "adapter swapped", "base swapped"}
+
+
+@pytest.mark.filterwarnings("ignore:a merged LoRA linear runs in training mode")
+@pytest.mark.parametrize("hazard", HAZARDS)
+def test_a_layer_computes_alone_where_anything_differs(hazard: str, grouped: list[int], single: list[int]) -> None:
+    step, alone = HAZARDS[hazard]
+    model, twin = learned(), learned(groups=False)
+    single.clear()
+    ours = step(model, x_of())
+    assert (grouped, len(single)) == ([3], alone)
+    theirs = step(twin, x_of())
+    assert_close(ours, theirs)
+    if hazard not in NO_BACKWARD:
+        assert_close(gradients(model, ours), gradients(twin, theirs))
+
+
+def test_inference_mode_and_evaluation_share_nothing(grouped: list[int]) -> None:
+    model, twin = learned(p=0.5), learned(groups=False)
+    with torch.inference_mode():
+        model.siblings(x_of())
+    assert_close(model.eval().siblings(x_of()), twin.eval().siblings(x_of()))
+    assert grouped == []
+
+
+@pytest.mark.parametrize("change", ["hooks", "dtype", "backend", "tensor"])
+def test_a_member_that_cannot_be_computed_is_left_out_and_says_why(change: str, grouped: list[int]) -> None:
+    model, reason = learned(), sharing.UNLIKE
+    if change == "hooks":
+        model.k.register_forward_pre_hook(lambda module, args: None)
+        reason = sharing.ALTERED
+    elif change == "backend":
+        model.k.backend = "torch"
+    elif change == "dtype":
+        model.k.double()
+    else:
+        weight = model.k.lora_A
+        del model.k.lora_A
+        model.k.lora_A = weight * 1
+        reason = sharing.REMADE
+    x = x_of()
+    ys = [model.q(x), model.k(x.to(model.k.weight.dtype)), model.v(x)]
+    assert grouped == [2]
+    assert_close(ys[::2], learned(groups=False).siblings(x)[::2])
+    assert sharing.single_reason(model.k) == reason
+    assert sharing.groups(dict(model.named_modules())) == (("q", "v"),)
+
+
+@pytest.mark.parametrize("skipped", ["k", "qk"])
+def test_a_member_that_is_not_called_ends_the_group(skipped: str, grouped: list[int], single: list[int]) -> None:
+    model = learned()
+    names = [name for name in "qkv" if name not in skipped]
+    for _ in range(3):
+        x = x_of()
+        for name in names:
+            getattr(model, name)(x)
+    assert grouped == ([3] if "q" in names else [])  # without the leader nothing is computed ahead
+    if "q" in names:
+        assert sharing.single_reason(model.q) == sharing.NOT_CALLED
+        assert sharing.groups(dict(model.named_modules())) == ()
+
+
+def test_a_result_that_nobody_fetches_is_dropped() -> None:
+    for end in ("leader", "evaluation", "deletion"):
+        model = learned()
+        model.q(x_of())
+        waiting = weakref.ref(model.k._fastlora_group.pending.results[id(model.k)][2])
+        assert waiting() is not None
+        if end == "leader":
+            model.q(x_of(2))
+        elif end == "evaluation":
+            model.eval().q(x_of(2))
+        else:
+            gone = weakref.ref(model)
+            del model
+            assert gone() is None
+        assert waiting() is None, end
+
+
+def test_nothing_waits_after_a_forward() -> None:
+    model = learned()
+    ys = model.siblings(x := x_of())
+    seen = [weakref.ref(t) for t in (*ys, x)]
+    del ys, x
+    assert [ref() for ref in seen] == [None] * 4
+    assert model.q._fastlora_group.pending is None
+
+
+def test_copies_made_between_two_calls_hold_nothing_and_learn_again(grouped: list[int]) -> None:
+    model, x = learned(), x_of()
+    ys = [model.q(x)]
+    copies = copy.deepcopy(model), pickle.loads(pickle.dumps(model)), copy.copy(model.k)
+    state = copy.deepcopy(model.state_dict())
+    ys += [model.k(x), model.v(x)]
+    assert grouped == [3]
+    assert_close(ys, learned(groups=False).siblings(x))
+    assert list(state) == list(model_of(groups=False).state_dict())
+    assert_close([copies[2](x_of())], ys[1:2])
+    assert copies[2]._fastlora_group is not model.k._fastlora_group
+    for other in copies[:2]:
+        assert sharing.groups(dict(other.named_modules())) == ()
+        other.siblings(x)
+        assert_close(other.siblings(x), ys)
+    assert grouped == [3] * 3
+
+
+def test_threads_share_no_results(grouped: list[int], single: list[int]) -> None:
+    model, results, barrier = learned(), {}, threading.Barrier(2)
+    single.clear()
+
+    def work(seed: int) -> None:
+        x, ys = x_of(seed), []
+        for name in "qkv":
+            barrier.wait()
+            ys.append(getattr(model, name)(x))
+        results[seed] = ys
+
+    threads = [threading.Thread(target=work, args=(seed,)) for seed in (1, 2)]
+    for thread in threads:
+        thread.start()
+    for thread in threads:
+        thread.join()
+    assert (grouped, single) == ([3, 3], [])
+    for seed, ys in results.items():
+        assert_close(ys, learned(groups=False).siblings(x_of(seed)))
+
+
+def test_a_second_backward_of_a_retained_graph(grouped: list[int]) -> None:
+    found = []
+    for groups in (True, False):
+        model, x = learned(groups=groups), x_of().requires_grad_()
+        loss = sum((y.square()).sum() for y in model.siblings(x))
+        for retain in (True, False):
+            loss.backward(retain_graph=retain)
+        found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad} | {"x": x.grad})
+    assert grouped == [3]
+    assert_close(*found)
+
+
+def test_a_result_that_no_loss_uses_has_no_gradient(grouped: list[int]) -> None:
+    model, twin = learned(), learned(groups=False)
+    ours, theirs = ([layers.q(x), layers.k(x), layers.v(x)][:2] for layers, x in ((model, x_of()), (twin, x_of())))
+    assert_close(gradients(model, ours), gradients(twin, theirs))
+    assert grouped == [3]
+
+
+def test_torch_compile_traces_each_layer_alone(grouped: list[int]) -> None:
+    model = learned()
+    compiled = torch.compile(model.siblings, fullgraph=True, backend="eager")
+    assert_close(compiled(x_of()), learned(groups=False).siblings(x_of()))
+    assert grouped == []
+    model.siblings(x_of())
+    assert grouped == [3]  # compiled calls change nothing for eager ones
+
+
+class Recorded(nn.Module):
+    """The siblings in regions of activation checkpointing, and what each call computed, in the order of the calls.
+
+    `split`: q and k are in one region, v is in another one; otherwise all are in one, with the layer before them.
+    """
+
+    def __init__(self, model: Any, split: bool, requires_grad: bool, **options: Any) -> None:
+        super().__init__()
+        self.model, self.split, self.options, self.requires_grad = model, split, options, requires_grad
+        self.made: dict[tuple[str, int], list[Tensor]] = {}
+
+    def call(self, x: Tensor, names: str, key: int) -> Tensor:
+        total = torch.zeros(())
+        for name in names:
+            y = getattr(self.model, name)(x)
+            self.made.setdefault((name, key), []).append(y.detach().clone())
+            total = total + torch.sin(y).sum()
+        return total
+
+    def forward(self, x: Tensor, key: int) -> Tensor:
+        x = x.requires_grad_()
+
+        def whole(x: Tensor) -> Tensor:
+            return self.call(torch.tanh(self.model.first(x)), "qkv", key)
+
+        if not self.split:
+            return checkpoint(whole, x, **self.options)
+        h = torch.tanh(self.model.first(x))
+        return sum(checkpoint(self.call, h, names, key, **self.options) for names in ("qk", "v"))
+
+
+@pytest.mark.parametrize("ahead", [1, 2], ids=["", "two forwards ahead"])
+@pytest.mark.parametrize("split", [False, True], ids=["one region", "two regions"])
+@pytest.mark.parametrize(("reentrant", "early_stop"), [(True, True), (False, True), (False, False)])
+def test_checkpointing_computes_again_what_it_computed(
+    reentrant: bool, early_stop: bool, split: bool, ahead: int, grouped: list[int]
+) -> None:
+    """Masks too: a call that is grouped in forward and not in backward, or the other way round, would draw other ones."""
+    recorded = Recorded(model_of(p=0.4), split, True, use_reentrant=reentrant)
+    optimizer = torch.optim.SGD([p for p in recorded.parameters() if p.requires_grad], lr=0.1)
+    torch.manual_seed(5)
+    with set_checkpoint_early_stop(early_stop):
+        for step in range(4):
+            losses = [recorded(x_of(10 * step + i, cols=6), 10 * step + i) for i in range(ahead)]
+            for loss in losses:
+                loss.backward()
+            optimizer.step()
+            optimizer.zero_grad()
+    for (name, key), made in recorded.made.items():
+        assert len(made) == 2 or (early_stop and not reentrant and len(made) == 1 and name != "q"), (name, key)
+        assert all(torch.equal(again, made[0]) for again in made[1:]), (name, key)
+    assert grouped == ([] if split and reentrant else [3 - split] * (2 * 3 * ahead))
+
+
+def test_a_checkpoint_learns_without_an_optimizer(grouped: list[int]) -> None:
+    """As in a benchmark: forward and backward, again and again."""
+    recorded = Recorded(model_of(), False, True, use_reentrant=False)
+    for step in range(3):
+        recorded(x_of(step, cols=6), step).backward()
+    assert grouped == [3] * 4
+
+
+def test_options_of_inject() -> None:
+    assert model_of(groups=False).q._fastlora_group is None
+    with pytest.raises(TypeError, match="groups must be a bool, got int 1"):
+        inject(Siblings(), target_modules=["q"], groups=1)  # type: ignore[arg-type]  # the wrong type is the test
+    layer = fastlora.FusedLoraLinear(8, 8)
+    layer(x_of())
+    assert layer._fastlora_group is None
