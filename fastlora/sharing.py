@@ -8,20 +8,20 @@ q, k and v of an attention read one x, and so do gate and up of an MLP. No list 
     single      A group with one layer, or one whose members were not all called with the leader's x. Each computes alone.
 
 Nothing is assumed. A member fetches its result if x is the very tensor that the leader saw, at the same version, in the same
-grad mode, autocast mode and region of activation checkpointing, and if the operands that the member would use now are those that
-the leader used: the same tensors at the same addresses and versions, the same scaling and rate. Otherwise it computes alone.
+grad mode, autocast mode and region of activation checkpointing, and if the operands that it would use now are those that the
+leader used: the same tensors at the same addresses and versions, the same scaling and rate. Otherwise it computes alone.
 
-Masks. A group draws one seed in the leader's call, and member i takes mask i of it. A member that computes alone draws a seed of
-its own. A call that activation checkpointing runs again in backward must therefore group as it did at first. So a group starts
-and ends only between training steps: not while a forward that may run again is outstanding, unless the adapter has changed.
+A group draws one seed in the leader's call, and member i takes mask i of it. A member that computes alone draws its own seed. So
+what activation checkpointing runs again in backward must group as it did at first. A group therefore starts and ends between two
+training steps: when no forward that may run again is outstanding, or when the optimizer has changed the adapter.
 
-The results wait in the group, one set a thread, until each is fetched. What is left is dropped at the leader's next call, and in
-evaluation. A copy of a group, or a pickled one, is empty: the copied layers learn again. torch.compile traces every layer alone.
+The results wait in the group, one set a thread, until each is fetched. What is left is dropped at the leader's next call, in
+evaluation too. A copy of a group, or a pickled one, is empty: its layers learn again. torch.compile traces every layer alone.
 """
 
 import threading
 import weakref
-from collections.abc import Mapping
+from collections.abc import Callable, Mapping
 from typing import Any, NamedTuple
 
 import torch
@@ -103,7 +103,7 @@ class Group:
 class _LastLearner(threading.local):
     """The last call of a layer that was learning, in this thread."""
 
-    group: weakref.ref[Group] | None = None
+    group: Callable[[], Group | None]
     moment: Moment | None = None
 
 
@@ -130,8 +130,7 @@ def shared(layer: Any, x: Tensor, given: Projection) -> Tensor | None:
         return _lead(group, members, left, moment, x, given)
     if layer in members:
         return _fetch(layer, group, moment, given) if group.state is ACTIVE else None
-    if not _in_backward():
-        _learn(layer, moment, given)
+    _learn(layer, moment, given)
     return None
 
 
@@ -146,11 +145,10 @@ def drop(layer: Any) -> Pending | None:
 
 def _learn(layer: Any, moment: Moment, given: Projection) -> None:
     """Join the layers called just before with the same x, or be the first of a new group."""
-    group, last = _last.group and _last.group(), _last.moment
-    joins = group is not None and group.state is LEARNING and len(group.members) < MOST and last is not None and last.same(moment)
-    if group is None or not joins:
+    group = _last.group() if _last.moment is not None and _last.moment.same(moment) else None
+    if group is None or group.state is not LEARNING or len(group.members) == MOST:
         group = Group()
-        group.versions = _versions(given)
+        _settled(group, given)
         group.outstanding = int(_may_run_again())
     group.members.append(weakref.ref(layer))
     layer._fastlora_group = group
@@ -210,14 +208,10 @@ def _fetch(layer: Any, group: Group, moment: Moment, given: Projection) -> Tenso
 
 def _settled(group: Group, given: Projection) -> bool:
     """Whether no earlier forward of the group will run again: each one has, or the optimizer has changed the adapter."""
-    versions = _versions(given)
+    versions = given.lora_A._version, given.lora_B._version
     if versions != group.versions:
         group.versions, group.outstanding = versions, 0
     return group.outstanding == 0
-
-
-def _versions(given: Projection) -> tuple[int, int]:
-    return given.lora_A._version, given.lora_B._version
 
 
 def _alone(layer: Any, x: Tensor, given: Projection) -> str | None:
