@@ -11,8 +11,8 @@ Nothing is assumed. A member fetches its result if x is the very tensor that the
 grad mode, autocast mode and region of activation checkpointing, and if the operands that it would use now are those that the
 leader used: the same tensors at the same addresses and versions, the same scaling and rate. Otherwise it computes alone.
 
-A group draws one seed in the leader's call, and member i takes mask i of it. A member that computes alone draws its own seed. So
-what activation checkpointing runs again in backward must group as it did at first. A group therefore starts and ends between two
+A group draws one seed in the leader's call, and member i takes mask i of it. A member that computes alone draws its own seed.
+So what activation checkpointing runs again in backward must group as it did at first. A group therefore starts and ends between
 training steps: when no forward that may run again is outstanding, or when the optimizer has changed the adapter.
 
 The results wait in the group, one set a thread, until each is fetched. What is left is dropped at the leader's next call, in
@@ -26,6 +26,7 @@ from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor, nn
+from torch.multiprocessing.reductions import StorageWeakRef
 
 from fastlora.functional import _autocast_dtype
 from fastlora.projections import Projection, lora_linears
@@ -55,7 +56,8 @@ class Moment(NamedTuple):
         """Those of a call with x now."""
         region = _region()
         mode = torch.is_grad_enabled(), _autocast_dtype(x.device), region and weakref.ref(region)
-        return cls(weakref.ref(x), (x._version, x.data_ptr(), x.requires_grad, *mode))
+        memory = StorageWeakRef(x.untyped_storage()), x.data_ptr()
+        return cls(weakref.ref(x), (x._version, x.requires_grad, *memory, *mode))
 
     def same(self, other: "Moment") -> bool:
         """Whether both calls have one x and the same circumstances."""
@@ -64,10 +66,10 @@ class Moment(NamedTuple):
 
 
 class Pending(NamedTuple):
-    """What a leader computed: for each member that has not been called yet, by id, its operands, their stamp and y."""
+    """What a leader computed: for each member that has not been called yet, by id, its stamp, y, and what the stamp is of."""
 
     moment: Moment
-    results: dict[int, tuple[Projection, tuple[Any, ...], Tensor]]
+    results: dict[int, tuple[tuple[Any, ...], Tensor, Any]]  # the last keeps ids and addresses from being used again
     again: bool  # computed in backward, where checkpointing may stop before the members are called
 
 
@@ -100,14 +102,14 @@ class Group:
         return [layer for member in self.members if (layer := member()) is not None]
 
 
-class _LastLearner(threading.local):
+class _Last(threading.local):
     """The last call of a layer that was learning, in this thread."""
 
     group: Callable[[], Group | None]
     moment: Moment | None = None
 
 
-_last = _LastLearner()
+_last = _Last()
 
 
 def shared(layer: Any, x: Tensor, given: Projection) -> Tensor | None:
@@ -137,7 +139,7 @@ def shared(layer: Any, x: Tensor, given: Projection) -> Tensor | None:
 def drop(layer: Any) -> Pending | None:
     """Forget what waits for the group that `layer` leads, at a call of it. Returns what was left."""
     group: Group | None = None if torch.compiler.is_compiling() else layer._fastlora_group
-    if group is None or group.pending is None or group.layers()[:1] != [layer]:
+    if group is None or group.pending is None or group.layers()[0] is not layer:
         return None
     left, group.pending = group.pending, None
     return left
@@ -176,14 +178,15 @@ def _lead(
         operands = member._projection(x)
         reason = operands if isinstance(operands, str) else _left_out(member, x, operands, leader, given)
         if reason is None:
-            chosen.append((id(member), operands, _stamp(member, operands)))
+            chosen.append((member, operands, _stamp(member, operands)))
         else:
             group.refused[id(member)] = reason
     if not chosen:
         return None
     y, *others = lora_linears(x, [given, *(operands for _, operands, _ in chosen)], backend=leader.backend)
-    results = {key: (operands, stamp, other) for (key, operands, stamp), other in zip(chosen, others, strict=True)}
-    group.pending = Pending(moment, results, again)
+    group.pending = Pending(moment, {}, again)
+    for (member, operands, stamp), other in zip(chosen, others, strict=True):
+        group.pending.results[id(member)] = stamp, other, (operands, [t.untyped_storage() for t in _tensors(operands)])
     return y
 
 
@@ -199,7 +202,7 @@ def _fetch(layer: Any, group: Group, moment: Moment, given: Projection) -> Tenso
         group.pending = None
     if result is None:
         return None
-    _, stamp, y = result  # the operands were alive until now: no other tensors can have their ids and addresses
+    stamp, y, _ = result
     if pending.moment.same(moment) and stamp == _stamp(layer, given):
         return y
     group.reason = NOT_CALLED
@@ -281,7 +284,7 @@ def _enters_region(x: Tensor) -> bool:
 
 
 def groups(layers: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
-    """The names of the layers of each group that shares x; `layers` are those of a model by name."""
+    """The names of the layers of each group that shares x; `layers` are a model's by name."""
     named: dict[Group, list[str]] = {}
     for name, layer in layers.items():
         group = getattr(layer, "_fastlora_group", None)

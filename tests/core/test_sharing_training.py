@@ -1,12 +1,13 @@
 """Layers that share x under activation checkpointing and data parallelism: the same numbers as alone, and the same masks."""
 
+from collections import deque
 from collections.abc import Iterator
 from typing import Any
 
 import pytest
 import torch
 import torch.distributed as dist
-from siblings import assert_close, learned, model_of, x_of
+from siblings import assert_close, gradients, learned, model_of, x_of
 from torch import Tensor, nn
 from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
@@ -44,28 +45,31 @@ class Recorded(nn.Module):
         return sum(checkpoint(self.call, h, names, key, **self.options) for names in ("qk", "v"))
 
 
-@pytest.mark.parametrize("ahead", [1, 2], ids=["", "two forwards ahead"])
+@pytest.mark.parametrize("schedule", ["FB", "FFBB", "FFBFBB"])
 @pytest.mark.parametrize("split", [False, True], ids=["one region", "two regions"])
 @pytest.mark.parametrize(("reentrant", "early_stop"), [(True, True), (False, True), (False, False)])
 def test_checkpointing_computes_again_what_it_computed(
-    reentrant: bool, early_stop: bool, split: bool, ahead: int, grouped: list[int]
+    reentrant: bool, early_stop: bool, split: bool, schedule: str, grouped: list[int]
 ) -> None:
     """Masks too: a call that is grouped in forward and not in backward, or the other way round, would draw other ones."""
-    # Where nothing is learned under checkpointing, it was learned before.
+    # Nothing is learned in regions of reentrant checkpointing that x comes into, so it was learned before.
     recorded = Recorded((learned if split and reentrant else model_of)(p=0.4), split, use_reentrant=reentrant)
     optimizer = torch.optim.SGD([p for p in recorded.parameters() if p.requires_grad], lr=0.1)
     torch.manual_seed(5)
+    keys, losses = iter(range(100)), deque[Tensor]()
     with set_checkpoint_early_stop(early_stop):
-        for step in range(4):
-            losses = [recorded(x_of(10 * step + i, cols=6), 10 * step + i) for i in range(ahead)]
-            for loss in losses:
-                loss.backward()
+        for _ in range(3):
+            for direction in schedule:
+                if direction == "F":
+                    losses.append(recorded(x_of(key := next(keys), cols=6), key))
+                else:
+                    losses.popleft().backward()
             optimizer.step()
             optimizer.zero_grad()
     for (name, key), made in recorded.made.items():
         assert len(made) == 2 or (early_stop and not reentrant and len(made) == 1 and name != "q"), (name, key)
         assert all(torch.equal(again, made[0]) for again in made[1:]), (name, key)
-    assert grouped == ([] if split and reentrant else [3 - split] * (2 * 3 * ahead))
+    assert grouped == ([] if split and reentrant else [3 - split] * (2 * len(schedule)))
 
 
 def test_a_checkpoint_learns_without_an_optimizer(grouped: list[int]) -> None:
@@ -74,6 +78,25 @@ def test_a_checkpoint_learns_without_an_optimizer(grouped: list[int]) -> None:
     for step in range(3):
         recorded(x_of(step, cols=6), step).backward()
     assert grouped == [3] * 4
+
+
+def test_a_second_backward_of_a_retained_graph(grouped: list[int]) -> None:
+    found = []
+    for groups in (True, False):
+        model, x = learned(groups=groups), x_of().requires_grad_()
+        loss = sum((y.square()).sum() for y in model.siblings(x))
+        for retain in (True, False):
+            loss.backward(retain_graph=retain)
+        found.append({name: p.grad for name, p in model.named_parameters() if p.requires_grad} | {"x": x.grad})
+    assert grouped == [3]
+    assert_close(*found)
+
+
+def test_a_result_that_no_loss_uses_has_no_gradient(grouped: list[int]) -> None:
+    model, twin = learned(), learned(groups=False)
+    ours, theirs = ([layers.q(x), layers.k(x), layers.v(x)][:2] for layers, x in ((model, x_of()), (twin, x_of())))
+    assert_close(gradients(model, ours), gradients(twin, theirs))
+    assert grouped == [3]
 
 
 def test_forwards_that_never_run_again_hold_nothing_up_beyond_an_optimizer_step(grouped: list[int]) -> None:
