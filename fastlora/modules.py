@@ -1,6 +1,5 @@
 """`FusedLoraLinear`: a frozen linear with a LoRA bypass, in PEFT's semantics, on the fused operator."""
 
-import functools
 import math
 import warnings
 from typing import Any, Self, TypedDict, Unpack, cast
@@ -11,6 +10,8 @@ from torch import Tensor, nn
 from fastlora import dora_ops, validation
 from fastlora.dora import dora_linear
 from fastlora.functional import lora_linear
+from fastlora.projections import Projection
+from fastlora.sharing import Group, drop, shared
 
 
 class Options(TypedDict, total=False):
@@ -52,6 +53,7 @@ class FusedLoraLinear(nn.Module):
     lora_magnitude_vector: nn.Parameter | None
     bias: nn.Parameter | None
     _base_weight: Tensor | None
+    _fastlora_group: Group | None = None  # `inject` makes one
     backend: str | None = None  # set it to choose the backend of `lora_linear` for this module
 
     def __init__(
@@ -149,27 +151,30 @@ class FusedLoraLinear(nn.Module):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out).  A merged module in training warns: its adapter gets no gradient."""
-        W = self._W()
+        given = self._projection(x)
+        options: Any = {"training": self.training, "backend": self.backend}
+        if isinstance(given, Projection):
+            y = shared(self, x, given)
+            return lora_linear(x, *given[:4], scaling=given.scaling, dropout_p=given.dropout_p, **options) if y is None else y
+        drop(self)
+        if not self.merged and self.lora_A is not None and self.lora_B is not None and self.lora_magnitude_vector is not None:
+            options |= {"scaling": self.scaling, "dropout_p": self.lora_dropout, "magnitude": self.lora_magnitude_vector}
+            return dora_linear(x, self._W(), self.lora_A, self.lora_B, self.bias, **options)
+        untrained = self.merged and self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if untrained and any(p is not None and p.requires_grad for p in (self.lora_A, self.lora_B)):
+            warnings.warn(
+                "a merged LoRA linear runs in training mode: its adapter gets no gradient, call unmerge() before training",
+                stacklevel=2,
+            )
+        return nn.functional.linear(x, self._W(), self.bias)
+
+    def _projection(self, x: Tensor) -> Projection | str:
+        """The operands of a call with x, or why it is none of a plain LoRA linear: see `fastlora.sharing`."""
         if self.merged or self.lora_A is None or self.lora_B is None:
-            untrained = self.merged and self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-            if untrained and any(p is not None and p.requires_grad for p in (self.lora_A, self.lora_B)):
-                warnings.warn(
-                    "a merged LoRA linear runs in training mode: its adapter gets no gradient, call unmerge() before training",
-                    stacklevel=2,
-                )
-            return nn.functional.linear(x, W, self.bias)
-        magnitude = self.lora_magnitude_vector
-        return (lora_linear if magnitude is None else functools.partial(dora_linear, magnitude=magnitude))(
-            x,
-            W,
-            self.lora_A,
-            self.lora_B,
-            self.bias,
-            scaling=self.scaling,
-            dropout_p=self.lora_dropout,
-            training=self.training,
-            backend=self.backend,
-        )
+            return "it is merged" if self.merged else "it has rank 0"
+        if self.lora_magnitude_vector is not None:
+            return "it is DoRA"
+        return Projection(self._W(), self.lora_A, self.lora_B, self.bias, self.scaling, self.lora_dropout)
 
     def _W(self) -> Any:
         """W (out, in) as `lora_linear` takes it: a tensor, or in a subclass a QuantizedWeight."""

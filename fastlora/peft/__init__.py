@@ -20,6 +20,7 @@ from typing import Any
 from torch import nn
 
 from fastlora.peft.report import SMALL, Report
+from fastlora.validation import check_flag
 
 __all__ = ["SMALL", "Report", "accelerate", "decelerate", "fallbacks", "mixed_batch", "register", "status"]
 
@@ -27,7 +28,7 @@ OLDEST_PEFT = "0.18"
 INSTALL = f"pip install 'peft>={OLDEST_PEFT}'"  # works in a clone as well as beside an installed fastlora
 
 
-def accelerate(model: nn.Module) -> Report:
+def accelerate(model: nn.Module, *, groups: bool = True) -> Report:
     """Run `model`'s LoRA linears through `fastlora.lora_linear`, in place. `decelerate` undoes it.
 
     This changes the class of each plain `peft.tuners.lora.layer.Linear`, of PEFT's layers for 4-bit and 8-bit linears of
@@ -36,23 +37,28 @@ def accelerate(model: nn.Module) -> Report:
 
     Args:
         model: a PeftModel, or any module that contains PEFT's LoRA layers.
+        groups: compute layers that share x, such as q, k and v, in one step (`fastlora.sharing`). They are found in the first
+            training forward, and again after another `accelerate`.
 
     Returns:
         The status of each layer, and which layers were accelerated before. A warning shows the report if a layer is left, or
         waits for a reason that the user did not choose, such as aLoRA.
 
     Raises:
-        TypeError: model is not an nn.Module.
+        TypeError: model is not an nn.Module, or groups is not a bool.
         ValueError: model contains no LoRA layer of PEFT.
         ImportError: PEFT is missing, or older than 0.18.
         The model is unchanged after an error.
     """
     layers = _load("layers")
+    check_flag(groups, "groups")
     found = layers.find(model)
     already = tuple(name for name, layer in found.items() if layers.is_fused(layer))
     warned: set[str] = found[already[0]]._fastlora_tally.warned if already else set()
     for layer in [layer for layer in found.values() if layers.unsupported_reason(layer) is None]:
         layers.fuse(layer, warned)
+    for layer in filter(layers.is_fused, found.values()):
+        layers.share(layer, groups)
     report: Report = layers.describe(found, already)
     if report.left or {reason for _, reason in report.waiting} - _load("calls").INTENDED:
         warnings.warn(str(report), stacklevel=2)
