@@ -55,7 +55,7 @@ def describe(model: nn.Module, layers: Mapping[str, FusedLoraLayer], options: Lo
         "modules_to_save": list(options.modules_to_save) or None,
         "target_modules": _target_modules(model, layers),
     }
-    for option in ("lora_dropout", "use_rslora"):
+    for option in ("lora_dropout", "use_rslora", "use_dora"):
         values = {getattr(layer, option) for layer in layers.values()}
         if len(values) > 1:
             raise ValueError(f"the LoRA layers differ in {option}: {sorted(values)}; one config holds one value")
@@ -106,6 +106,6 @@ def check(said: LoraOptions, model: nn.Module, layers: Mapping[str, FusedLoraLay
             f"{list(options.modules_to_save)}: they differ in {', '.join(sorted(saved ^ expected))}"
         )
     for name, layer in layers.items():
-        for option, own in {**layer.of_config(), "use_rslora": layer.use_rslora}.items():
+        for option, own in {**layer.of_config(), "use_rslora": layer.use_rslora, "use_dora": layer.use_dora}.items():
             if (value := said.of_layer(name)[option]) != own:
                 raise ValueError(f"{CONFIG_NAME}: {option}={value!r}, but the layer {name!r} has {option}={own!r}")

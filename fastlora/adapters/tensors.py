@@ -96,9 +96,9 @@ def _from_file(layers: Mapping[str, FusedLoraLayer], file: Mapping[str, Tensor],
 
 
 def _factors(layers: Mapping[str, FusedLoraLayer]) -> Iterator[tuple[str, FusedLoraLayer, str]]:
-    """(key in the file, layer, name of the parameter) of every A and B."""
+    """(key in the file, layer, name of the parameter) of all that the layers train."""
     for path, layer in layers.items():
-        for name, key in layer.FACTORS.items():
+        for name, key in layer.trained().items():
             yield f"{_PREFIX}{path}.{key}", layer, name
 
 

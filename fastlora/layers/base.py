@@ -23,8 +23,9 @@ class FusedLoraLayer(nn.Module):
         weight, bias (or None): as in the module that was wrapped.  merged: whether weight holds the update.
     """
 
-    #: The parameters A and B, each with its key in PEFT's files below the name of the layer.
+    #: The parameters A and B, each with its key in PEFT's files.
     FACTORS: ClassVar[dict[str, str]] = {"lora_A": "lora_A.weight", "lora_B": "lora_B.weight"}
+    use_dora = False
     bias: nn.Parameter | None
     _base_weight: Tensor | None
 
@@ -38,6 +39,7 @@ class FusedLoraLayer(nn.Module):
         lora_dropout: float,
         *,
         use_rslora: bool = False,
+        use_dora: bool = False,
         merge_weights: bool = False,
         adapter_dtype: torch.dtype | None = None,
     ) -> None:
@@ -49,6 +51,9 @@ class FusedLoraLayer(nn.Module):
         validation.check_dropout_p(lora_dropout, "lora_dropout")
         validation.check_number(lora_alpha, "lora_alpha")
         validation.check_flag(use_rslora, "use_rslora")
+        validation.check_flag(use_dora, "use_dora")
+        if use_dora:
+            raise ValueError(f"use_dora=True is for linears, not for a {type(self).__name__}")
         validation.check_flag(merge_weights, "merge_weights")
         super().__init__()
         self.r, self.lora_alpha, self.lora_dropout, self.use_rslora = r, lora_alpha, lora_dropout, use_rslora
@@ -85,6 +90,10 @@ class FusedLoraLayer(nn.Module):
     def factors(self) -> tuple[nn.Parameter, ...]:
         """(A, B); () for r = 0."""
         return tuple(getattr(self, name) for name in self.FACTORS) if self.r else ()
+
+    def trained(self) -> dict[str, str]:
+        """The parameters of the adapter, each with its key in PEFT's files below the name of the layer; {} for r = 0."""
+        return dict(self.FACTORS) if self.r else {}
 
     def _adapts(self) -> bool:
         """Whether forward adds the update to what the weight gives.  Warns of a merged layer in training."""
@@ -197,10 +206,10 @@ class FusedLoraLayer(nn.Module):
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Loading into a merged layer replaces the base weight and A, B; the layer is merged again afterwards.
 
-        A layer merged with keep_base=False has no base weight to keep, so that weight, A and B must come together.
+        A layer merged with keep_base=False has no base weight to keep, so that weight and adapter must come together.
         """
         merged, keep_base = self.merged, self._base_weight is not None
-        missing = [name for name in ("weight", *self.FACTORS) if prefix + name not in state_dict]
+        missing = [name for name in ("weight", *self.trained()) if prefix + name not in state_dict]
         if merged and self.r and not keep_base and missing:
             args[-1].append(f"{prefix or 'the module'} was merged with keep_base=False: loading needs {missing} as well")
             return
@@ -214,5 +223,5 @@ class FusedLoraLayer(nn.Module):
     def extra_repr(self) -> str:
         """What nn.Module prints between the parentheses, after the sizes."""
         text = f"r={self.r}, lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}"
-        flags = ("use_rslora", "fan_in_fan_out", "merge_weights", "merged")
+        flags = ("use_rslora", "use_dora", "fan_in_fan_out", "merge_weights", "merged")
         return text + "".join(f", {flag}=True" for flag in flags if getattr(self, flag, False))

@@ -8,14 +8,12 @@ from torch import Tensor, nn
 
 from fastlora.layers.conv import convolve_windows, is_linear, windows
 from fastlora.peft.fused import Fused, note
+from fastlora.peft.report import COPIED
 from fastlora.peft.state import Terms, only_adapter, unsupported_call, unsupported_tensors
 from fastlora.validation import is_altered
 
 #: Why a convolution stays PEFT's.
 OVERLAPS = "its windows overlap, have gaps or are padded: it is no linear on a view of x, and torch's convolutions are as fast"
-#: Why a call does.  On a CPU and float32 a step takes 0.75 to 0.97 of PEFT's time if x's pixels are rows of memory already, and
-#: up to 1.11 where they have to be copied first (patches; channels before pixels).
-COPIED = "on a CPU a convolution that copies x takes longer than PEFT's"
 
 
 class FusedConv(Fused):

@@ -25,7 +25,7 @@ class FusedEmbedding(Fused, Embedding):
         given = _decide(self, x, args, kwargs)
         if isinstance(given, str):
             note(self, given)
-            return Embedding.forward(self, x, *args, **kwargs)  # type: ignore[no-any-return]  # peft has no types
+            return Embedding.forward(self, x, *args, **kwargs)
         base = self.base_layer
         padding_idx = -1 if base.padding_idx is None else base.padding_idx
         constants = given.scaling, padding_idx, base.scale_grad_by_freq

@@ -7,8 +7,8 @@ import torch
 from torch import Tensor
 
 from fastlora.functional import _autocast_dtype
+from fastlora.peft.adapters import DISABLED, INACTIVE, MERGED
 from fastlora.peft.base import PLAIN_TENSORS
-from fastlora.peft.calls import DISABLED, INACTIVE, MERGED, MIXED_BATCH
 from fastlora.validation import HALF_DTYPES, is_transformed
 
 
@@ -54,7 +54,7 @@ def unsupported_tensors(layer: Any, given: Terms) -> str | None:
 def unsupported_call(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> str | None:
     """Why the circumstances of layer(x, *args, **kwargs) need PEFT's forward, or None."""
     if kwargs.get("adapter_names") is not None:
-        return MIXED_BATCH
+        return "adapter_names mixes adapters in one batch, which is fused for linears only"
     if args or any(value is not None for value in kwargs.values()):
         return "the layer is called with more than x"
     if type(x) not in PLAIN_TENSORS or x.layout != torch.strided or x.is_nested:
