@@ -76,9 +76,9 @@ def keep_halves(word, t, MASK: tl.constexpr):
 
 
 @triton.jit
-def keep_masks(seed, rows, first_col, t, BLOCK_K: tl.constexpr, MASK: tl.constexpr):
-    """`keep_halves` of the four words of a tile."""
-    w0, w1, w2, w3 = keep_words(seed, rows, first_col, 0, BLOCK_K)
+def keep_masks(seed, rows, first_col, t, BLOCK_K: tl.constexpr, MASK: tl.constexpr, PROJECTION: tl.constexpr = 0):
+    """`keep_halves` of the four words of a tile, in the mask of one projection."""
+    w0, w1, w2, w3 = keep_words(seed, rows, first_col, PROJECTION, BLOCK_K)
     return keep_halves(w0, t, MASK), keep_halves(w1, t, MASK), keep_halves(w2, t, MASK), keep_halves(w3, t, MASK)
 
 
