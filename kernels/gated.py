@@ -36,15 +36,20 @@ from fastlora.kernels.tensor_spec import TensorSpec, fits_descriptor, in_units, 
 
 _LINEAR = tl.constexpr(1.5957691216057308)  # 2k
 _CUBIC = tl.constexpr(0.07135481627160025)  # 2k · 0.044715
-_ROOT_HALF = tl.constexpr(0.7071067811865476)
 _NORMAL = tl.constexpr(0.3989422804014327)  # 1 / √(2π)
+# Φ(−|e|) = t P(t) exp(−e² / 2) / 2 with t = 1 / (1 + _P |e|), to 8e-8: Abramowitz and Stegun, 7.1.26.
+_P = tl.constexpr(0.3275911 / 2**0.5)
+_P1, _P2, _P3, _P4, _P5 = map(tl.constexpr, (0.127414796, -0.142248368, 0.7107068705, -0.7265760135, 0.5307027145))
 
 
 @triton.jit
 def activation_parts(e, ACTIVATION: tl.constexpr):
     """(q, e q') of float32 e."""
     if ACTIVATION == "gelu":
-        return tl.erf(e * _ROOT_HALF) * 0.5 + 0.5, tl.exp(e * e * -0.5) * e * _NORMAL
+        bell = tl.exp(e * e * -0.5)  # which erf would compute a second time
+        t = 1.0 / (tl.abs(e) * _P + 1.0)
+        tail = t * (t * (t * (t * (t * _P5 + _P4) + _P3) + _P2) + _P1) * bell
+        return tl.where(e > 0, 1.0 - tail, tail), e * bell * _NORMAL
     if ACTIVATION == "silu":
         q = tl.sigmoid(e)
         return q, e * q * (1.0 - q)
@@ -207,11 +212,13 @@ def gated_backward_kernel(
         tl.store(pointers, round_to(acc * keep_scale, dA.dtype.element_ty), mask=da_mask)
 
 
-def _config(e: TensorSpec, A: TensorSpec | None, tiles: int, target: Target, **kind: bool) -> tuple[int, StreamConfig]:
-    """(rank, tile) of a kernel that streams `tiles` matrices like e (M, K) together."""
+def _config(
+    e: TensorSpec, A: TensorSpec | None, block: tuple[int, int], tiles: int, target: Target, **kind: bool
+) -> tuple[int, StreamConfig]:
+    """(rank, tile) of a kernel that streams `tiles` matrices like e (M, K) together, `block` rows and columns at a time."""
     r, small = (0, e.dtype) if A is None else (A.shape[0], A.dtype)
     config = stream_config((e.shape[0], e.shape[1]), max(r, 1), e.dtype, small, target, aligned=fits_descriptor(e), **kind)
-    config = replace(config, block_k=64, num_warps=8)  # a thread holds several float32 tiles
+    config = replace(config, block_m=min(config.block_m, block[0]), block_k=min(config.block_k, block[1]))
     more = (tiles - 1) * config.block_m * config.block_k * e.dtype.itemsize
     while config.num_stages > 1 and (
         config.shared_memory(e.dtype.itemsize, small.itemsize) + config.num_stages * more > target.shared_memory
@@ -225,7 +232,7 @@ def plan_gated(
 ) -> Plan:
     """The launch for contiguous e and g (M, K), A (r, K) of any strides or None.  S, the second result, may come in parts."""
     M, K = e.shape
-    r, config = _config(e, A, 2, target, dropout=bool(mask))
+    r, config = _config(e, A, (64, 64), 2, target, dropout=bool(mask))
     row_blocks, rank_blocks = cdiv(M, config.block_m), max(1, cdiv(r, config.block_r))
     partial = config.block_r * 4 / (3 * config.block_k * e.dtype.itemsize)
     splits, steps = split_steps(cdiv(K, config.block_k), row_blocks * rank_blocks, target, partial)
@@ -269,7 +276,9 @@ def plan_gated_backward(
     Its results are de and dA, in A's dtype, which may come in parts.
     """
     M, K = e.shape
-    r, config = _config(e, A, 3, target, dropout=bool(mask), with_dx=True)
+    # Half a tile of grad_a.py: a thread holds several float32 tiles.  Without wgmma the narrow one is not made twice by the warps.
+    block = (32, 64) if target.has_wgmma else (64, 32)
+    r, config = _config(e, A, block, 3, target, dropout=bool(mask), with_dx=True)
     col_blocks, rank_blocks = cdiv(K, config.block_k), max(1, cdiv(r, config.block_r))
     partial = config.block_r * 4 / (5 * config.block_m * e.dtype.itemsize)
     splits, steps = split_steps(cdiv(M, config.block_m), col_blocks * rank_blocks, target, partial)

@@ -17,6 +17,8 @@ PRODUCTS = {
     ("shrink", "grad_a", "grad_a", "gemm"): ("dS", "dB", "dA", "dx"),
     ("pack_bits",): ("bits",),
     ("sum_partials",): ("sum",),
+    ("gated",): ("h S",),
+    ("gated_backward",): ("de dg dA",),
     ("grad_b", "grad_a"): ("dS dB", "dA dx"),
     ("shrink", "grad_a", "grad_a"): ("dS", "dB", "dA dx"),
     (): (),
@@ -26,6 +28,8 @@ MASKED_TILE = {
     "S": ("BLOCK_M", "BLOCK_K"),
     "dA": ("BLOCK_M", "BLOCK_K"),
     "dA dx": ("BLOCK_M", "BLOCK_K"),
+    "h S": ("BLOCK_M", "BLOCK_K"),
+    "de dg dA": ("BLOCK_M", "BLOCK_K"),
     "dx": ("BLOCK_M", "BLOCK_N"),
 }
 
