@@ -10,10 +10,12 @@ from fastlora.functional import dropout_mask, lora_linear
 from fastlora.injection import get_nb_trainable_parameters, inject, merge_and_unload, print_trainable_parameters, unload
 from fastlora.modules import FusedLoraLinear
 from fastlora.peft import accelerate, decelerate
+from fastlora.projections import Projection, lora_linears
 
 __all__ = [
     "FusedLoraLinear",
     "LoraLinearFunction",
+    "Projection",
     "__version__",
     "accelerate",
     "decelerate",
@@ -23,6 +25,7 @@ __all__ = [
     "inject",
     "load_adapter",
     "lora_linear",
+    "lora_linears",
     "merge_and_unload",
     "oracle",
     "print_trainable_parameters",

@@ -160,6 +160,15 @@ def plan_backward(
     return steps.plan_backward(choice, target, precision, mask, adapter_dtype, *specs)
 
 
+@functools.lru_cache(maxsize=4096)
+def plan_y(choice: str, target: Target, precision: str, mask: str, *specs: Any) -> Callable[..., Any]:
+    """`steps.plan_y` for a projection of several, which also takes "triton".  Its S is made by kernels also for "torch"."""
+    x, weight, lora_B, _ = specs
+    if choice == "triton":
+        choice = _choose("forward", target, precision, bool(mask), x, weight, lora_B.t())
+    return steps.plan_y("addmm" if choice == "torch" else choice, target, precision, *specs)
+
+
 def _choose(
     direction: str, target: Target, precision: str, dropout: bool, rows: TensorSpec, weight: TensorSpec, lora_A: TensorSpec
 ) -> str:
@@ -195,7 +204,7 @@ def store(target: Target, results: Mapping[Problem, str]) -> Path:
 
 def forget() -> None:
     """Read the target's file anew and plan anew: the choices may have changed."""
-    for cached in (_measured, choose, plan_forward, plan_backward):
+    for cached in (_measured, choose, plan_forward, plan_backward, plan_y):
         cached.cache_clear()
 
 

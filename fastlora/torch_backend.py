@@ -7,11 +7,13 @@ with c = keep_scale(p).  Where the kernels take a seed, these functions take the
 it takes ten times as long to make the bits as to look them up, so forward and backward share them.  A dropped copy of x never
 exists whole.  The second of two terms is accumulated in place onto the first.  Sums are kept in float32 (float64 for float64
 inputs), also where x is 16-bit.
+
+Projections that share x share its passes: their A stand below each other, one mask applies to all of them or one to each.
 """
 
 import functools
-from collections.abc import Callable
-from typing import Concatenate, ParamSpec, TypeVar
+from collections.abc import Callable, Sequence
+from typing import Concatenate, ParamSpec, TypeAlias, TypeVar
 
 import torch
 from torch import Tensor
@@ -28,6 +30,8 @@ DECODE_ROWS = 64
 #: On a CPU, PEFT's forward and backward take less time below so many elements of x, where the host's time decides: ours is 0.99
 #: to 1.07 of theirs at 2**17 elements, 0.91 to 0.99 at 2**18, with dropout and without (one thread, widths 256 to 1024).
 BREAK_EVEN = 3 << 16
+
+Masks: TypeAlias = Sequence[Tensor | None]  # packed; all None where there is no dropout
 
 P = ParamSpec("P")
 T = TypeVar("T")
@@ -62,15 +66,8 @@ def forward(
 
     mask: `dropout.packed_mask`, None for no dropout.
     """
-    S = _shrink(x, lora_A, mask, dropout_p)
-    y = torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
-    if lora_B.dtype == y.dtype:
-        y.addmm_(S.to(y.dtype), lora_B.t(), alpha=scaling)
-    else:
-        B_t = lora_B.t() * scaling
-        for rows in _chunks(y):
-            _rows(y, rows).add_(_rows(S, rows) @ B_t)
-    return y, S
+    S = _shrink(x, lora_A, (mask,), dropout_p)
+    return _expand(x, weight, S, lora_B, bias, scaling, out), S
 
 
 @_without_autocast
@@ -94,24 +91,84 @@ def backward(
     if dS is None:
         return None, None, dB
     dx = dy.new_empty((dy.shape[0], weight.shape[1])) if out is None and weight is not None else out
-    dA = _grad_a_and_term_of_dx(dS, x, lora_A, dx, mask)
+    dA = _grad_a_and_term_of_dx(dS, x, lora_A, dx, (mask,))
     if dx is not None and weight is not None:
         dx.addmm_(dy, weight)
     return dx, dA if dA is None else dA.to(adapter_dtype), dB
 
 
-def _shrink(x: Tensor, lora_A: Tensor, mask: Tensor | None, dropout_p: float) -> Tensor:
-    """S = c · mask(x) Aᵀ, (M, r)."""
+@_without_autocast
+def forward_shared(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    lora_A: Tensor,
+    lora_Bs: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    masks: Masks,
+    scalings: Sequence[float],
+    dropout_p: float,
+    outs: Sequence[Tensor],
+) -> Tensor:
+    """S (n, M, r) of n projections of one rank r, their y in `outs`.  lora_A is (n · r, in), masks are one or n."""
+    S = _shrink(x, lora_A, masks, dropout_p)
+    S = S.view(len(S), len(outs), -1).transpose(0, 1).contiguous()
+    for weight, part, lora_B, bias, scaling, out in zip(weights, S, lora_Bs, biases, scalings, outs, strict=True):
+        _expand(x, weight, part, lora_B, bias, scaling, out)
+    return S
+
+
+@_without_autocast
+def backward_shared(
+    x: Tensor,
+    dys: Sequence[Tensor],
+    lora_A: Tensor,
+    lora_Bs: Sequence[Tensor],
+    Ss: Sequence[Tensor],
+    masks: Masks,
+    scalings: Sequence[float],
+    dropout_p: float,
+    dx: Tensor | None,
+    add: bool,
+) -> tuple[Tensor, list[Tensor]]:
+    """(dA (n · r, in), each dB (out, r)) of n projections, in the adapters' dtype.
+
+    dx (M, in) gets the sum of their LoRA terms, added with `add` to what is there.  W is not multiplied.
+    """
+    operands = zip(dys, lora_Bs, Ss, scalings, strict=True)
+    products = [_grad_s_and_b(dy, lora_B, S, scaling, dropout_p) for dy, lora_B, S, scaling in operands]
+    dS = torch.cat([dS for dS, _ in products if dS is not None], 1)
+    dA = _grad_a_and_term_of_dx(dS, x, lora_A, dx, masks, add)
+    assert dA is not None
+    return dA.to(lora_A.dtype), [dB.to(lora_A.dtype) for _, dB in products if dB is not None]
+
+
+def _expand(
+    x: Tensor, weight: Tensor, S: Tensor, lora_B: Tensor, bias: Tensor | None, scaling: float, out: Tensor | None
+) -> Tensor:
+    """y = x Wᵀ + bias + scaling · S Bᵀ."""
+    y = torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
+    if lora_B.dtype == y.dtype:
+        return y.addmm_(S.to(y.dtype), lora_B.t(), alpha=scaling)
+    B_t = lora_B.t() * scaling
+    for rows in _chunks(y):
+        _rows(y, rows).add_(_rows(S, rows) @ B_t)
+    return y
+
+
+def _shrink(x: Tensor, lora_A: Tensor, masks: Masks, dropout_p: float) -> Tensor:
+    """S = c · mask(x) Aᵀ, (M, r).  Of n masks each goes with r / n rows of A."""
     dtype = _accumulator(x)
-    if mask is None and x.dtype == lora_A.dtype == dtype:
+    if masks[0] is None and x.dtype == lora_A.dtype == dtype:
         return x @ lora_A.t()
-    if mask is None and x.dtype == lora_A.dtype and x.is_cuda:
+    if masks[0] is None and x.dtype == lora_A.dtype and x.is_cuda:
         return torch.mm(x, lora_A.t(), out_dtype=dtype)  # the sum as it was kept; on a CPU it comes out rounded only
-    A_t, c = lora_A.t().to(dtype), keep_scale(dropout_p)
+    As, c = lora_A.to(dtype).chunk(len(masks)), keep_scale(dropout_p)
     S = x.new_empty((x.shape[0], lora_A.shape[0]), dtype=dtype)
     for rows in _chunks(x):
-        keep = _keep(mask, rows, x.shape[1], dtype)
-        _product(_masked(_rows(x, rows).to(dtype), keep, out=keep), A_t, c, out=_rows(S, rows))
+        x_rows = _rows(x, rows).to(dtype)
+        for mask, A, part in zip(masks, As, _rows(S, rows).chunk(len(masks), 1), strict=True):
+            keep = _keep(mask, rows, x.shape[1], dtype)
+            _product(_masked(x_rows, keep, out=keep), A.t(), c, out=part)
     return S
 
 
@@ -133,24 +190,35 @@ def _grad_s_and_b(
 
 
 def _grad_a_and_term_of_dx(
-    dS: Tensor, x: Tensor | None, lora_A: Tensor | None, dx: Tensor | None, mask: Tensor | None
+    dS: Tensor, x: Tensor | None, lora_A: Tensor | None, dx: Tensor | None, masks: Masks, add: bool = False
 ) -> Tensor | None:
-    """dA = dSᵀ mask(x) where x is given, and dx = mask(dS A) where dx is; dS holds the dropout scale."""
-    if mask is None and dx is not None and lora_A is not None and lora_A.dtype == dx.dtype:
-        torch.mm(dS.to(dx.dtype), lora_A, out=dx)
+    """dA = dSᵀ mask(x) where x is given, and dx = mask(dS A) where dx is, or added to it; dS holds the dropout scale.
+
+    Of n masks each goes with r / n columns of dS and rows of A, and dx gets the sum.
+    """
+    n = len(masks)
+    if masks[0] is None and dx is not None and lora_A is not None and lora_A.dtype == dx.dtype:
+        torch.addmm(dx, dS.to(dx.dtype), lora_A, beta=int(add), out=dx)
         dx = None
     source = x if x is not None else dx
     if source is None:
         return None
-    A = None if lora_A is None else lora_A.to(dS.dtype)
+    As = [None] * n if lora_A is None else lora_A.to(dS.dtype).chunk(n)
     dA = None if x is None else dS.new_zeros((dS.shape[1], x.shape[1]))
-    for rows in _chunks(source) if mask is not None or source.dtype != dS.dtype else [range(source.shape[0])]:
-        keep = _keep(mask, rows, source.shape[1], dS.dtype)
-        if dx is not None and A is not None:
-            term = _rows(dS, rows) @ A
-            _rows(dx, rows).copy_(_masked(term, keep, out=term))
-        if x is not None and dA is not None:
-            dA.addmm_(_rows(dS, rows).t(), _masked(_rows(x, rows).to(dS.dtype), keep, out=keep))
+    grads = [None] * n if dA is None else dA.chunk(n)
+    for rows in _chunks(source) if masks[0] is not None or source.dtype != dS.dtype else [range(source.shape[0])]:
+        x_rows = None if x is None else _rows(x, rows).to(dS.dtype)
+        total = None
+        for mask, A, part, grad in zip(masks, As, _rows(dS, rows).chunk(n, 1), grads, strict=True):
+            keep = _keep(mask, rows, source.shape[1], dS.dtype)
+            if dx is not None and A is not None:
+                term = part @ A
+                term = _masked(term, keep, out=term)
+                total = term if total is None else total.add_(term)
+            if x_rows is not None and grad is not None:
+                grad.addmm_(part.t(), _masked(x_rows, keep, out=keep))
+        if dx is not None and total is not None:
+            _rows(dx, rows).add_(total) if add else _rows(dx, rows).copy_(total)
     return dA
 
 

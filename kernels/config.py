@@ -116,11 +116,12 @@ class StreamConfig:
     block_r: int
     num_warps: int
     num_stages: int
+    masks: int = 1  # how many operands of block_r ranks
 
     def shared_memory(self, itemsize: int, small_itemsize: int) -> int:
-        """An upper bound in bytes: the pipeline of both operands, and the masked tile on its way to the dot."""
+        """An upper bound in bytes: the pipeline of all operands, and the masked tile on its way to the dot."""
         tile = self.block_m * self.block_k * itemsize
-        small = max(self.block_m, self.block_k) * self.block_r * small_itemsize
+        small = max(self.block_m, self.block_k) * self.block_r * self.masks * small_itemsize
         return self.num_stages * (tile + small) + tile + 1024
 
     def programs_per_sm(self, target: Target, itemsize: int, small_itemsize: int) -> int:
@@ -138,6 +139,7 @@ def stream_config(
     aligned: bool = True,
     dropout: bool = False,
     with_dx: bool = False,
+    masks: int = 1,
 ) -> StreamConfig:
     """The tile that streams a (rows, columns) matrix in `dtype` against an operand of rank r in `small_dtype` (A, B, S, dS).
 
@@ -149,26 +151,27 @@ def stream_config(
         dropout: Philox's words take registers.  Without tensor cores, or wgmma, a float32 tile has half the height.
         with_dx: the kernel also writes a product U V.  Its accumulator takes half the width.  V stays in registers and takes
             half the height where it is large, where addresses are many, or where dots use no tensor core.
+        masks: projections that share the pass, each with an operand of rank r and an accumulator.
     """
-    block_r = rank_block(r)
+    block_r = rank_block(r, 128 if masks <= 2 else 64)
     # A float32 operand beside a 16-bit tile becomes two 16-bit ones.  From rank 64 on they need a narrower tile not to spill,
     # and a shorter one where mma keeps its operands in registers.
     mixed = small_dtype.itemsize > dtype.itemsize
     hi_lo = mixed and block_r >= 64
-    many_warps = block_r >= 64 or ((mixed or dtype.itemsize == 4) and target.has_tensor_memory) or not aligned
+    many_warps = block_r * masks >= 64 or ((mixed or dtype.itemsize == 4) and target.has_tensor_memory) or not aligned
     block_m, warps = 64, 8 if many_warps else 4
     if hi_lo and not target.has_wgmma:
         block_m, warps = 32, 4 if aligned and not with_dx else 8
-    if with_dx and (block_r >= 64 or not aligned or dtype.itemsize == 4):
+    if with_dx and (block_r * masks >= 64 or not aligned or dtype.itemsize == 4):
         block_m = 32
     if dropout and dtype.itemsize == 4 and (block_r >= 64 or not target.has_wgmma):
         block_m = 32  # dots without wgmma keep all operands in registers, beside Philox's words: 64 rows spill 8 bytes on sm_80
     widths = (64,) if hi_lo or with_dx or dtype.itemsize == 4 else (128, 64)
-    candidates = [StreamConfig(block_m, width, block_r, warps, stages) for width in widths for stages in (3, 2)]
+    candidates = [StreamConfig(block_m, width, block_r, warps, stages, masks) for width in widths for stages in (3, 2)]
     fitting = (
         config for config in candidates if config.shared_memory(dtype.itemsize, small_dtype.itemsize) <= target.shared_memory
     )
-    config = next(fitting, StreamConfig(block_m, 64, block_r, warps, 1))
+    config = next(fitting, StreamConfig(block_m, 64, block_r, warps, 1, masks))
     tiles = cdiv(shape[0], config.block_m) * cdiv(shape[1], config.block_k) * cdiv(r, block_r)
     if config.block_m == 64 and not fills_device(tiles, target):
         return replace(config, block_m=32, num_warps=4)

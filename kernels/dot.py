@@ -50,6 +50,15 @@ def fence_copies():
 
 
 @triton.jit
+def accumulators(COUNT: tl.constexpr, ROWS: tl.constexpr, COLS: tl.constexpr):
+    """A tuple of zero tiles."""
+    tiles = ()
+    for _ in tl.static_range(COUNT):
+        tiles = tiles + (tl.zeros((ROWS, COLS), tl.float32),)  # type: ignore[assignment]  # the tuple grows
+    return tiles
+
+
+@triton.jit
 def dot(a, b, acc, PRECISION: tl.constexpr, ROUNDED: tl.constexpr = False, BY_TMA: tl.constexpr = False):
     """acc + a b in float32.  In "tf32" the operands are rounded first, unless they are ROUNDED: tensor cores truncate.
 

@@ -14,6 +14,8 @@ from fastlora.kernels.dot import INTERPRETED
 from fastlora.kernels.launch import Plan, Result
 from fastlora.kernels.target import Target
 
+MAX_MASKS = 4  # of one launch: each has its accumulators in registers
+MAX_PROJECTIONS = 256  # words of a byte
 _INFINITY = 0x7C00  # of float16
 _M0, _M1 = map(tl.constexpr, MULTIPLIERS)
 _W0, _W1 = map(tl.constexpr, WEYL)
@@ -29,6 +31,17 @@ def mask_code(dropout_p: float, seed: object, target: Target) -> str:
         return ""
     as_integers = INTERPRETED.value or not target.runs_ptx or threshold(dropout_p) > _INFINITY
     return "integer" if as_integers else "f16x2"
+
+
+@triton.jit
+def word_of(WORDS: tl.constexpr, i: tl.constexpr):
+    """The projection word of mask i of a launch, a byte of WORDS."""
+    return (WORDS >> (8 * i)) & 255
+
+
+def projections(words: tuple[int, ...]) -> dict[str, int]:
+    """The constexprs of a kernel for the projection words of its masks."""
+    return {"COUNT": len(words), "WORDS": sum(word << 8 * i for i, word in enumerate(words))}
 
 
 def mask_threshold(dropout_p: float, MASK: str) -> int:

@@ -2,7 +2,11 @@
 
 The pass has the mask of dA at hand.  For the fused GEMM of dx it packs the mask to bits.  For cuBLAS it writes the LoRA term
 c · mask(dS A) into dx, and cuBLAS accumulates dy W onto it.
+
+Projections that share x share the pass: dAᵢ = dSᵢᵀ dropᵢ(x), and dx's term is Σ c · maskᵢ(dSᵢ Aᵢ).
 """
+
+from typing import Any
 
 import torch
 import triton
@@ -12,8 +16,16 @@ from torch import Tensor
 from fastlora.dropout import keep_scale
 from fastlora.kernels import launch
 from fastlora.kernels.config import cdiv, rank_block, split_steps, stream_config
-from fastlora.kernels.dot import TRITON_DTYPES, dot_mixed, lora_dot, lora_hi_lo, lora_tile, round_to
-from fastlora.kernels.dropout import drop, keep_masks, mask_threshold, packed_mask, store_bytes
+from fastlora.kernels.dot import TRITON_DTYPES, accumulators, dot_mixed, lora_dot, lora_hi_lo, lora_tile, round_to
+from fastlora.kernels.dropout import (
+    drop,
+    keep_masks,
+    mask_threshold,
+    packed_mask,
+    projections,
+    store_bytes,
+    word_of,
+)
 from fastlora.kernels.launch import Plan, Result
 from fastlora.kernels.target import Target
 from fastlora.kernels.tensor_spec import TensorSpec, fits_descriptor, in_units, load_tile, needs_int64, row_unit
@@ -50,20 +62,26 @@ def grad_a_kernel(
     DX_R: tl.constexpr,
     DTYPE: tl.constexpr,
     UNIT: tl.constexpr,
+    COUNT: tl.constexpr,
+    WORDS: tl.constexpr,
     MASK: tl.constexpr,
     PACK: tl.constexpr,
     WITH_DX: tl.constexpr,
+    ADD_DX: tl.constexpr,
     HI_LO: tl.constexpr,
     LORA_HI_LO: tl.constexpr,
     WAIT_FOR_DOT: tl.constexpr,
     USE_INT64: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """out[pid_m] (R, K) = scale · Uᵀ mask(x) over row blocks pid_m · steps .. (pid_m + 1) · steps.
+    """out[pid_m, i] (R, K) = scale · Uᵢᵀ maskᵢ(x) over row blocks pid_m · steps .. (pid_m + 1) · steps, i below COUNT.
 
-    The programs of the first rank block also write bits = the packed mask (PACK) or dx (M, K) = mask(keep_scale · U V)
-    (WITH_DX).  row_bytes is not specialised: as a multiple of 16 it makes Triton give the store of bits its own layout and
-    compute Philox a second time (20.8 instructions an element on sm_90 instead of 14.3).
+    The programs of the first rank block also write bits = the packed mask (PACK, COUNT = 1) or
+    dx (M, K) = Σ maskᵢ(keep_scale · Uᵢ Vᵢ) (WITH_DX), which ADD_DX adds to what dx holds.  V holds the Vᵢ below each other.
+    Equal neighbours in WORDS share a mask.
+
+    row_bytes is not specialised: as a multiple of 16 it makes Triton give the store of bits its own layout and compute Philox
+    a second time (20.8 instructions an element on sm_90 instead of 14.3).
     """
     K, stride_xm = in_units(K, UNIT), in_units(stride_xm, UNIT)
     cols = tl.program_id(0) * BLOCK_K + tl.arange(0, BLOCK_K)
@@ -74,47 +92,66 @@ def grad_a_kernel(
         seed = tl.load(seed)
     # A constant with one rank block: a branch or a loop in the loop over rows keeps Triton from pipelining its loads.
     rank_block = tl.program_id(2) if R > BLOCK_R else 0
+    v_tiles = ()
     if WITH_DX and R <= BLOCK_R:
-        v_tile = load_tile(V, ranks.to(offs_k.dtype), offs_k, stride_vr, stride_vk, R, K)
-    acc = tl.zeros((BLOCK_K, BLOCK_R), tl.float32)
+        for i in tl.static_range(COUNT):
+            v_tile = load_tile(V + i * R * stride_vr, ranks.to(offs_k.dtype), offs_k, stride_vr, stride_vk, R, K)
+            v_tiles = v_tiles + (v_tile,)  # type: ignore[assignment]  # the tuple grows
+    accs = accumulators(COUNT, BLOCK_K, BLOCK_R)
     for start in range(pid_m * steps * BLOCK_M, tl.minimum(M, (pid_m + 1) * steps * BLOCK_M), BLOCK_M):
         rows = start + tl.arange(0, BLOCK_M)
         offs_m = rows.to(tl.int64) if USE_INT64 else rows
         x_tile = load_tile(x, offs_m, offs_k, stride_xm, stride_xk, M, K)
-        u_tile = load_tile(U, offs_m, ranks, R, 1, M, R)
-        if MASK != "":
-            first_col = tl.program_id(0) * BLOCK_K
-            m0, m1, m2, m3 = keep_masks(seed, rows, first_col, t, BLOCK_K, MASK)
-            x_tile = drop(x_tile, m0, m1, m2, m3, MASK)
-            if PACK:
+        first_col = tl.program_id(0) * BLOCK_K
+        dx_tile = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+        for i in tl.static_range(COUNT):
+            Ui = U + M.to(tl.int64) * (i * R)
+            u_tile = load_tile(Ui, offs_m, ranks, R, 1, M, R)
+            dropped = x_tile
+            if MASK != "":
+                if i == 0 or word_of(WORDS, i) != word_of(WORDS, i - 1):
+                    m0, m1, m2, m3 = keep_masks(seed, rows, first_col, t, BLOCK_K, MASK, word_of(WORDS, i))
+                dropped = drop(x_tile, m0, m1, m2, m3, MASK)
+                if PACK:
+                    if rank_block == 0:
+                        store_bytes(bits, m0, m1, m2, m3, rows, first_col, M, row_bytes, BLOCK_K)
+            if WITH_DX:
                 if rank_block == 0:
-                    store_bytes(bits, m0, m1, m2, m3, rows, first_col, M, row_bytes, BLOCK_K)
-        if WITH_DX:
-            if rank_block == 0:
-                if R <= BLOCK_R:
-                    zeros = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-                    dx_tile = lora_dot(u_tile, v_tile, zeros, keep_scale, PRECISION, DTYPE, LORA_HI_LO)
-                else:
-                    dx_tile = lora_tile(
-                        U, V, offs_m, offs_k, M, K, stride_vr, stride_vk, keep_scale, R, DX_R, PRECISION, DTYPE, LORA_HI_LO
-                    )
-                dx_tile = round_to(dx_tile, DTYPE)
-                if MASK != "":
-                    dx_tile = drop(dx_tile, m0, m1, m2, m3, MASK)
-                inside = (rows[:, None] < M) & (cols[None, :] < K)
-                tl.store(dx + offs_m[:, None].to(tl.int64) * K + offs_k[None, :], dx_tile, mask=inside)
-        acc = dot_mixed(tl.trans(x_tile), u_tile, acc, PRECISION, HI_LO)
-        if WAIT_FOR_DOT:
-            # This select makes Triton wait for the wgmma.  Without it the copy of a later U lands in the buffer that the wgmma
-            # still reads (Triton 3.6 and 3.7); only in tf32 is U itself an operand of wgmma.
-            acc = tl.where(cols[:, None] < K, acc, 0.0)
-    out += pid_m.to(tl.int64) * R * K
+                    if R <= BLOCK_R:
+                        zeros = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
+                        term = lora_dot(u_tile, v_tiles[i], zeros, keep_scale, PRECISION, DTYPE, LORA_HI_LO)
+                    else:
+                        term = lora_tile(
+                            Ui, V + i * R * stride_vr, offs_m, offs_k, M, K, stride_vr, stride_vk, keep_scale, R, DX_R,
+                            PRECISION, DTYPE, LORA_HI_LO,
+                        )  # fmt: skip
+                    if COUNT == 1 and not ADD_DX:
+                        term = round_to(term, DTYPE)  # before the mask, which takes half the instructions in 16 bits
+                    if MASK != "":
+                        term = drop(term, m0, m1, m2, m3, MASK)
+                    term = term if i == 0 else dx_tile + term
+                    if i < COUNT - 1:
+                        dx_tile = term
+                    else:
+                        inside = (rows[:, None] < M) & (cols[None, :] < K)
+                        pointers = dx + offs_m[:, None].to(tl.int64) * K + offs_k[None, :]
+                        if ADD_DX:
+                            term += tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+                        tl.store(pointers, round_to(term, DTYPE), mask=inside)
+            acc = dot_mixed(tl.trans(dropped), u_tile, accs[0], PRECISION, HI_LO)
+            if WAIT_FOR_DOT:
+                # This select makes Triton wait for the wgmma.  Without it the copy of a later U lands in the buffer that the
+                # wgmma still reads (Triton 3.6 and 3.7); only in tf32 is U itself an operand of wgmma.
+                acc = tl.where(cols[:, None] < K, acc, 0.0)
+            accs = accs[1:] + (acc,)  # the next one is the first
     out_mask = (cols[:, None] < K) & (ranks[None, :] < R)
-    tl.store(
-        out + offs_k[:, None] * stride_ok + ranks.to(offs_k.dtype)[None, :] * stride_or,
-        round_to(acc * scale, out.dtype.element_ty),
-        mask=out_mask,
-    )
+    for i in tl.static_range(COUNT):
+        parts = out + (pid_m * COUNT + i).to(tl.int64) * R * K
+        tl.store(
+            parts + offs_k[:, None] * stride_ok + ranks.to(offs_k.dtype)[None, :] * stride_or,
+            round_to(accs[i] * scale, out.dtype.element_ty),
+            mask=out_mask,
+        )
 
 
 def plan_grad_a(
@@ -128,17 +165,23 @@ def plan_grad_a(
     mask: str = "",
     pack: bool = False,
     V: TensorSpec | None = None,
+    add: bool = False,
+    words: tuple[int, ...] = (0,),
 ) -> Plan:
-    """The launch for x (M, K) and a contiguous U (M, r).
+    """The launch for x (M, K) and a contiguous U (n · M, r), n = len(words).
 
     Its first result is (r, K), or (K, r) with `transposed`, in `dtype`, and may come in parts.  With `pack`, which needs
-    a `mask`, the packed mask is a second one.  With V (r, K) the launch also writes drop(U V) (M, K).
+    a `mask` and one projection, the packed mask is a second one.  With V (n · r, K) the launch also writes drop(U V) (M, K), or
+    adds it with `add` to what is there.  For several projections the results get n as their first dimension.
+
+    words: the projection word of each mask, at most MAX_MASKS.
     """
-    (M, K), r, with_dx = x.shape, U.shape[1], V is not None
-    config = stream_config((M, K), r, x.dtype, U.dtype, target, aligned=fits_descriptor(x), dropout=bool(mask), with_dx=with_dx)
+    (M, K), r, n, with_dx = x.shape, U.shape[1], len(words), V is not None
+    kind: dict[str, Any] = {"dropout": bool(mask), "with_dx": with_dx, "masks": n}
+    config = stream_config((M, K), r, x.dtype, U.dtype, target, aligned=fits_descriptor(x), **kind)
     col_blocks, rank_blocks = cdiv(K, config.block_k), cdiv(r, config.block_r)
     splits, steps = split_steps(
-        cdiv(M, config.block_m), col_blocks * rank_blocks, target, config.block_r * 4 / (config.block_m * x.dtype.itemsize)
+        cdiv(M, config.block_m), col_blocks * rank_blocks, target, n * config.block_r * 4 / (config.block_m * x.dtype.itemsize)
     )
     out_strides = (1, r) if transposed else (K, 1)
     bits = packed_mask((M, K))
@@ -150,20 +193,23 @@ def plan_grad_a(
         "DX_R": rank_block(r, DX_RANKS),
         "DTYPE": TRITON_DTYPES[x.dtype],
         "UNIT": row_unit(x),
+        **projections(words),
         "MASK": mask,
         "PACK": pack,
         "WITH_DX": with_dx,
+        "ADD_DX": add,
         "HI_LO": dtype == torch.float32,
         "LORA_HI_LO": with_dx and lora_hi_lo(V, x.dtype, target),
         "WAIT_FOR_DOT": precision == "tf32" and target.has_register_operands,
-        "USE_INT64": needs_int64(x, U, V, TensorSpec.new(r, K, dtype=dtype)),
+        "USE_INT64": needs_int64(x, U, V, TensorSpec.new(n * r, K, dtype=dtype)),
         "PRECISION": precision,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
         **target.register_limit,
     }
     sizes = (M, K, steps, bits.shape[1] if pack else 0, *x.stride, *out_strides, *((0, 0) if V is None else V.stride))
-    out = Result((K, r) if transposed else (r, K), dtype, splits)
+    shape = (K, r) if transposed else (r, K)
+    out = Result(shape if n == 1 else (n, *shape), dtype, splits)
     return Plan(grad_a_kernel, (col_blocks, splits, rank_blocks), sizes, options, (out, bits) if pack else (out,))
 
 

@@ -1,4 +1,7 @@
-"""S = drop(x) Aᵀ and dS = scaling · dy B: one pass over a tall matrix, reduced along its columns."""
+"""S = drop(x) Aᵀ and dS = scaling · dy B: one pass over a tall matrix, reduced along its columns.
+
+Projections that share x share the pass: Sᵢ = dropᵢ(x) Aᵢᵀ with the mask of each.
+"""
 
 import torch
 import triton
@@ -8,8 +11,8 @@ from torch import Tensor
 from fastlora.dropout import keep_scale
 from fastlora.kernels import launch
 from fastlora.kernels.config import cdiv, split_steps, stream_config
-from fastlora.kernels.dot import dot_mixed
-from fastlora.kernels.dropout import drop, keep_masks, mask_threshold
+from fastlora.kernels.dot import accumulators, dot_mixed
+from fastlora.kernels.dropout import drop, keep_masks, mask_threshold, projections, word_of
 from fastlora.kernels.launch import Plan, Result
 from fastlora.kernels.target import Target
 from fastlora.kernels.tensor_spec import TensorSpec, fits_descriptor, in_units, load_tile, needs_int64, row_unit
@@ -36,12 +39,17 @@ def shrink_kernel(
     BLOCK_R: tl.constexpr,
     UNIT: tl.constexpr,
     UNIT_A: tl.constexpr,
+    COUNT: tl.constexpr,
+    WORDS: tl.constexpr,
     MASK: tl.constexpr,
     WAIT_FOR_DOT: tl.constexpr,
     USE_INT64: tl.constexpr,
     PRECISION: tl.constexpr,
 ):
-    """out[pid_k] (M, R) = scale · mask(x) Aᵀ over column blocks pid_k · steps .. (pid_k + 1) · steps."""
+    """out[pid_k, i] (M, R) = scale · maskᵢ(x) Aᵢᵀ over column blocks pid_k · steps .. (pid_k + 1) · steps, i below COUNT.
+
+    A holds the Aᵢ below each other.  Equal neighbours in WORDS share a mask.
+    """
     K, stride_xm = in_units(K, UNIT), in_units(stride_xm, UNIT)
     stride_ar = in_units(stride_ar, UNIT_A)
     rows = tl.program_id(0) * BLOCK_M + tl.arange(0, BLOCK_M)
@@ -51,35 +59,46 @@ def shrink_kernel(
     offs_r = ranks.to(tl.int64) if USE_INT64 else ranks
     if MASK != "":
         seed = tl.load(seed)
-    acc = tl.zeros((BLOCK_M, BLOCK_R), tl.float32)
+    accs = accumulators(COUNT, BLOCK_M, BLOCK_R)
     for start in range(pid_k * steps * BLOCK_K, tl.minimum(K, (pid_k + 1) * steps * BLOCK_K), BLOCK_K):
         cols = start + tl.arange(0, BLOCK_K)
         offs_k = cols.to(tl.int64) if USE_INT64 else cols
         x_tile = load_tile(x, offs_m, offs_k, stride_xm, stride_xk, M, K)
-        a_tile = load_tile(A, offs_k, offs_r, stride_ak, stride_ar, K, R)
-        if MASK != "":
-            m0, m1, m2, m3 = keep_masks(seed, rows, start, t, BLOCK_K, MASK)
-            x_tile = drop(x_tile, m0, m1, m2, m3, MASK)
-        acc = dot_mixed(x_tile, a_tile, acc, PRECISION, True)
-        if WAIT_FOR_DOT:
-            # This select makes Triton wait for the wgmma.  Without it the next iteration overwrites the masked or rounded
-            # x in registers that the wgmma may still read (Triton issue 9433).
-            acc = tl.where(rows[:, None] < M, acc, 0.0)
-    out_rows = (pid_k.to(tl.int64) * M + rows) * R
+        for i in tl.static_range(COUNT):
+            a_tile = load_tile(A + i * R * stride_ar, offs_k, offs_r, stride_ak, stride_ar, K, R)
+            dropped = x_tile
+            if MASK != "":
+                if i == 0 or word_of(WORDS, i) != word_of(WORDS, i - 1):
+                    m0, m1, m2, m3 = keep_masks(seed, rows, start, t, BLOCK_K, MASK, word_of(WORDS, i))
+                dropped = drop(x_tile, m0, m1, m2, m3, MASK)
+            acc = dot_mixed(dropped, a_tile, accs[0], PRECISION, True)
+            if WAIT_FOR_DOT:
+                # This select makes Triton wait for the wgmma.  Without it the next iteration overwrites the masked or rounded
+                # x in registers that the wgmma may still read (Triton issue 9433).
+                acc = tl.where(rows[:, None] < M, acc, 0.0)
+            accs = accs[1:] + (acc,)  # the next one is the first
     out_mask = (rows[:, None] < M) & (ranks[None, :] < R)
-    tl.store(out + out_rows[:, None] + ranks[None, :], acc * scale, mask=out_mask)
+    for i in tl.static_range(COUNT):
+        out_rows = ((pid_k.to(tl.int64) * COUNT + i) * M + rows) * R
+        tl.store(out + out_rows[:, None] + ranks[None, :], accs[i] * scale, mask=out_mask)
 
 
-def plan_shrink(x: TensorSpec, A: TensorSpec, mask: str, precision: str, target: Target) -> Plan:
-    """The launch for x (M, K) and A (r, K) of any strides.  Split-K makes its result come in parts."""
-    (M, K), r = x.shape, A.shape[0]
-    config = stream_config((M, K), r, x.dtype, A.dtype, target, aligned=fits_descriptor(x), dropout=bool(mask))
+def plan_shrink(
+    x: TensorSpec, A: TensorSpec, mask: str, precision: str, target: Target, *, words: tuple[int, ...] = (0,)
+) -> Plan:
+    """The launch for x (M, K) and A (n · r, K) of any strides, n = len(words).  Split-K makes its result come in parts.
+
+    words: the projection word of each mask, at most MAX_MASKS.  With one projection the result is (M, r), else (n, M, r).
+    """
+    (M, K), n = x.shape, len(words)
+    r = A.shape[0] // n
+    config = stream_config((M, K), r, x.dtype, A.dtype, target, aligned=fits_descriptor(x), dropout=bool(mask), masks=n)
     row_blocks, rank_blocks = cdiv(M, config.block_m), cdiv(r, config.block_r)
     splits, steps = split_steps(
         cdiv(K, config.block_k),
         row_blocks * rank_blocks,
         target,
-        config.block_r * 4 / (config.block_k * x.dtype.itemsize),
+        n * config.block_r * 4 / (config.block_k * x.dtype.itemsize),
         config.programs_per_sm(target, x.dtype.itemsize, A.dtype.itemsize),
     )
     options = {
@@ -89,6 +108,7 @@ def plan_shrink(x: TensorSpec, A: TensorSpec, mask: str, precision: str, target:
         "BLOCK_R": config.block_r,
         "UNIT": row_unit(x),
         "UNIT_A": row_unit(A),
+        **projections(words),
         "MASK": mask,
         "WAIT_FOR_DOT": (mask != "" or precision == "tf32") and target.has_register_operands,
         "USE_INT64": needs_int64(x, A),
@@ -97,7 +117,8 @@ def plan_shrink(x: TensorSpec, A: TensorSpec, mask: str, precision: str, target:
         "num_stages": config.num_stages,
     }
     grid, sizes = (row_blocks, splits, rank_blocks), (M, K, steps, *x.stride, *A.stride)
-    return Plan(shrink_kernel, grid, sizes, options, (Result((M, r), torch.float32, splits),))
+    shape = (M, r) if n == 1 else (n, M, r)
+    return Plan(shrink_kernel, grid, sizes, options, (Result(shape, torch.float32, splits),))
 
 
 def shrink(

@@ -31,7 +31,7 @@ from fastlora.kernels.dropout import mask_code, pack_bits, plan_pack_bits
 from fastlora.kernels.gemm import gemm, plan_gemm
 from fastlora.kernels.grad_a import grad_a, plan_grad_a
 from fastlora.kernels.grad_b import MAX_RANK, grad_s_and_b, plan_grad_s_and_b
-from fastlora.kernels.launch import Plan, Result
+from fastlora.kernels.launch import Result
 from fastlora.kernels.shrink import plan_shrink, shrink
 from fastlora.kernels.sums import plan_sum, sum_partials
 from fastlora.kernels.target import Target, target_of
@@ -66,7 +66,7 @@ def forward(
         target: the GPU to plan for; default: x's.
         plan: what resolves the choice; default `plan_forward`.
     """
-    with _on(x.device):
+    with on_device(x.device):
         specs = TensorSpec.of_each(x, weight, lora_A, lora_B, bias)
         target = target or target_of(x.device)
         facts = target, matmul_precision(x.dtype), mask_code(dropout_p, seed, target)
@@ -95,7 +95,7 @@ def backward(
 
     Args: `out` is contiguous memory for dx; the others are as in `forward`.
     """
-    with _on(dy.device):
+    with on_device(dy.device):
         S = None if S is None else S.contiguous()
         specs = TensorSpec.of_each(dy, x, weight, lora_A, lora_B, S)
         target = target or target_of(dy.device)
@@ -108,20 +108,30 @@ def backward(
 def plan_forward(choice: str, target: Target, precision: str, mask: str, *specs: Any) -> Run:
     """The function that runs forward.  specs: those of x, weight, lora_A, lora_B and bias."""
     x, weight, lora_A, lora_B, bias = specs
-    fused, config = parse_choice(choice, x.dtype, precision, target)
     to_S = plan_shrink(x, lora_A, mask, precision, target)
-    sum_S = plan_sum(*to_S.results)
-    U = TensorSpec.new(x.shape[0], lora_A.shape[0], dtype=torch.float32)
-    P, Q = (x, weight.t()) if fused else (None, None)
-    to_y = plan_gemm(P, Q, U, lora_B.t(), x.dtype, precision, target, bias=bias, config=config)
+    sum_S, to_y = plan_sum(*to_S.results), plan_y(choice, target, precision, x, weight, lora_B, bias)
 
     def run(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, out):
         (S,) = sum_partials(sum_S, shrink(to_S, x, lora_A, seed=seed, dropout_p=dropout_p))
-        if fused:
-            return gemm(to_y, x, weight, S, lora_B, alpha=scaling, bias=bias, out=out), S
-        return gemm(to_y, None, None, S, lora_B, alpha=scaling, bias=bias, out=out).addmm_(x, weight.t()), S
+        return to_y(x, weight, lora_B, bias, S, scaling, out), S
 
-    return _or_addmm(run, plan_forward, target, precision, mask, *specs) if choice == "fused" else run
+    return run
+
+
+def plan_y(choice: str, target: Target, precision: str, *specs: Any) -> Run:
+    """The function of (x, W, B, bias, S, scaling, out) that makes y.  specs: those of x, W, B and bias."""
+    x, weight, lora_B, bias = specs
+    fused, config = parse_choice(choice, x.dtype, precision, target)
+    U = TensorSpec.new(x.shape[0], lora_B.shape[1], dtype=torch.float32)
+    P, Q = (x, weight.t()) if fused else (None, None)
+    plan = plan_gemm(P, Q, U, lora_B.t(), x.dtype, precision, target, bias=bias, config=config)
+
+    def run(x, weight, lora_B, bias, S, scaling, out):
+        if fused:
+            return gemm(plan, x, weight, S, lora_B, alpha=scaling, bias=bias, out=out)
+        return gemm(plan, None, None, S, lora_B, alpha=scaling, bias=bias, out=out).addmm_(x, weight.t())
+
+    return _or_addmm(run, plan_y, target, precision, *specs) if choice == "fused" else run
 
 
 @functools.lru_cache(maxsize=4096)
@@ -130,20 +140,13 @@ def plan_backward(
 ) -> Run:
     """The function that runs backward.  specs: those of dy, x, weight, lora_A, lora_B and S, None for what is missing.
 
-    Up to rank MAX_RANK one pass over dy gives dS and dB; above it each takes its own.  In the form "addmm" the pass of dA also
-    writes dx's LoRA term; without dA, gemm.py does.
+    In the form "addmm" the pass of dA also writes dx's LoRA term; without dA, gemm.py does.
     """
     dy, x, weight, lora_A, lora_B, S = specs
     assert dy is not None
     fused, config = parse_choice(choice, dy.dtype, precision, target)
-    to_dS_dB = to_dS = to_dB = to_dA = to_bits = to_dx = None
-    if lora_B is not None and S is not None and S.shape[1] <= MAX_RANK:
-        to_dS_dB = plan_grad_s_and_b(dy, lora_B, S, adapter_dtype, precision, target)
-    else:
-        if lora_B is not None:
-            to_dS = plan_shrink(dy, lora_B.t(), "", precision, target)
-        if S is not None:
-            to_dB = plan_grad_a(dy, S, adapter_dtype, precision, target, transposed=True)
+    to_dS_dB, (dS_result, dB_result) = plan_dS_dB(target, precision, adapter_dtype, dy, lora_B, S)
+    to_dA = to_bits = to_dx = None
     needs_dx = lora_B is not None and weight is not None and lora_A is not None
     if lora_B is not None:
         U = TensorSpec.new(dy.shape[0], lora_B.shape[1], dtype=torch.float32)
@@ -156,20 +159,12 @@ def plan_backward(
                 to_bits = plan_pack_bits((dy.shape[0], weight.shape[1]), mask)
             P, Q = (dy, weight) if fused else (None, None)
             to_dx = plan_gemm(P, Q, U, lora_A, dy.dtype, precision, target, masked=bool(mask), config=config)
-    in_one_part = Result((), adapter_dtype)
-    dS_result, dB_result = to_dS_dB.results if to_dS_dB else (_first(to_dS, in_one_part), _first(to_dB, in_one_part))
-    sum_dS, sum_dA_dB = plan_sum(dS_result), plan_sum(_first(to_dA, in_one_part), dB_result)
+    sum_dS, sum_dA_dB = plan_sum(dS_result), plan_sum(to_dA.results[0] if to_dA else Result((), adapter_dtype), dB_result)
 
     def run(dy, x, weight, lora_A, lora_B, S, seed, scaling, dropout_p, adapter_dtype, out):
-        dS: Any = None
         dx: Any = None
-        dA = dB = bits = None
-        if to_dS_dB:
-            dS, dB = grad_s_and_b(to_dS_dB, dy, lora_B, S, scaling=scaling)
-        if to_dS:
-            dS = shrink(to_dS, dy, lora_B, scaling=scaling)
-        if to_dB:
-            dB, _ = grad_a(to_dB, dy, S, scaling=scaling)
+        dA = bits = None
+        dS, dB = to_dS_dB(dy, lora_B, S, scaling)
         (dS,) = sum_partials(sum_dS, dS)
         if needs_dx:
             dx = dy.new_empty((dy.shape[0], weight.shape[1])) if out is None else out
@@ -188,6 +183,32 @@ def plan_backward(
         return dx, dA, dB
 
     return _or_addmm(run, plan_backward, target, precision, mask, adapter_dtype, *specs) if choice == "fused" else run
+
+
+def plan_dS_dB(
+    target: Target, precision: str, adapter_dtype: torch.dtype, dy: TensorSpec, lora_B: TensorSpec | None, S: TensorSpec | None
+) -> tuple[Run, tuple[Result, Result]]:
+    """The function of (dy, B, S, scaling) that makes dS and dB, each perhaps in parts, and their results.
+
+    Up to rank MAX_RANK one pass over dy gives both; above it each takes its own.  None for what is missing.
+    """
+    in_one_part = Result((), adapter_dtype)
+    if lora_B is not None and S is not None and S.shape[1] <= MAX_RANK:
+        to_both = plan_grad_s_and_b(dy, lora_B, S, adapter_dtype, precision, target)
+        dS_result, dB_result = to_both.results
+
+        def run(dy, lora_B, S, scaling):
+            return grad_s_and_b(to_both, dy, lora_B, S, scaling=scaling)
+
+        return run, (dS_result, dB_result)
+    to_dS = None if lora_B is None else plan_shrink(dy, lora_B.t(), "", precision, target)
+    to_dB = None if S is None else plan_grad_a(dy, S, adapter_dtype, precision, target, transposed=True)
+
+    def run_apart(dy, lora_B, S, scaling):
+        dS = shrink(to_dS, dy, lora_B, scaling=scaling) if to_dS else None
+        return dS, grad_a(to_dB, dy, S, scaling=scaling)[0] if to_dB else None
+
+    return run_apart, (to_dS.results[0] if to_dS else in_one_part, to_dB.results[0] if to_dB else in_one_part)
 
 
 def _or_addmm(run: Run, plan: Callable[..., Run], *facts: Any) -> Run:
@@ -211,10 +232,6 @@ def _or_addmm(run: Run, plan: Callable[..., Run], *facts: Any) -> Run:
     return run_or_addmm
 
 
-def _first(plan: Plan | None, default: Result) -> Result:
-    return plan.results[0] if plan else default
-
-
 def parse_choice(choice: str, dtype: torch.dtype, precision: str, target: Target) -> tuple[bool, GemmConfig | None]:
     """(whether `choice` is the form "fused", the tile that it names or None).
 
@@ -232,7 +249,7 @@ def parse_choice(choice: str, dtype: torch.dtype, precision: str, target: Target
     return True, tiles[tile]
 
 
-def _on(device: torch.device) -> AbstractContextManager[object]:
+def on_device(device: torch.device) -> AbstractContextManager[object]:
     """Triton launches on the current device: make it the tensors' own."""
     elsewhere = device.type == "cuda" and device.index != torch.cuda.current_device()
     return torch.cuda.device(device) if elsewhere else _CURRENT_DEVICE

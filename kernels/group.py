@@ -1,0 +1,125 @@
+"""Forward and backward of projections that share x: each pass over x serves them all.
+
+    shrink.py   Sᵢ = dropᵢ(x) Aᵢᵀ                                  one pass over x
+    gemm.py     yᵢ = x Wᵢᵀ + biasᵢ + scalingᵢ · Sᵢ Bᵢᵀ             as for one linear
+    grad_b.py   dSᵢ = scalingᵢ · dyᵢ Bᵢ, dBᵢ = scalingᵢ · dyᵢᵀ Sᵢ   as for one linear
+    grad_a.py   dAᵢ = dSᵢᵀ dropᵢ(x), dx = Σ c · maskᵢ(dSᵢ Aᵢ)      one pass over x
+    cuBLAS      dx += dyᵢ Wᵢ, in place
+
+The projections have one rate of dropout, one dtype of adapters, and one rank: the caller pads A and B with zeros.  Forward
+takes either form of `steps`.  dx has the form "addmm": with several masks, the fused GEMM would hold a second accumulator.
+"""
+
+import functools
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlora.kernels.dot import matmul_precision
+from fastlora.kernels.dropout import mask_code
+from fastlora.kernels.grad_a import grad_a, plan_grad_a
+from fastlora.kernels.launch import Plan
+from fastlora.kernels.shrink import plan_shrink, shrink
+from fastlora.kernels.steps import Run, on_device, plan_dS_dB, plan_y
+from fastlora.kernels.sums import plan_sum, sum_partials
+from fastlora.kernels.target import Target, target_of
+from fastlora.kernels.tensor_spec import TensorSpec
+
+
+def forward_shared(
+    x: Tensor,
+    weights: Sequence[Tensor],
+    lora_A: Tensor,
+    lora_Bs: Sequence[Tensor],
+    biases: Sequence[Tensor | None],
+    seed: Tensor | None,
+    words: tuple[int, ...],
+    scalings: Sequence[float],
+    dropout_p: float,
+    outs: Sequence[Tensor],
+    *,
+    choice: str,
+    target: Target | None = None,
+    plan: Callable[..., Run] | None = None,
+) -> Tensor:
+    """S (n, M, r) float32 of n projections, their y in `outs`.
+
+    Args:
+        x: (M, in).  lora_A: (n · r, in).  words: the projection words of the masks.  outs: contiguous memory for each y.
+        choice: "fused", "fused/<tile>" or "addmm", the form of each y.
+        target: the GPU to plan for; default: x's.
+        plan: what resolves the choice; default `steps.plan_y`.
+    """
+    with on_device(x.device):
+        target, precision = target or target_of(x.device), matmul_precision(x.dtype)
+        mask = mask_code(dropout_p, seed, target)
+        to_S, sum_S = _plan_s(target, precision, mask, words, *TensorSpec.of_each(x, lora_A))
+        (S,) = sum_partials(sum_S, shrink(to_S, x, lora_A, seed=seed, dropout_p=dropout_p))
+        S = S.view(len(outs), x.shape[0], -1)
+        for part, *operands, scaling, out in zip(S, weights, lora_Bs, biases, scalings, outs, strict=True):
+            run = (plan or _plan_y)(choice, target, precision, mask, *TensorSpec.of_each(x, *operands))
+            run(x, *operands, part, scaling, out)
+        return S
+
+
+def backward_shared(
+    x: Tensor,
+    dys: Sequence[Tensor],
+    lora_A: Tensor,
+    lora_Bs: Sequence[Tensor],
+    Ss: Sequence[Tensor],
+    seed: Tensor | None,
+    words: tuple[int, ...],
+    scalings: Sequence[float],
+    dropout_p: float,
+    dx: Tensor | None,
+    add: bool,
+    *,
+    target: Target | None = None,
+) -> tuple[Tensor, list[Tensor]]:
+    """(dA (n · r, in), each dB (out, r)) of n projections, in the adapters' dtype.
+
+    dx (M, in), contiguous, gets the sum of their LoRA terms, added with `add` to what is there.  W is not multiplied.
+    """
+    with on_device(x.device):
+        target, precision = target or target_of(x.device), matmul_precision(x.dtype)
+        mask = mask_code(dropout_p, seed, target)
+        dSs, dBs = [], []
+        for dy, lora_B, S, scaling in zip(dys, lora_Bs, Ss, scalings, strict=True):
+            to_dS_dB, sum_dS_dB = _plan_dS_dB(target, precision, lora_B.dtype, *TensorSpec.of_each(dy, lora_B, S))
+            dS, dB = sum_partials(sum_dS_dB, *to_dS_dB(dy, lora_B, S, scaling))
+            dSs.append(dS)
+            dBs.append(dB)
+        U = dSs[0] if len(dSs) == 1 else torch.cat(dSs)
+        V = None if dx is None else lora_A
+        to_dA, sum_dA = _plan_a(target, precision, mask, words, lora_A.dtype, add, *TensorSpec.of_each(x, U, V))
+        dA, _ = grad_a(to_dA, x, U, V, seed=seed, dropout_p=dropout_p, dx=dx)
+        (dA,) = sum_partials(sum_dA, dA)
+        return dA.view(lora_A.shape), dBs
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan_s(target: Target, precision: str, mask: str, words: tuple[int, ...], x: Any, lora_A: Any) -> tuple[Plan, Plan]:
+    to_S = plan_shrink(x, lora_A, mask, precision, target, words=words)
+    return to_S, plan_sum(*to_S.results)
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan_y(choice: str, target: Target, precision: str, mask: str, *specs: Any) -> Run:
+    return plan_y(choice, target, precision, *specs)
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan_dS_dB(target: Target, precision: str, dtype: torch.dtype, *specs: Any) -> tuple[Run, Plan]:
+    run, results = plan_dS_dB(target, precision, dtype, *specs)
+    return run, plan_sum(*results)
+
+
+@functools.lru_cache(maxsize=4096)
+def _plan_a(
+    target: Target, precision: str, mask: str, words: tuple[int, ...], dtype: torch.dtype, add: bool, x: Any, U: Any, V: Any
+) -> tuple[Plan, Plan]:
+    to_dA = plan_grad_a(x, U, dtype, precision, target, mask=mask, V=V, add=add, words=words)
+    return to_dA, plan_sum(to_dA.results[0])
