@@ -17,11 +17,14 @@ MAX_PROJECTIONS = 256  # a mask's word is a byte of a constant of the kernels
 
 
 class Projection(NamedTuple):
-    """One linear with its LoRA bypass: the arguments of `lora_linear` without x."""
+    """One linear with its LoRA bypass: the arguments of `lora_linear` without x.
+
+    In `lora_mlp` a linear without an adapter has lora_A = lora_B = None.
+    """
 
     weight: Tensor | QuantizedWeight
-    lora_A: Tensor
-    lora_B: Tensor
+    lora_A: Tensor | None
+    lora_B: Tensor | None
     bias: Tensor | None = None
     scaling: float = 1.0
     dropout_p: float = 0.0

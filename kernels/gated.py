@@ -24,7 +24,7 @@ import triton
 import triton.language as tl
 from torch import Tensor
 
-from fastlora.dropout import keep_scale
+from fastlora.dropout import DOWN, keep_scale
 from fastlora.kernels import launch
 from fastlora.kernels.config import StreamConfig, cdiv, rank_block, split_steps, stream_config
 from fastlora.kernels.dot import TRITON_DTYPES, dot_mixed, lora_dot, lora_hi_lo, lora_tile, round_to
@@ -34,6 +34,7 @@ from fastlora.kernels.launch import Plan, Result
 from fastlora.kernels.target import Target
 from fastlora.kernels.tensor_spec import TensorSpec, fits_descriptor, in_units, load_tile, needs_int64, row_unit
 
+_WORD = tl.constexpr(DOWN)
 _LINEAR = tl.constexpr(1.5957691216057308)  # 2k
 _CUBIC = tl.constexpr(0.07135481627160025)  # 2k · 0.044715
 _NORMAL = tl.constexpr(0.3989422804014327)  # 1 / √(2π)
@@ -74,7 +75,6 @@ def gated_kernel(
     t,
     R: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    PROJECTION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -109,7 +109,7 @@ def gated_kernel(
         if R > 0:
             a_tile = load_tile(A, offs_k, offs_r, stride_ak, stride_ar, K, R)
             if MASK != "":
-                m0, m1, m2, m3 = keep_masks(seed, rows, start, t, BLOCK_K, MASK, PROJECTION)
+                m0, m1, m2, m3 = keep_masks(seed, rows, start, t, BLOCK_K, MASK, _WORD)
                 h_tile = drop(h_tile, m0, m1, m2, m3, MASK)
             acc = dot_mixed(h_tile, a_tile, acc, PRECISION, True)
             if WAIT_FOR_DOT:
@@ -139,7 +139,6 @@ def gated_backward_kernel(
     t,
     R: tl.constexpr,
     ACTIVATION: tl.constexpr,
-    PROJECTION: tl.constexpr,
     BLOCK_M: tl.constexpr,
     BLOCK_K: tl.constexpr,
     BLOCK_R: tl.constexpr,
@@ -178,7 +177,7 @@ def gated_backward_kernel(
         q, slope = activation_parts(e_tile, ACTIVATION)
         act = e_tile * q
         if MASK != "":
-            m0, m1, m2, m3 = keep_masks(seed, rows, first_col, t, BLOCK_K, MASK, PROJECTION)
+            m0, m1, m2, m3 = keep_masks(seed, rows, first_col, t, BLOCK_K, MASK, _WORD)
         if R > 0:
             ds_tile = load_tile(dS, offs_m, ranks, R, 1, M, R)
         if rank_block == 0:
@@ -227,9 +226,7 @@ def _config(
     return r, config
 
 
-def plan_gated(
-    e: TensorSpec, A: TensorSpec | None, activation: str, mask: str, precision: str, target: Target, *, projection: int = 2
-) -> Plan:
+def plan_gated(e: TensorSpec, A: TensorSpec | None, activation: str, mask: str, precision: str, target: Target) -> Plan:
     """The launch for contiguous e and g (M, K), A (r, K) of any strides or None.  S, the second result, may come in parts."""
     M, K = e.shape
     r, config = _config(e, A, (64, 64), 2, target, dropout=bool(mask))
@@ -239,7 +236,6 @@ def plan_gated(
     options = {
         "R": r,
         "ACTIVATION": activation,
-        "PROJECTION": projection,
         "BLOCK_M": config.block_m,
         "BLOCK_K": config.block_k,
         "BLOCK_R": config.block_r,
@@ -269,14 +265,14 @@ def gated(
 
 
 def plan_gated_backward(
-    e: TensorSpec, A: TensorSpec | None, activation: str, mask: str, precision: str, target: Target, *, projection: int = 2
+    e: TensorSpec, A: TensorSpec | None, activation: str, mask: str, precision: str, target: Target
 ) -> Plan:
     """The launch for contiguous dh, e and g (M, K), and A (r, K) of any strides or None.
 
     Its results are de and dA, in A's dtype, which may come in parts.
     """
     M, K = e.shape
-    # Half a tile of grad_a.py: a thread holds several float32 tiles.  Without wgmma the narrow one is not made twice by the warps.
+    # Half a tile of grad_a.py: a thread holds several float32 tiles.  Without wgmma, warps side by side would make each twice.
     block = (32, 64) if target.has_wgmma else (64, 32)
     r, config = _config(e, A, block, 3, target, dropout=bool(mask), with_dx=True)
     col_blocks, rank_blocks = cdiv(K, config.block_k), max(1, cdiv(r, config.block_r))
@@ -286,7 +282,6 @@ def plan_gated_backward(
     options: dict[str, Any] = {
         "R": r,
         "ACTIVATION": activation,
-        "PROJECTION": projection,
         "BLOCK_M": config.block_m,
         "BLOCK_K": config.block_k,
         "BLOCK_R": config.block_r,
