@@ -1,7 +1,7 @@
 """`lora_linears`: several LoRA projections of one x, as the q, k and v of an attention, in one step."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -73,7 +73,7 @@ def lora_linears(
     autocast_dtype = _autocast_dtype(x.device)
     for i, projection in enumerate(projections):
         try:
-            validation.check_inputs(x, *projection[:4], autocast_dtype)
+            validation.check_inputs(x, *projection[:4], autocast_dtype)  # type: ignore[arg-type]  # None is refused
             validation.check_number(projection.scaling, "scaling")
             validation.check_dropout_p(projection.dropout_p, "dropout_p")
         except (TypeError, ValueError) as error:
@@ -106,5 +106,6 @@ def lora_linears(
     return LoraLinearsFunction.apply(x, seed, constants, *weights, *lora_As, *lora_Bs, *biases, *flat)
 
 
-def _cast(tensor: Tensor, autocast_dtype: torch.dtype | None) -> Tensor:
-    return tensor.to(validation.autocast_target(tensor, autocast_dtype))
+def _cast(tensor: Any, autocast_dtype: torch.dtype | None) -> Tensor:
+    result: Tensor = tensor.to(validation.autocast_target(tensor, autocast_dtype))
+    return result

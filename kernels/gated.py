@@ -7,12 +7,6 @@
                de = dh · g · act'(e)
                dA = c · dSᵀ mask(h)              h is made again
 
-act(e) = e · q(e), where q rises from 0 to 1, so that act' = q + e q':
-
-    silu                 q = σ(e)
-    gelu_pytorch_tanh    q = σ(2k (e + 0.044715 e³)) = (1 + tanh(k (e + 0.044715 e³))) / 2,  k = √(2/π)
-    gelu                 q = Φ(e) = (1 + erf(e / √2)) / 2
-
 Nothing of S, dS and dA is computed where down has no adapter.
 """
 
@@ -26,6 +20,7 @@ from torch import Tensor
 
 from fastlora.dropout import DOWN, keep_scale
 from fastlora.kernels import launch
+from fastlora.kernels.activations import activation_parts
 from fastlora.kernels.config import StreamConfig, cdiv, rank_block, split_steps, stream_config
 from fastlora.kernels.dot import TRITON_DTYPES, dot_mixed, lora_dot, lora_hi_lo, lora_tile, round_to
 from fastlora.kernels.dropout import drop, keep_masks, mask_threshold
@@ -35,27 +30,6 @@ from fastlora.kernels.target import Target
 from fastlora.kernels.tensor_spec import TensorSpec, fits_descriptor, in_units, load_tile, needs_int64, row_unit
 
 _WORD = tl.constexpr(DOWN)
-_LINEAR = tl.constexpr(1.5957691216057308)  # 2k
-_CUBIC = tl.constexpr(0.07135481627160025)  # 2k · 0.044715
-_NORMAL = tl.constexpr(0.3989422804014327)  # 1 / √(2π)
-# Φ(−|e|) = t P(t) exp(−e² / 2) / 2 with t = 1 / (1 + _P |e|), to 8e-8: Abramowitz and Stegun, 7.1.26.
-_P = tl.constexpr(0.3275911 / 2**0.5)
-_P1, _P2, _P3, _P4, _P5 = map(tl.constexpr, (0.127414796, -0.142248368, 0.7107068705, -0.7265760135, 0.5307027145))
-
-
-@triton.jit
-def activation_parts(e, ACTIVATION: tl.constexpr):
-    """(q, e q') of float32 e."""
-    if ACTIVATION == "gelu":
-        bell = tl.exp(e * e * -0.5)  # which erf would compute a second time
-        t = 1.0 / (tl.abs(e) * _P + 1.0)
-        tail = t * (t * (t * (t * (t * _P5 + _P4) + _P3) + _P2) + _P1) * bell
-        return tl.where(e > 0, 1.0 - tail, tail), e * bell * _NORMAL
-    if ACTIVATION == "silu":
-        q = tl.sigmoid(e)
-        return q, e * q * (1.0 - q)
-    q = tl.sigmoid(e * (e * e * _CUBIC + _LINEAR))
-    return q, e * q * (1.0 - q) * (e * e * (_CUBIC * 3.0) + _LINEAR)
 
 
 @triton.jit(do_not_specialize=["M", "steps", "t"], do_not_specialize_on_alignment=["seed"])
@@ -211,45 +185,54 @@ def gated_backward_kernel(
         tl.store(pointers, round_to(acc * keep_scale, dA.dtype.element_ty), mask=da_mask)
 
 
-def _config(
-    e: TensorSpec, A: TensorSpec | None, block: tuple[int, int], tiles: int, target: Target, **kind: bool
-) -> tuple[int, StreamConfig]:
-    """(rank, tile) of a kernel that streams `tiles` matrices like e (M, K) together, `block` rows and columns at a time."""
+def _layout(
+    e: TensorSpec,
+    A: TensorSpec | None,
+    block: tuple[int, int],
+    tiles: int,
+    facts: tuple[str, str, str, Target],
+    **kind: bool,
+) -> tuple[StreamConfig, dict[str, Any]]:
+    """The tile of a kernel that streams `tiles` matrices like e (M, K) together, and the options that both kernels have.
+
+    block: the most rows and columns.  facts: activation, mask, precision and target.
+    """
+    activation, mask, precision, target = facts
     r, small = (0, e.dtype) if A is None else (A.shape[0], A.dtype)
-    config = stream_config((e.shape[0], e.shape[1]), max(r, 1), e.dtype, small, target, aligned=fits_descriptor(e), **kind)
+    config = stream_config(e.shape, max(r, 1), e.dtype, small, target, aligned=fits_descriptor(e), dropout=bool(mask), **kind)  # type: ignore[arg-type]  # of two sizes
     config = replace(config, block_m=min(config.block_m, block[0]), block_k=min(config.block_k, block[1]))
+    if precision == "ieee" and e.dtype == torch.float32:
+        config = replace(config, num_warps=8)  # dots without tensor cores take the registers
     more = (tiles - 1) * config.block_m * config.block_k * e.dtype.itemsize
     while config.num_stages > 1 and (
         config.shared_memory(e.dtype.itemsize, small.itemsize) + config.num_stages * more > target.shared_memory
     ):
         config = replace(config, num_stages=config.num_stages - 1)
-    return r, config
-
-
-def plan_gated(e: TensorSpec, A: TensorSpec | None, activation: str, mask: str, precision: str, target: Target) -> Plan:
-    """The launch for contiguous e and g (M, K), A (r, K) of any strides or None.  S, the second result, may come in parts."""
-    M, K = e.shape
-    r, config = _config(e, A, (64, 64), 2, target, dropout=bool(mask))
-    row_blocks, rank_blocks = cdiv(M, config.block_m), max(1, cdiv(r, config.block_r))
-    partial = config.block_r * 4 / (3 * config.block_k * e.dtype.itemsize)
-    splits, steps = split_steps(cdiv(K, config.block_k), row_blocks * rank_blocks, target, partial)
-    options = {
+    return config, {
         "R": r,
         "ACTIVATION": activation,
         "BLOCK_M": config.block_m,
         "BLOCK_K": config.block_k,
         "BLOCK_R": config.block_r,
         "UNIT": row_unit(e),
-        "UNIT_A": 1 if A is None else row_unit(A),
         "MASK": mask if r else "",
-        "WAIT_FOR_DOT": target.has_register_operands,
-        "USE_INT64": needs_int64(e, A),
+        "USE_INT64": needs_int64(e, A, TensorSpec.new(e.shape[0], r, dtype=torch.float32)),
         "PRECISION": precision,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
         **target.register_limit,
     }
-    results = Result((M, K), e.dtype), Result((M, r), torch.float32, splits)
+
+
+def plan_gated(e: TensorSpec, A: TensorSpec | None, activation: str, mask: str, precision: str, target: Target) -> Plan:
+    """The launch for contiguous e and g (M, K), A (r, K) of any strides or None.  S, the second result, may come in parts."""
+    M, K = e.shape
+    config, options = _layout(e, A, (64, 64), 2, (activation, mask, precision, target))
+    row_blocks, rank_blocks = cdiv(M, config.block_m), max(1, cdiv(options["R"], config.block_r))
+    partial = config.block_r * 4 / (3 * config.block_k * e.dtype.itemsize)
+    splits, steps = split_steps(cdiv(K, config.block_k), row_blocks * rank_blocks, target, partial)
+    options |= {"UNIT_A": 1 if A is None else row_unit(A), "WAIT_FOR_DOT": target.has_register_operands}
+    results = Result((M, K), e.dtype), Result((M, options["R"]), torch.float32, splits)
     strides = (0, 0) if A is None else A.stride
     return Plan(gated_kernel, (row_blocks, splits, rank_blocks), (M, K, steps, *strides), options, results)
 
@@ -272,33 +255,21 @@ def plan_gated_backward(
     Its results are de and dA, in A's dtype, which may come in parts.
     """
     M, K = e.shape
+    dtype = e.dtype if A is None else A.dtype
     # Half a tile of grad_a.py: a thread holds several float32 tiles.  Without wgmma, warps side by side would make each twice.
-    block = (32, 64) if target.has_wgmma else (64, 32)
-    r, config = _config(e, A, block, 3, target, dropout=bool(mask), with_dx=True)
-    col_blocks, rank_blocks = cdiv(K, config.block_k), max(1, cdiv(r, config.block_r))
+    block = (32, 64) if target.has_wgmma and e.dtype.itemsize == 2 else (64, 32) if e.dtype.itemsize == 2 else (32, 32)
+    config, options = _layout(e, A, block, 3, (activation, mask, precision, target), with_dx=True)
+    col_blocks, rank_blocks = cdiv(K, config.block_k), max(1, cdiv(options["R"], config.block_r))
     partial = config.block_r * 4 / (5 * config.block_m * e.dtype.itemsize)
     splits, steps = split_steps(cdiv(M, config.block_m), col_blocks * rank_blocks, target, partial)
-    dtype = e.dtype if A is None else A.dtype
-    options: dict[str, Any] = {
-        "R": r,
-        "ACTIVATION": activation,
-        "BLOCK_M": config.block_m,
-        "BLOCK_K": config.block_k,
-        "BLOCK_R": config.block_r,
-        "DX_R": rank_block(max(r, 1), DX_RANKS),
+    options |= {
+        "DX_R": rank_block(max(options["R"], 1), DX_RANKS),
         "DTYPE": TRITON_DTYPES[e.dtype],
-        "UNIT": row_unit(e),
-        "MASK": mask if r else "",
         "HI_LO": dtype == torch.float32,
         "LORA_HI_LO": lora_hi_lo(A, e.dtype, target),
         "WAIT_FOR_DOT": precision == "tf32" and target.has_register_operands,
-        "USE_INT64": needs_int64(e, A, TensorSpec.new(M, r, dtype=torch.float32)),
-        "PRECISION": precision,
-        "num_warps": config.num_warps,
-        "num_stages": config.num_stages,
-        **target.register_limit,
     }
-    results = Result((M, K), e.dtype), Result((r, K), dtype, splits)
+    results = Result((M, K), e.dtype), Result((options["R"], K), dtype, splits)
     strides = (0, 0) if A is None else A.stride
     return Plan(gated_backward_kernel, (col_blocks, splits, rank_blocks), (M, K, steps, *strides), options, results)
 
@@ -316,7 +287,6 @@ def gated_backward(
 ) -> tuple[Tensor, Tensor, Tensor]:
     """(de, dg, dA or its parts) from dh = dy W, which dg overwrites, and dS (M, r), float32."""
     de, dA = (result.empty(e.device) for result in plan.results)
-    scale = 1.0 if seed is None else keep_scale(dropout_p)
-    t = mask_threshold(dropout_p, plan.options["MASK"])
+    scale, t = 1.0 if seed is None else keep_scale(dropout_p), mask_threshold(dropout_p, plan.options["MASK"])
     launch.launch(plan, dh, e, g, de, dS, A, dA, seed, *plan.sizes, scale, t)
     return de, dh, dA
