@@ -61,8 +61,10 @@ def forward(
     backend: str,
 ) -> tuple[Tensor, Tensor, Tensor, list[Tensor], list[Tensor]]:
     """(y (..., out), e, g, S and packed masks of each pass over x, then those of down): the operator lora_mlp."""
-    found, Ss, masks = _adapted(lora_As), [], []
+    found = _adapted(lora_As)
     made: dict[int, Tensor] = {}
+    Ss: list[Tensor] = []
+    masks: list[Tensor] = []
     if found:
         operands: Any = _pick(found, weights, lora_As, lora_Bs, biases)
         facts: Any = seed, found, *_pick(found, scalings, dropout_ps), backend
@@ -72,17 +74,18 @@ def forward(
     A, B = _adapter_of_down(lora_As, lora_Bs)
     y = x.new_empty((*x.shape[:-1], weights[DOWN].shape[0]))
     own_seed = seed if _drops(A, seed, dropout_ps[DOWN]) else None
-    wide: Any = as_rows(e), as_rows(g), weights[DOWN], A, B, biases[DOWN]
-    constants: Any = scalings[DOWN], dropout_ps[DOWN], activation, as_rows(y)
+    wide, weight, bias, out = (as_rows(e), as_rows(g)), weights[DOWN], biases[DOWN], as_rows(y)
+    scaling, p = scalings[DOWN], dropout_ps[DOWN]
     if backend == "torch":
-        mask = None if own_seed is None else packed_mask(own_seed, wide[0].shape[0], wide[0].shape[1], dropout_ps[DOWN], DOWN)
-        S = torch_gated.forward(*wide, mask, *constants)
+        mask = None if own_seed is None else packed_mask(own_seed, wide[0].shape[0], wide[0].shape[1], p, DOWN)
+        S = torch_gated.forward(*wide, weight, A, B, bias, mask, scaling, p, activation, out)
         masks = [*masks, x.new_empty(0, dtype=torch.uint8) if mask is None else mask]
     else:
         from fastlora import dispatch  # not at the top: see `ops._implementation`
         from fastlora.kernels import mlp_steps
 
-        S = mlp_steps.forward(*wide, own_seed, *constants, choice=backend, plan=dispatch.plan_y)
+        form: Any = {"choice": backend, "plan": dispatch.plan_y}
+        S = mlp_steps.forward(*wide, weight, A, B, bias, own_seed, scaling, p, activation, out, **form)
     return y, e, g, [*Ss, S], masks
 
 

@@ -18,12 +18,12 @@ from torch import Tensor
 from fastlora import torch_backend
 from fastlora.torch_backend import _accumulator, _chunks, _grad_s_and_b, _keep, _masked, _rows, _without_autocast
 
-_GELU_BACKWARD, _TANH = torch.ops.aten.gelu_backward, {"approximate": "tanh"}
+_GELU_BACKWARD = torch.ops.aten.gelu_backward
 #: name -> (act(e), dact · act'(e))
 ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
     "silu": (F.silu, torch.ops.aten.silu_backward),
     "gelu": (F.gelu, _GELU_BACKWARD),
-    "gelu_pytorch_tanh": (partial(F.gelu, **_TANH), partial(_GELU_BACKWARD, **_TANH)),
+    "gelu_pytorch_tanh": (partial(F.gelu, approximate="tanh"), partial(_GELU_BACKWARD, approximate="tanh")),
 }
 
 

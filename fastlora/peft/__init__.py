@@ -10,6 +10,7 @@ forward (`fastlora.peft.calls` states the conditions). So adapters may be added,
 Adapters on the experts of a mixture (`target_parameters`) are computed by `fastlora.peft.experts`.
 """
 
+import dataclasses
 import importlib
 import warnings
 from typing import Any
@@ -17,6 +18,7 @@ from typing import Any
 from torch import nn
 
 from fastlora.peft.report import SMALL, Report
+from fastlora.validation import check_flag
 
 __all__ = ["SMALL", "Report", "accelerate", "decelerate", "fallbacks", "register", "status"]
 
@@ -24,7 +26,7 @@ OLDEST_PEFT = "0.18"
 INSTALL = f"pip install 'peft>={OLDEST_PEFT}'"  # works in a clone as well as beside an installed fastlora
 
 
-def accelerate(model: nn.Module) -> Report:
+def accelerate(model: nn.Module, *, mlp: bool = False) -> Report:
     """Run `model`'s LoRA linears through `fastlora.lora_linear`, in place. `decelerate` undoes it.
 
     This changes the class of each plain `peft.tuners.lora.layer.Linear`, of PEFT's layers for 4-bit and 8-bit linears of
@@ -33,24 +35,29 @@ def accelerate(model: nn.Module) -> Report:
 
     Args:
         model: a PeftModel, or any module that contains PEFT's LoRA layers.
+        mlp: also compute each gated MLP, a module whose forward is down(act(gate(x)) * up(x)), as one step by
+            `fastlora.lora_mlp`; its class is changed too. One seed gives the masks of all three linears.
 
     Returns:
         The status of each layer, and which layers were accelerated before. A warning shows the report if a layer is left, or
         waits for a reason that the user did not choose, such as DoRA.
 
     Raises:
-        TypeError: model is not an nn.Module.
+        TypeError: model is not an nn.Module, or mlp is not a bool.
         ValueError: model contains no LoRA layer of PEFT.
         ImportError: PEFT is missing, or older than 0.18.
         The model is unchanged after an error.
     """
     layers = _load("layers")
     found = layers.find(model)
+    check_flag(mlp, "mlp")
     already = tuple(name for name, layer in found.items() if layers.is_fused(layer))
     warned: set[str] = found[already[0]]._fastlora_tally.warned if already else set()
     for layer in [layer for layer in found.values() if layers.unsupported_reason(layer) is None]:
         layers.fuse(layer, warned)
-    report: Report = layers.describe(found, already)
+    if mlp:
+        _load("mlp").attach(model)
+    report: Report = _with_mlps(layers.describe(found, already), model, left=mlp)
     if report.left or {reason for _, reason in report.waiting} - _load("calls").INTENDED:
         warnings.warn(str(report), stacklevel=2)
     return report
@@ -64,6 +71,7 @@ def decelerate(model: nn.Module) -> int:
     """
     layers = _load("layers")
     fused = [layer for layer in layers.find(model).values() if layers.is_fused(layer)]
+    _load("mlp").detach(model)
     for layer in fused:
         layers.restore(layer)
     return len(fused)
@@ -76,7 +84,7 @@ def status(model: nn.Module) -> Report:
         TypeError, ValueError, ImportError: see `accelerate`.
     """
     layers = _load("layers")
-    return layers.describe(layers.find(model))
+    return _with_mlps(layers.describe(layers.find(model)), model)
 
 
 def fallbacks(model: nn.Module) -> dict[str, dict[str, int]]:
@@ -113,6 +121,12 @@ def register(lora_config: Any) -> Any:
         ImportError: see `accelerate`.
     """
     return _load("registration").register(lora_config)
+
+
+def _with_mlps(report: Report, model: nn.Module, left: bool = False) -> Report:
+    """The report with the gated MLPs that are computed as one step, and with `left` those that are not."""
+    attached, others = _load("mlp").describe(model, left)
+    return dataclasses.replace(report, mlps=attached, mlps_left=others)
 
 
 def _load(name: str) -> Any:

@@ -21,6 +21,8 @@ class Report:
     left: (name, reason) of layers that are not accelerated.
     already: names of the layers that an earlier `accelerate` took. They are in `taken` or `waiting` too.
     backends: (type of device, backend) that accelerated linears run on by default.
+    mlps: names of the gated MLPs whose three linears are computed as one step.
+    mlps_left: (name, reason) of those that are not, where `accelerate` was asked to take them.
     """
 
     taken: tuple[str, ...]
@@ -28,6 +30,8 @@ class Report:
     left: tuple[tuple[str, str], ...] = ()
     already: tuple[str, ...] = ()
     backends: tuple[tuple[str, str], ...] = ()
+    mlps: tuple[str, ...] = ()
+    mlps_left: tuple[tuple[str, str], ...] = ()
 
     def __repr__(self) -> str:
         total = len(self.taken) + len(self.waiting) + len(self.left)
@@ -35,7 +39,9 @@ class Report:
         if self.already:
             lines.append(f"  already accelerated: {len(self.already)}")
         groups: dict[str, list[str]] = {}
-        for state, others in (("waiting", self.waiting), ("left", self.left)):
+        if self.mlps:
+            lines.append(f"  {len(self.mlps)} gated MLPs computed as one step")
+        for state, others in (("waiting", self.waiting), ("left", self.left), ("gated MLP left", self.mlps_left)):
             for name, reason in others:
                 groups.setdefault(f"  {state}, {reason}", []).append(name)
         for reason, names in groups.items():
