@@ -15,8 +15,8 @@ from torch import Tensor
 from fastlora.kernels import steps
 from fastlora.kernels.dot import matmul_precision
 from fastlora.kernels.dropout import mask_code, pack_bits, plan_pack_bits
-from fastlora.kernels.grad_a import grad_a, plan_grad_a
 from fastlora.kernels.gated import gated, gated_backward, plan_gated, plan_gated_backward
+from fastlora.kernels.grad_a import grad_a, plan_grad_a
 from fastlora.kernels.launch import Result
 from fastlora.kernels.shrink import plan_shrink, shrink
 from fastlora.kernels.sums import plan_sum, sum_partials
