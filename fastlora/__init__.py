@@ -10,6 +10,7 @@ from fastlora.functional import dropout_mask, lora_linear
 from fastlora.injection import get_nb_trainable_parameters, inject, merge_and_unload, print_trainable_parameters, unload
 from fastlora.layers.conv import FusedLoraConv
 from fastlora.layers.embedding import FusedLoraEmbedding
+from fastlora.mlp import lora_mlp
 from fastlora.modules import FusedLoraLinear
 from fastlora.peft import accelerate, decelerate
 from fastlora.projections import Projection, lora_linears
@@ -30,6 +31,7 @@ __all__ = [
     "load_adapter",
     "lora_linear",
     "lora_linears",
+    "lora_mlp",
     "merge_and_unload",
     "oracle",
     "print_trainable_parameters",

@@ -11,6 +11,7 @@ time.
 Adapters on the experts of a mixture (`target_parameters`) are computed by `fastlora.peft.experts`.
 """
 
+import dataclasses
 import importlib
 import warnings
 from collections.abc import Sequence
@@ -28,7 +29,7 @@ OLDEST_PEFT = "0.18"
 INSTALL = f"pip install 'peft>={OLDEST_PEFT}'"  # works in a clone as well as beside an installed fastlora
 
 
-def accelerate(model: nn.Module, *, groups: bool = True) -> Report:
+def accelerate(model: nn.Module, *, groups: bool = True, mlp: bool = False) -> Report:
     """Run `model`'s LoRA linears through `fastlora.lora_linear`, in place. `decelerate` undoes it.
 
     This changes the class of each plain `peft.tuners.lora.layer.Linear`, of PEFT's layers for 4-bit and 8-bit linears of
@@ -40,19 +41,22 @@ def accelerate(model: nn.Module, *, groups: bool = True) -> Report:
         model: a PeftModel, or any module that contains PEFT's LoRA layers.
         groups: compute layers that share x, such as q, k and v, in one step (`fastlora.sharing`). They are found in the first
             training forward, and again after another `accelerate`.
+        mlp: also compute each gated MLP, a module whose forward is down(act(gate(x)) * up(x)), as one step by
+            `fastlora.lora_mlp`; its class is changed too. One seed gives the masks of all three linears.
 
     Returns:
         The status of each layer, and which layers were accelerated before. A warning shows the report if a layer is left, or
         waits for a reason that the user did not choose, such as aLoRA.
 
     Raises:
-        TypeError: model is not an nn.Module, or groups is not a bool.
+        TypeError: model is not an nn.Module, or groups or mlp is not a bool.
         ValueError: model contains no LoRA layer of PEFT.
         ImportError: PEFT is missing, or older than 0.18.
         The model is unchanged after an error.
     """
     layers = _load("layers")
     check_flag(groups, "groups")
+    check_flag(mlp, "mlp")
     found = layers.find(model)
     already = tuple(name for name, layer in found.items() if layers.is_fused(layer))
     warned: set[str] = found[already[0]]._fastlora_tally.warned if already else set()
@@ -60,7 +64,9 @@ def accelerate(model: nn.Module, *, groups: bool = True) -> Report:
         layers.fuse(layer, warned)
     for layer in filter(layers.is_fused, found.values()):
         layers.share(layer, groups)
-    report: Report = layers.describe(found, already)
+    if mlp:
+        _load("mlp").attach(model)
+    report: Report = _with_mlps(layers.describe(found, already), model, left=mlp)
     if report.left or {reason for _, reason in report.waiting} - _load("calls").INTENDED:
         warnings.warn(str(report), stacklevel=2)
     return report
@@ -74,6 +80,7 @@ def decelerate(model: nn.Module) -> int:
     """
     layers = _load("layers")
     fused = [layer for layer in layers.find(model).values() if layers.is_fused(layer)]
+    _load("mlp").detach(model)
     for layer in fused:
         layers.restore(layer)
     return len(fused)
@@ -86,7 +93,7 @@ def status(model: nn.Module) -> Report:
         TypeError, ValueError, ImportError: see `accelerate`.
     """
     layers = _load("layers")
-    return layers.describe(layers.find(model))
+    return _with_mlps(layers.describe(layers.find(model)), model)
 
 
 def fallbacks(model: nn.Module) -> dict[str, dict[str, int]]:
@@ -143,6 +150,12 @@ def register(lora_config: Any) -> Any:
         ImportError: see `accelerate`.
     """
     return _load("registration").register(lora_config)
+
+
+def _with_mlps(report: Report, model: nn.Module, left: bool = False) -> Report:
+    """The report with the gated MLPs that are computed as one step, and with `left` those that are not."""
+    attached, others = _load("mlp").describe(model, left)
+    return dataclasses.replace(report, mlps=attached, mlps_left=others)
 
 
 def _load(name: str) -> Any:

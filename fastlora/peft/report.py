@@ -27,6 +27,8 @@ class Report:
     backends: (type of device, backend) that accelerated linears run on by default.
     groups: names of the layers that share x, as seen in training, in one tuple a group.
     single: (name, reason) of accelerated layers that are computed alone although they might share x.
+    mlps: names of the gated MLPs whose three linears are computed as one step.
+    mlps_left: (name, reason) of those that are not, where `accelerate` was asked to take them.
     """
 
     taken: tuple[str, ...]
@@ -36,6 +38,8 @@ class Report:
     backends: tuple[tuple[str, str], ...] = ()
     groups: tuple[tuple[str, ...], ...] = ()
     single: tuple[tuple[str, str], ...] = ()
+    mlps: tuple[str, ...] = ()
+    mlps_left: tuple[tuple[str, str], ...] = ()
 
     def __repr__(self) -> str:
         total = len(self.taken) + len(self.waiting) + len(self.left)
@@ -44,7 +48,10 @@ class Report:
         if self.already:
             lines.append(f"  already accelerated: {len(self.already)}")
         groups: dict[str, list[str]] = {}
-        for state, others in (("waiting", self.waiting), ("left", self.left), ("computed alone", self.single)):
+        if self.mlps:
+            lines.append(f"  {len(self.mlps)} gated MLPs computed as one step")
+        layers = ("waiting", self.waiting), ("left", self.left), ("computed alone", self.single)
+        for state, others in (*layers, ("gated MLP left", self.mlps_left)):
             for name, reason in others:
                 groups.setdefault(f"  {state}, {reason}", []).append(name)
         for reason, names in groups.items():
