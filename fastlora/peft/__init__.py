@@ -33,8 +33,9 @@ def accelerate(model: nn.Module, *, groups: bool = True, mlp: bool = False) -> R
     """Run `model`'s LoRA linears through `fastlora.lora_linear`, in place. `decelerate` undoes it.
 
     This changes the class of each plain `peft.tuners.lora.layer.Linear`, of PEFT's layers for 4-bit and 8-bit linears of
-    bitsandbytes, and of those for weights of experts, to a subclass with another `forward`. It changes nothing else. Dropout is
-    PEFT's except for the random numbers: one mask for each projection and call, drawn from torch's default generator.
+    bitsandbytes, for weights of experts and for embeddings, and of its pointwise and patch convolutions, to a subclass with
+    another `forward`. It changes nothing else. Dropout is PEFT's except for the random numbers: one mask for each projection
+    and call, drawn from torch's default generator.
 
     Args:
         model: a PeftModel, or any module that contains PEFT's LoRA layers.
