@@ -14,7 +14,7 @@ Otherwise its own forward runs, and each layer decides for itself.
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
@@ -126,14 +126,14 @@ def attach(model: nn.Module) -> None:
     """Compute the gated MLPs of `model` that have no `unsupported_reason` as one step each."""
     for module in find(model).values():
         if unsupported_reason(module) is None:
-            module.__class__ = _fused_class(type(module))
+            module.__class__ = _fused_class(cast(Any, type(module)))
 
 
 def detach(model: nn.Module) -> None:
     """Give every attached module its class back."""
     for module in model.modules():
         if isinstance(module, GatedMlp):
-            module.__class__ = _own_class(module)
+            cast(Any, module).__class__ = _own_class(module)
 
 
 def describe(model: nn.Module, left: bool) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:
