@@ -68,7 +68,8 @@ def passes(words: tuple[int, ...], dropout_ps: tuple[float, ...], dtypes: tuple[
 
 
 def _passes(words: Sequence[int], dropout_ps: Sequence[float], lora_As: Sequence[Tensor]) -> tuple[Pass, ...]:
-    return passes(tuple(words), tuple(dropout_ps), tuple(A.dtype for A in lora_As))
+    find = passes.__wrapped__ if torch.compiler.is_compiling() else passes  # Dynamo warns of a cache that it traces through
+    return find(tuple(words), tuple(dropout_ps), tuple(A.dtype for A in lora_As))
 
 
 def _stacked(lora_As: Sequence[Tensor], lora_Bs: Sequence[Tensor], r: int) -> tuple[Tensor, list[Tensor]]:

@@ -111,7 +111,7 @@ def forward_shared(
 ) -> Tensor:
     """S (n, M, r) of n projections of one rank r, their y in `outs`.  lora_A is (n · r, in), masks are one or n."""
     S = _shrink(x, lora_A, masks, dropout_p)
-    S = S.view(len(S), len(outs), -1).transpose(0, 1).contiguous()
+    S = S.view(len(S), len(outs), lora_A.shape[0] // len(outs)).transpose(0, 1).contiguous()
     for weight, part, lora_B, bias, scaling, out in zip(weights, S, lora_Bs, biases, scalings, outs, strict=True):
         _expand(x, weight, part, lora_B, bias, scaling, out)
     return S

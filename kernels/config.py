@@ -153,12 +153,14 @@ def stream_config(
             half the height where it is large, where addresses are many, or where dots use no tensor core.
         masks: projections that share the pass, each with an operand of rank r and an accumulator.
     """
-    block_r = rank_block(r, 128 if masks <= 2 else 64)
+    # mma keeps the operands of every projection in registers: 64 ranks of three spill 16 bytes (sm_80, Triton 3.7.1).
+    block_r = rank_block(r, 128 if masks == 1 else 64 if target.has_wgmma else 32)
     # A float32 operand beside a 16-bit tile becomes two 16-bit ones.  From rank 64 on they need a narrower tile not to spill,
     # and a shorter one where mma keeps its operands in registers.
     mixed = small_dtype.itemsize > dtype.itemsize
     hi_lo = mixed and block_r >= 64
-    many_warps = block_r * masks >= 64 or ((mixed or dtype.itemsize == 4) and target.has_tensor_memory) or not aligned
+    many_warps = block_r * masks >= 64 or not aligned or (masks > 1 and with_dx)
+    many_warps = many_warps or ((mixed or dtype.itemsize == 4) and target.has_tensor_memory)
     block_m, warps = 64, 8 if many_warps else 4
     if hi_lo and not target.has_wgmma:
         block_m, warps = 32, 4 if aligned and not with_dx else 8
@@ -166,7 +168,8 @@ def stream_config(
         block_m = 32
     if dropout and dtype.itemsize == 4 and (block_r >= 64 or not target.has_wgmma):
         block_m = 32  # dots without wgmma keep all operands in registers, beside Philox's words: 64 rows spill 8 bytes on sm_80
-    widths = (64,) if hi_lo or with_dx or dtype.itemsize == 4 else (128, 64)
+    narrow = hi_lo or with_dx or dtype.itemsize == 4 or (mixed and masks > 1 and not target.has_wgmma)
+    widths = (64,) if narrow else (128, 64)
     candidates = [StreamConfig(block_m, width, block_r, warps, stages, masks) for width in widths for stages in (3, 2)]
     fitting = (
         config for config in candidates if config.shared_memory(dtype.itemsize, small_dtype.itemsize) <= target.shared_memory

@@ -3,7 +3,7 @@
     shrink.py   Sᵢ = dropᵢ(x) Aᵢᵀ                                  one pass over x
     gemm.py     yᵢ = x Wᵢᵀ + biasᵢ + scalingᵢ · Sᵢ Bᵢᵀ             as for one linear
     grad_b.py   dSᵢ = scalingᵢ · dyᵢ Bᵢ, dBᵢ = scalingᵢ · dyᵢᵀ Sᵢ   as for one linear
-    grad_a.py   dAᵢ = dSᵢᵀ dropᵢ(x), dx = Σ c · maskᵢ(dSᵢ Aᵢ)      one pass over x
+    grad_a.py   dAᵢ = dSᵢᵀ dropᵢ(x), dx = Σ c · maskᵢ(dSᵢ Aᵢ)      one pass over x, with mma one for each
     cuBLAS      dx += dyᵢ Wᵢ, in place
 
 The projections have one rate of dropout, one dtype of adapters, and one rank: the caller pads A and B with zeros.  Forward
@@ -57,7 +57,7 @@ def forward_shared(
         mask = mask_code(dropout_p, seed, target)
         to_S, sum_S = _plan_s(target, precision, mask, words, *TensorSpec.of_each(x, lora_A))
         (S,) = sum_partials(sum_S, shrink(to_S, x, lora_A, seed=seed, dropout_p=dropout_p))
-        S = S.view(len(outs), x.shape[0], -1)
+        S = S.view(len(outs), x.shape[0], lora_A.shape[0] // len(outs))
         for part, *operands, scaling, out in zip(S, weights, lora_Bs, biases, scalings, outs, strict=True):
             run = (plan or _plan_y)(choice, target, precision, mask, *TensorSpec.of_each(x, *operands))
             run(x, *operands, part, scaling, out)
@@ -92,12 +92,17 @@ def backward_shared(
             dS, dB = sum_partials(sum_dS_dB, *to_dS_dB(dy, lora_B, S, scaling))
             dSs.append(dS)
             dBs.append(dB)
-        U = dSs[0] if len(dSs) == 1 else torch.cat(dSs)
-        V = None if dx is None else lora_A
-        to_dA, sum_dA = _plan_a(target, precision, mask, words, lora_A.dtype, add, *TensorSpec.of_each(x, U, V))
-        dA, _ = grad_a(to_dA, x, U, V, seed=seed, dropout_p=dropout_p, dx=dx)
-        (dA,) = sum_partials(sum_dA, dA)
-        return dA.view(lora_A.shape), dBs
+        # mma keeps operands in registers: three masks spill 136 bytes, or take tiles too small to pay (sm_80, Triton 3.7.1).
+        n, at_once = len(dys), len(dys) if target.has_wgmma else 1
+        dAs: list[Tensor] = []
+        for first in range(0, n, at_once):
+            A, U = lora_A.chunk(n // at_once)[first // at_once], torch.cat(dSs[first : first + at_once])
+            V = None if dx is None else A
+            own = words[first : first + at_once]
+            to_dA, sum_dA = _plan_a(target, precision, mask, own, A.dtype, add or first > 0, *TensorSpec.of_each(x, U, V))
+            dA, _ = grad_a(to_dA, x, U, V, seed=seed, dropout_p=dropout_p, dx=dx)
+            dAs += sum_partials(sum_dA, dA)
+        return torch.cat([dA.flatten(0, -2) for dA in dAs]) if len(dAs) > 1 else dAs[0].view(lora_A.shape), dBs
 
 
 @functools.lru_cache(maxsize=4096)

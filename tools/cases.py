@@ -16,7 +16,9 @@ from fastlora.kernels import steps
 from fastlora.kernels.dot import matmul_precision
 from fastlora.kernels.dropout import mask_code, pack_bits, plan_pack_bits
 from fastlora.kernels.gated import gated, gated_backward, plan_gated, plan_gated_backward
+from fastlora.kernels.grad_a import grad_a, plan_grad_a
 from fastlora.kernels.launch import Result
+from fastlora.kernels.shrink import plan_shrink, shrink
 from fastlora.kernels.sums import plan_sum, sum_partials
 from fastlora.kernels.target import NOT_NVIDIA, Target
 from fastlora.kernels.tensor_spec import TensorSpec
@@ -24,8 +26,9 @@ from tools.aot import GFX942
 
 # The kernels of a gated MLP, with the activation whose arithmetic is least and the one whose is most.
 GATED = ("silu-forward", "silu-backward", "gelu-forward", "gelu-backward")
-# Both directions in both forms of `fastlora.kernels.steps`, the packed mask alone, and the sum of partial results.
-STEPS = ("forward", "backward", "addmm-forward", "addmm-backward", "mask", "sum", *GATED)
+# Both directions in both forms of `fastlora.kernels.steps`, the passes over x that three projections share, the packed mask
+# alone, and the sum of partial results.
+STEPS = ("forward", "backward", "addmm-forward", "addmm-backward", "shared", "mask", "sum", *GATED)
 # (dtype of x and W, dtype of A and B).  "ieee" and "tf32" are the settings of torch's switch for float32 products.
 DTYPES = {
     "float16": (torch.float16, torch.float16),
@@ -98,11 +101,27 @@ class CompileCase:
                 steps.forward(x, weight, lora_A, lora_B, bias, seed, 2.0, dropout_p, **options)
             elif self.step.endswith("backward"):
                 steps.backward(dy, x, weight, lora_A, lora_B, S, seed, 2.0, dropout_p, adapter, **options)
+            elif self.step == "shared":
+                self._run_shared(x, seed, dropout_p)
             elif self.step == "sum":
                 both = Result((self.rank, K), adapter, parts=4), Result((N, self.rank), adapter, parts=3)
                 sum_partials(plan_sum(*both), *(result.empty(x.device) for result in both))
             elif seed is not None:
                 pack_bits(plan_pack_bits((M, K), mask_code(dropout_p, seed, self.target)), seed, dropout_p)
+
+    def _run_shared(self, x: Tensor, seed: Tensor | None, dropout_p: float) -> None:
+        """S of three projections, and their dA with dx's term."""
+        M, K = x.shape
+        adapter, words = DTYPES[self.dtype][1], (0, 1, 2)
+        A, U = _meta(3 * self.rank, K, dtype=adapter), _meta(3 * M, self.rank, dtype=torch.float32)
+        of_x, of_A, of_U = (TensorSpec.of(tensor) for tensor in (x, A, U))
+        facts = matmul_precision(x.dtype), self.target
+        mask = mask_code(dropout_p, seed, self.target)
+        dropout: Any = {"seed": seed, "dropout_p": dropout_p}
+        shrink(plan_shrink(of_x, of_A, mask, *facts, words=words), x, A, **dropout)
+        if self.target.has_wgmma:  # see `fastlora.kernels.group`
+            to_dA = plan_grad_a(of_x, of_U, adapter, *facts, mask=mask, V=of_A, words=words)
+            grad_a(to_dA, x, U, A, dx=torch.empty_like(x), **dropout)
 
     def _run_gated(self, e: Tensor, lora_A: Tensor, S: Tensor, seed: Tensor | None, dropout_p: float) -> None:
         activation, direction = self.step.split("-")
@@ -115,24 +134,31 @@ class CompileCase:
 
 
 def every_case(ranks: Iterable[int] = RANKS, shapes: Iterable[str] = ("aligned",)) -> list[CompileCase]:
-    """Both directions and forms in every dtype for every GPU, and once for each GPU the packed mask and the sum."""
-    whole = [CompileCase(*key) for key in product((*STEPS[:4], *GATED), DTYPES, ranks, TARGETS, shapes)]
+    """The steps in every dtype for every GPU, and once for each GPU the packed mask and the sum."""
+    whole = [CompileCase(*key) for key in product((*STEPS[:5], *GATED), DTYPES, ranks, TARGETS, shapes)]
     whole = [case for case in whole if case.capability != GFX942 or case.dtype != "float32-tf32"]  # see `matmul_precision`
     return whole + [CompileCase(step, "bfloat16", 16, capability) for step in ("mask", "sum") for capability in TARGETS]
 
 
 def gated_cases() -> list[CompileCase]:
-    """What the tests compile: each dtype, rank, GPU and shape at least once in both directions and forms."""
-    keys = [("bfloat16", rank, 90, "aligned") for rank in RANKS]
+    """What the tests compile: each dtype, rank, GPU and shape at least once in both directions and forms.
+
+    With another Triton than the pinned one, which takes the same tiles, less: `python -m tools.compile_report` takes any case.
+    """
+    keys = [("bfloat16", 16, capability, "aligned") for capability in (80, 90, 100)]
+    keys += [("bfloat16", 128, 90, "aligned"), ("bfloat16", 16, 90, "ragged")]
     keys += [(dtype, 16, 90, "aligned") for dtype in DTYPES if dtype != "bfloat16"]
-    keys += [("bfloat16", rank, capability, "aligned") for rank in (16, 128) for capability in (80, 100)]
-    keys += [
-        ("bfloat16+float32", 128, 90, "aligned"),
-        ("float32-ieee", 16, 80, "aligned"),
-        ("float32-tf32", 16, 100, "aligned"),
-    ]
-    keys += [("bfloat16", 16, 90, shape) for shape in SHAPES if shape != "aligned"]
+    if IS_PINNED_TRITON:
+        keys += [("bfloat16", rank, 90, "aligned") for rank in (8, 64)]
+        keys += [("bfloat16", 128, capability, "aligned") for capability in (80, 100)]
+        keys += [
+            ("bfloat16+float32", 128, 90, "aligned"),
+            ("float32-ieee", 16, 80, "aligned"),
+            ("float32-tf32", 16, 100, "aligned"),
+        ]
+        keys += [("bfloat16", 16, 90, shape) for shape in SHAPES if shape not in ("aligned", "ragged")]
     whole = [CompileCase(step, *key) for key in keys for step in STEPS[:4]]
+    whole += [CompileCase("shared", *key) for key in keys if key[1] <= 64 and key[3] in ("aligned", "ragged")]
     whole += [CompileCase(step, "bfloat16", 16, 90) for step in ("mask", "sum")]
     whole += _gated_mlps()
     return whole + (_on_other_cards() if IS_PINNED_TRITON else [])

@@ -15,6 +15,8 @@ PRODUCTS = {
     ("shrink", "gemm"): ("S", "y"),
     ("grad_b", "grad_a", "gemm"): ("dS dB", "dA", "dx"),
     ("shrink", "grad_a", "grad_a", "gemm"): ("dS", "dB", "dA", "dx"),
+    ("shrink", "grad_a"): ("S", "dA dx"),
+    ("shrink",): ("S",),
     ("pack_bits",): ("bits",),
     ("sum_partials",): ("sum",),
     ("gated",): ("h S",),

@@ -23,12 +23,17 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastlora import ops
+from fastlora import group, ops
 from fastlora.kernels import launch as launching
 
 ALLOCATIONS = {"empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", "new_empty_strided"}
 # The package's own operators -> what they run.
-STEPS: dict[Any, Callable[..., Any]] = {ops.LORA_LINEAR: ops.forward, ops.LORA_LINEAR_BACKWARD: ops.backward}
+STEPS: dict[Any, Callable[..., Any]] = {
+    ops.LORA_LINEAR: ops.forward,
+    ops.LORA_LINEAR_BACKWARD: ops.backward,
+    group.LORA_LINEARS: group.forward,
+    group.LORA_LINEARS_BACKWARD: group.backward,
+}
 OVERWRITING = {"copy_", "fill_", "zero_"}  # they write in place without reading
 
 

@@ -5,6 +5,7 @@ dS and dB together, outputs are written once, and a GEMM of tiles_m × tiles_n t
 Only the sizes of the tiles are taken from the launches.
 """
 
+import collections
 import functools
 from dataclasses import replace
 from typing import Any
@@ -14,7 +15,7 @@ import pytest
 import torch
 import triton
 
-from fastlora import lora_linear
+from fastlora import Projection, lora_linear, lora_linears
 from fastlora.kernels import steps
 from fastlora.kernels.grad_b import MAX_RANK
 from fastlora.kernels.target import INTERPRETER, Target
@@ -223,3 +224,26 @@ def test_backward_without_x_packs_the_mask_from_the_seed(form):
     bits = M * triton.cdiv(K, 8)
     check(pack_bits, seed=(8, pack_bits.grid[0] * pack_bits.grid[1]), bits=(bits, 0))
     assert gemm["bits"].bytes_loaded == bits
+
+
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+def test_projections_share_their_passes(dropout_p):
+    """S of all reads x once, dA of all reads it once, and dx is one tensor: nothing adds up gradients."""
+    x = torch.randn(96, 256, requires_grad=True)
+    shapes = [(256, 8), (64, 8), (64, 8)]
+    weights = [(torch.randn(N, 256), torch.randn(r, 256), torch.randn(N, r).requires_grad_()) for N, r in shapes]
+    projections = [Projection(*own, dropout_p=dropout_p) for own in weights]
+    with counted() as launches:
+        ys = lora_linears(x, projections, backend="addmm")
+        torch.autograd.grad(ys, [x, *(own[2] for own in weights)], [torch.ones_like(y) for y in ys])
+    shrink, grad_a = (next(launch for launch in launches if launch.kernel == name) for name in ("shrink", "grad_a"))
+    assert (shrink["x"].loads == 1).all()
+    assert (grad_a["x"].loads == 1).all()
+    assert (grad_a["dx"].stores == 1).all()
+    assert not grad_a["dx"].loads.any()
+    done = collections.Counter(names(launches))
+    assert done["shrink"] == done["grad_a"] == 1
+    assert done["gemm"] == done["grad_b"] == 3
+    assert done["addmm_"] == 6
+    assert not done["add"]
+    assert not done["add_"]
