@@ -198,7 +198,7 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
     "half an adapter": (
         {"up": Projection(W, torch.randn(2, 4), None)},
         TypeError,
-        "up: lora_B must be a torch.Tensor, got NoneType",
+        "up: lora_A and lora_B must both be tensors or both None",
     ),
     "in": ({"up": Projection(torch.randn(6, 5), None, None)}, ValueError, "up: x has shape"),
     "out": (
@@ -206,7 +206,11 @@ BAD: dict[str, tuple[dict[str, Any], type[Exception], str]] = {
         ValueError,
         "gate and up must have one out_features, got 6 and 7",
     ),
-    "intermediate": ({"down": Projection(W, None, None)}, ValueError, "down: its input has 6 features"),
+    "intermediate": (
+        {"down": Projection(W, None, None)},
+        ValueError,
+        r"down: gate has 6 out_features, but down's weight \(6, 4\) expects 4",
+    ),
     "dtype": (
         {"down": Projection(W.t().double(), None, None)},
         TypeError,

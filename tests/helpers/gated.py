@@ -28,14 +28,14 @@ class Mlp:
 
     def draw(self) -> tuple[list[Tensor], Tensor]:
         """(the leaves x, then W, A, B and bias of each linear, where there is one; dy)."""
-        M, K, I, N = self.sizes
+        M, K, inner, N = self.sizes
         generator = torch.Generator().manual_seed(0)
 
         def normal(*shape: int, fan_in: int = 1, dtype: torch.dtype = self.dtypes[0]) -> Tensor:
             return (torch.randn(shape, generator=generator) / max(fan_in, 1) ** 0.5).to(dtype)
 
         leaves = [normal(M, K).requires_grad_()]
-        for (n, k), r in zip(((I, K), (I, K), (N, I)), self.ranks, strict=True):
+        for (n, k), r in zip(((inner, K), (inner, K), (N, inner)), self.ranks, strict=True):
             leaves.append(normal(n, k, fan_in=k))
             if r:
                 leaves.append(normal(r, k, fan_in=k, dtype=self.dtypes[1]).requires_grad_())
