@@ -69,7 +69,8 @@ def parts_of(module: nn.Module, kind: type[nn.Module]) -> Parts | str | None:
     for other in between:
         if type(other) is not nn.Dropout or is_altered(other):
             return f"a {type(other).__name__} stands before its last linear"
-    return Parts(activation, *linears, between)
+    gate, up, down = linears
+    return Parts(activation, gate, up, down, between)
 
 
 def activation_of(act: Any) -> str | None:
@@ -114,7 +115,7 @@ def _result(body: list[ast.stmt]) -> ast.expr | None:
     values: dict[str, ast.expr] = {}
     for statement in body:
         if isinstance(statement, ast.Return) and statement.value is not None:
-            return _Substitute(values).visit(statement.value)  # type: ignore[no-any-return]  # an expression stays one
+            return _Substitute(values).visit(statement.value)
         if isinstance(statement, ast.Assign) and len(statement.targets) == 1 and isinstance(statement.targets[0], ast.Name):
             values[statement.targets[0].id] = _Substitute(values).visit(statement.value)
         elif not _is_docstring(statement) and not _is_cast(statement):

@@ -41,14 +41,14 @@ class GatedMlp(nn.Module):
         """x (..., in) -> (..., out)."""
         given = decide(self, x) if not args and not kwargs else "it is called with more than x"
         if isinstance(given, str):
-            return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return, misc]  # of the MLP's class
+            return super().forward(x, *args, **kwargs)
         activation, projections = given
         return lora_mlp(x, *projections, activation=activation)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and pickles name the MLP's own class: the fused one is made at run time."""
-        _, (_, *arguments), *state = super().__reduce_ex__(protocol)  # type: ignore[misc]  # copyreg.__newobj__'s
-        return _new, (_own_class(self), *arguments), *state
+        reduced: Any = super().__reduce_ex__(protocol)  # copyreg.__newobj__, (class, ...), state, ...
+        return _new, (_own_class(self), *reduced[1][1:]), *reduced[2:]
 
 
 @functools.cache
@@ -57,7 +57,7 @@ def _fused_class(kind: Any) -> Any:
     return type(f"Fused{kind.__name__}", (GatedMlp, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
 
 
-def _new(kind: type[nn.Module], *arguments: Any) -> Any:
+def _new(kind: Any, *arguments: Any) -> Any:
     fused = _fused_class(kind)
     return fused.__new__(fused, *arguments)
 
@@ -99,7 +99,9 @@ def _projection(linear: Any, x: Tensor) -> Projection | str:
         given = operands(linear) if isinstance(linear, Fused) else "it is not accelerated"
         if isinstance(given, str):
             return given
-        reason, projection = unsupported_input(x, given, linear), Projection(*given)
+        if not given.is_plain:
+            return "its adapter is DoRA, or one of several"
+        reason, projection = unsupported_input(x, given, linear), Projection(*given[:6])
     else:
         weight = weight_of(linear)
         if isinstance(weight, str):
