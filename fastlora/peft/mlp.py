@@ -26,7 +26,7 @@ from fastlora.oracle import FLOOR, relative_error
 from fastlora.peft.base import weight_of
 from fastlora.peft.calls import Operands, _too_small, operands, unsupported_input
 from fastlora.peft.fused import Fused
-from fastlora.peft.gated import Parts, parts_of
+from fastlora.peft.gated import Parts, parts_of, shape_of
 from fastlora.projections import Projection
 from fastlora.quantized import QuantizedWeight
 from fastlora.validation import autocast_target, is_altered
@@ -54,7 +54,8 @@ class GatedMlp(nn.Module):
 @functools.cache
 def _fused_class(kind: Any) -> Any:
     """The class of an attached module whose class was `kind`."""
-    return type(f"Fused{kind.__name__}", (GatedMlp, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
+    names = {"__module__": kind.__module__, "__doc__": kind.__doc__, "_fastlora_shape": shape_of(kind.forward)}
+    return type(f"Fused{kind.__name__}", (GatedMlp, kind), names)
 
 
 def _new(kind: Any, *arguments: Any) -> Any:

@@ -10,16 +10,15 @@ from unittest import mock
 import pytest
 import torch
 import torch.nn.functional as F
+import transformers
 from peft_layer import hook
-from peft_models import FLOOR, PRECISIONS, Judged, build, equal, inputs_of, logits_of, run, wrap
+from peft_models import CAUSAL, FLOOR, PRECISIONS, Judged, build, equal, inputs_of, logits_of, run, wrap
 from saved import saved_by
-from torch import Tensor, nn
+from torch import nn
 
 import fastlora
-from fastlora import dropout_mask, oracle
-from fastlora.dropout import draw_seed, keep_scale
-from fastlora.peft import layers
-from fastlora.peft.gated import activation_of, shape_of
+from fastlora import oracle
+from fastlora.peft.gated import Shape, activation_of, shape_of
 from fastlora.peft.mlp import GatedMlp, find
 
 pytestmark = pytest.mark.filterwarnings("ignore:r=4 is above min", "ignore:fastlora. ")
@@ -41,42 +40,25 @@ def attached(model: nn.Module | None = None, **options: Any) -> nn.Module:
     return wrapped
 
 
-class Masked(nn.Module):
-    """The dropout of one linear of a gated MLP, with the mask that `lora_mlp` takes: gate's draws the seed of all three."""
-
-    def __init__(self, p: float, index: int, seeds: list[Tensor]) -> None:
-        super().__init__()
-        self.p, self.index, self.seeds = p, index, seeds
-
-    def forward(self, x: Tensor) -> Tensor:
-        if self.index == 0:
-            self.seeds[:] = [draw_seed(x.device)]
-        mask = dropout_mask(self.seeds[0], x[..., 0].numel(), x.shape[-1], self.p, projection=self.index)
-        return x * mask.view(x.shape) * keep_scale(self.p)
-
-
 class JudgedMlp(Judged):
-    """`Judged` for a model whose MLPs alone have adapters, with one seed for the three masks of each."""
+    """`Judged` with gated MLPs as one step, each with one seed for the masks of gate, up and down."""
 
     def __init__(self, model: nn.Module, names: list[str], autocast_dtype: torch.dtype | None) -> None:
         super().__init__(model, autocast_dtype)
-        self.eager = copy.deepcopy(model)
-        for module in find(model):
-            seeds: list[Tensor] = []
-            for index, name in enumerate(names):
-                dropout = self.eager.get_submodule(f"{module}.{name}").lora_dropout
-                dropout["default"] = Masked(dropout["default"].p, index, seeds)
-        self.truth = copy.deepcopy(self.eager).double()
-        fastlora.decelerate(self.fused)
-        assert fastlora.accelerate(self.fused, groups=False, mlp=True).mlps
+        self.mlps = fastlora.accelerate(self.fused, mlp=True).mlps
+        self.names = names
+
+    def groups(self) -> list[list[str]]:
+        return [*super().groups(), *([f"{mlp}.{name}" for name in self.names] for mlp in self.mlps)]
 
 
 @pytest.mark.parametrize("precision", ["float32", "mixed-autocast"])
 @pytest.mark.parametrize("kind", MODELS)
 def test_logits_and_every_gradient(kind: str, precision: str) -> None:
-    names = ["wi_0", "wi_1", "wo"] if kind == "t5" else LINEARS
+    """Adapters on all linears: layers that share x are groups beside the MLPs."""
     dtype, autocast_dtype = PRECISIONS[precision]
-    judge = JudgedMlp(wrap(build(kind, dtype), target_modules=names, lora_dropout=0.3), names, autocast_dtype)
+    names = ["wi_0", "wi_1", "wo"] if kind == "t5" else LINEARS
+    judge = JudgedMlp(wrap(build(kind, dtype), lora_dropout=0.3), names, autocast_dtype)
     draws = 2 if precision == "float32" else 6
     with counted_steps() as calls:
         for draw in range(draws):
@@ -146,11 +128,7 @@ CHANGES: dict[str, Callable[[Any], Any]] = {
     "merged": lambda mlp: mlp.down_proj.merge(),
     "disabled": lambda mlp: mlp.gate_proj.enable_adapters(False),
     "trainable base": lambda mlp: mlp.gate_proj.base_layer.weight.requires_grad_(),
-    "two adapters": lambda mlp: (
-        mlp.up_proj.update_layer("other", 2, lora_alpha=1, lora_dropout=0.0, init_lora_weights=True, use_rslora=False)
-        if False
-        else mlp.up_proj.set_adapter([])
-    ),
+    "no active adapter": lambda mlp: mlp.up_proj.set_adapter([]),
     "another activation": lambda mlp: setattr(mlp, "act_fn", nn.ReLU()),
     "a linear of another kind": lambda mlp: setattr(mlp, "up_proj", nn.Sequential(mlp.up_proj)),
 }
@@ -161,9 +139,8 @@ def test_the_own_forward_runs_where_the_step_would_differ(change: str) -> None:
     model = attached()
     eager = copy.deepcopy(model)
     fastlora.decelerate(eager)
-    for own, other in ((mlp_of(model), find(eager)),):
-        CHANGES[change](own)
-        CHANGES[change](next(iter(other.values())))
+    for mlp in (mlp_of(model), next(iter(find(eager).values()))):
+        CHANGES[change](mlp)
     with counted_steps() as calls:
         found = logits_of(model)
     assert len(calls) == 1  # the other layer's
@@ -199,29 +176,99 @@ def test_checkpointed_layers_recompute_the_same() -> None:
 
 
 def test_bytes_saved_by_a_llama_mlp() -> None:
-    """The figures of docs/mlp.md, for each row: of PEFT, of single layers, and of one step."""
-    hidden, inner, rows = 128, 448, 64  # 2 : 7, as in Llama 3 8B
-    options = {"hidden_size": hidden, "intermediate_size": inner}
-    with mock.patch.dict("peft_models.CAUSAL", options):
-        config = {**__import__("peft_models").CAUSAL}
-    import transformers
-
-    torch.manual_seed(0)
-    base = transformers.LlamaForCausalLM(transformers.LlamaConfig(**config)).to(torch.bfloat16)
-    model = wrap(base, target_modules=LINEARS, lora_dropout=0.1, r=4)
+    """The figures of docs/mlp.md: bytes for each row of x, beside x itself, of PEFT, of single layers, and of one step."""
+    hidden, inner, rows, r = 128, 448, 64, 4
+    config = transformers.LlamaConfig(**CAUSAL | {"hidden_size": hidden, "intermediate_size": inner})
+    model = wrap(transformers.LlamaForCausalLM(config).to(torch.bfloat16), target_modules=LINEARS, lora_dropout=0.1, r=r)
     mlp = next(iter(find(model).values()))
-    parameters = {p.data_ptr() for p in model.parameters()}
     x = torch.randn(rows, hidden, dtype=torch.bfloat16, requires_grad=True)
+    kept = {p.untyped_storage().data_ptr() for p in (*model.parameters(), x)}
 
-    def kept() -> int:
+    def saved() -> float:
         storages = {t.untyped_storage().data_ptr(): t.untyped_storage().nbytes() for t in saved_by(lambda: mlp(x))}
-        return sum(size for address, size in storages.items() if address not in parameters and address != x.data_ptr())
+        return sum(size for address, size in storages.items() if address not in kept) / rows
 
-    peft = kept()
+    peft = saved()
     fastlora.accelerate(model, groups=False)
-    single = kept()
+    single = saved()
     fastlora.accelerate(model, groups=False, mlp=True)
-    step = kept()
-    small = rows * (3 * 4 * 4 + (2 * hidden + inner) // 8)  # S, and a bit an element and mask
-    assert step == 2 * rows * inner * 2 + small
-    assert (peft // rows, single // rows, step // rows) == (0, 0, 0)
+    S, bits = 3 * 4 * r, (2 * hidden + inner) // 8
+    assert saved() == 4 * inner + S + bits
+    assert single == 8 * inner + S + bits
+    assert peft == 17 * inner + 10 * hidden + 2 * S
+
+
+class Forwards:
+    """Forwards of gated MLPs, and of others."""
+
+    def plain(self, x):  # type: ignore[no-untyped-def]  # as in models
+        return self.w2(F.silu(self.w1(x)) * self.w3(x))
+
+    def swapped(self, hidden):  # type: ignore[no-untyped-def]
+        """Up stands first."""
+        up = self.c.b(hidden)
+        return self.d(up * self.act(self.a(hidden)))
+
+    def product_first(self, x):  # type: ignore[no-untyped-def]
+        h = self.a(x) * self.b(x)
+        return self.d(self.act(h))
+
+    def scaled(self, x):  # type: ignore[no-untyped-def]
+        return self.d(self.act(self.a(x)) * self.b(x)) * self.scale
+
+    def branching(self, x):  # type: ignore[no-untyped-def]
+        if self.training:
+            x = x + 1
+        return self.d(self.act(self.a(x)) * self.b(x))
+
+    def of_another_x(self, x):  # type: ignore[no-untyped-def]
+        z = self.norm(x)
+        return self.d(self.act(self.a(x)) * self.b(z))
+
+
+def test_forwards_are_recognised_by_their_source() -> None:
+    assert shape_of(Forwards.plain) == Shape("F.silu", "self.w1", "self.w3", "self.w2", ())
+    assert shape_of(Forwards.swapped) == Shape("self.act", "self.a", "self.c.b", "self.d", ())
+    for name in ("scaled", "branching", "of_another_x"):
+        assert shape_of(getattr(Forwards, name)) is None, name
+    assert shape_of(torch.relu) is None
+
+
+@pytest.mark.parametrize(
+    ("activation", "name"),
+    [
+        ("silu", "silu"),
+        ("swish", "silu"),
+        ("gelu", "gelu"),
+        ("gelu_new", "gelu_pytorch_tanh"),
+        ("gelu_fast", "gelu_pytorch_tanh"),
+        ("gelu_pytorch_tanh", "gelu_pytorch_tanh"),
+        ("relu", None),
+        ("quick_gelu", None),
+        ("gelu_10", None),
+    ],
+)
+def test_activations_of_transformers(activation: str, name: str | None) -> None:
+    assert activation_of(transformers.activations.ACT2FN[activation]) == name
+    assert activation_of(F.silu) == "silu"
+
+
+def test_what_is_left_is_reported_with_its_reason() -> None:
+    model = wrap(build(), target_modules=LINEARS)
+    first, second = find(model).values()
+    first.act_fn = nn.ReLU()
+    second.act_fn.forward = torch.tanh
+    report = fastlora.accelerate(model, mlp=True)
+    assert (report.mlps, [reason for _, reason in report.mlps_left]) == (
+        (),
+        ["its activation is torch.nn.modules.activation.ReLU", "its activation has hooks, or a forward of its own"],
+    )
+    assert "  gated MLP left, its activation is torch.nn.modules.activation.ReLU: 1" in str(report)
+
+
+def test_a_module_whose_probe_disagrees_is_left(monkeypatch: pytest.MonkeyPatch) -> None:
+    model = wrap(build(), target_modules=LINEARS)
+    monkeypatch.setattr("fastlora.peft.gated.ACTIVATIONS", {"transformers.activations.SiLUActivation": "gelu"})
+    report = fastlora.accelerate(model, mlp=True)
+    assert report.mlps == ()
+    assert {reason.split(":")[0] for _, reason in report.mlps_left} == {"its forward computes something else"}
