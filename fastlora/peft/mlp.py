@@ -99,7 +99,9 @@ def _projection(linear: Any, x: Tensor) -> Projection | str:
         given = operands(linear) if isinstance(linear, Fused) else "it is not accelerated"
         if isinstance(given, str):
             return given
-        reason, projection = unsupported_input(x, given, linear), Projection(*given)
+        if not given.is_plain:
+            return "its adapter is DoRA, or one of several"
+        reason, projection = unsupported_input(x, given, linear), Projection(*given[:6])
     else:
         weight = weight_of(linear)
         if isinstance(weight, str):
