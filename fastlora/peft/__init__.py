@@ -122,6 +122,7 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str]) -> AbstractConte
     It is PEFT's `model(**batch, adapter_names=[...])`, but training works: each adapter gets the gradients of its rows, if its
     parameters require them (`model.base_model.set_adapter(["first", "second"])` makes all of them trainable). Accelerated
     layers multiply with the base weight once for all rows. Backward belongs inside for models that checkpoint activations.
+    What is NaN or infinite in the rows of one adapter reaches the gradients of the others, see `fastlora.several`.
 
     Raises:
         TypeError: adapter_names is not a list of str.
