@@ -139,7 +139,7 @@ def shared(layer: Any, x: Tensor, given: Projection) -> Tensor | None:
 def drop(layer: Any) -> Pending | None:
     """Forget what waits for the group that `layer` leads, at a call of it. Returns what was left."""
     group: Group | None = None if torch.compiler.is_compiling() else layer._fastlora_group
-    if group is None or group.pending is None or group.layers()[0] is not layer:
+    if group is None or group.pending is None or group.layers()[:1] != [layer]:
         return None
     left, group.pending = group.pending, None
     return left
@@ -296,6 +296,4 @@ def groups(layers: Mapping[str, Any]) -> tuple[tuple[str, ...], ...]:
 def single_reason(layer: Any) -> str | None:
     """Why the layer shares x with none, where another reason than its calls is known."""
     group: Group | None = getattr(layer, "_fastlora_group", None)
-    if group is None:
-        return None
-    return ALTERED if is_altered(layer) else group.reason or group.refused.get(id(layer))
+    return group and (ALTERED if is_altered(layer) else group.reason or group.refused.get(id(layer)))
