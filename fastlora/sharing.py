@@ -211,7 +211,7 @@ def _fetch(layer: Any, group: Group, moment: Moment, given: Projection) -> Tenso
 
 def _settled(group: Group, given: Projection) -> bool:
     """Whether no earlier forward of the group will run again: each one has, or the optimizer has changed the adapter."""
-    versions = given.lora_A._version, given.lora_B._version
+    versions = given.lora_A._version, given.lora_B._version  # type: ignore[union-attr]  # a layer gives both
     if versions != group.versions:
         group.versions, group.outstanding = versions, 0
     return group.outstanding == 0
@@ -238,7 +238,7 @@ def _left_out(layer: Any, x: Tensor, given: Projection, leader: Any, leads: Proj
     """Why the leader's call does not compute the layer too, or None."""
     same = layer.training and layer.backend == leader.backend and given.weight.device == leads.weight.device
     for one, other in ((given.weight, leads.weight), (given.lora_A, leads.lora_A)):
-        same = same and one.shape[1] == other.shape[1] and _dtype(one) == _dtype(other)
+        same = same and one.shape[1] == other.shape[1] and _dtype(one) == _dtype(other)  # type: ignore[arg-type, union-attr]  # as above
     return _alone(layer, x, given) if same else UNLIKE
 
 
