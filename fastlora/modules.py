@@ -161,8 +161,9 @@ class FusedLoraLinear(FusedLoraLayer):
         given = self._projection(x)
         options: Any = {"training": self.training, "backend": self.backend}
         if isinstance(given, Projection):
-            y, operands = shared(self, x, given), cast(Any, given[:4])
-            return lora_linear(x, *operands, scaling=given.scaling, dropout_p=given.dropout_p, **options) if y is None else y
+            y = shared(self, x, given)
+            weight, A, B, bias, scaling, p = cast(Any, given)
+            return lora_linear(x, weight, A, B, bias, scaling=scaling, dropout_p=p, **options) if y is None else y
         drop(self)
         if not self.merged and self.lora_A is not None and self.lora_B is not None and self.lora_magnitude_vector is not None:
             options |= {"scaling": self.scaling, "dropout_p": self.lora_dropout, "magnitude": self.lora_magnitude_vector}
