@@ -158,9 +158,9 @@ class FusedLoraLinear(FusedLoraLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out).  A merged module in training warns: its adapter gets no gradient."""
-        given = self._projection(x)
+        given: Any = self._projection(x)
         options: Any = {"training": self.training, "backend": self.backend}
-        if isinstance(given, Projection):
+        if not isinstance(given, str):
             y = shared(self, x, given)
             return lora_linear(x, *given[:4], scaling=given.scaling, dropout_p=given.dropout_p, **options) if y is None else y
         drop(self)
