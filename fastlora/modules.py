@@ -158,9 +158,9 @@ class FusedLoraLinear(FusedLoraLayer):
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out).  A merged module in training warns: its adapter gets no gradient."""
-        given = self._projection(x)
+        given: Any = self._projection(x)
         options: Any = {"training": self.training, "backend": self.backend}
-        if isinstance(given, Projection):
+        if not isinstance(given, str):
             y = shared(self, x, given)
             weight, A, B, bias, scaling, p = cast(Any, given)
             return lora_linear(x, weight, A, B, bias, scaling=scaling, dropout_p=p, **options) if y is None else y

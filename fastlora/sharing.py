@@ -82,7 +82,7 @@ class Group:
         self.refused: dict[int, str] = {}  # id of a member -> why the leader's last call left it out
         self.reason: str | None = None  # why the group ends, or ended
         self.outstanding = 0  # forwards that activation checkpointing may run again
-        self.versions: tuple[int, ...] | None = None  # of the leader's A and B, when `outstanding` was last looked at
+        self.versions: list[int] | None = None  # of the leader's A and B, when `outstanding` was last looked at
         self._thread = threading.local()
 
     def __reduce__(self) -> tuple[type["Group"], tuple[()]]:
@@ -202,16 +202,15 @@ def _fetch(layer: Any, group: Group, moment: Moment, given: Projection) -> Tenso
         group.pending = None
     if result is None:
         return None
-    stamp, y, _ = result
-    if pending.moment.same(moment) and stamp == _stamp(layer, given):
-        return y
+    if pending.moment.same(moment) and result[0] == _stamp(layer, given):
+        return result[1]
     group.reason = NOT_CALLED
     return None
 
 
 def _settled(group: Group, given: Projection) -> bool:
     """Whether no earlier forward of the group will run again: each one has, or the optimizer has changed the adapter."""
-    versions = tuple(t._version for t in (given.lora_A, given.lora_B) if t is not None)
+    versions = [t._version for t in given[1:3] if isinstance(t, Tensor)]
     if versions != group.versions:
         group.versions, group.outstanding = versions, 0
     return group.outstanding == 0
@@ -237,14 +236,13 @@ def _alone(layer: Any, x: Tensor, given: Projection) -> str | None:
 def _left_out(layer: Any, x: Tensor, given: Projection, leader: Any, leads: Projection) -> str | None:
     """Why the leader's call does not compute the layer too, or None."""
     same = layer.training and layer.backend == leader.backend and given.weight.device == leads.weight.device
-    pairs: Any = (given.weight, leads.weight), (given.lora_A, leads.lora_A)
-    for one, other in pairs:
-        same = same and one.shape[1] == other.shape[1] and _dtype(one) == _dtype(other)
+    same = same and [_kind(t) for t in given[:2]] == [_kind(t) for t in leads[:2]]
     return _alone(layer, x, given) if same else UNLIKE
 
 
-def _dtype(weight: Tensor | QuantizedWeight) -> torch.dtype | None:
-    return None if isinstance(weight, QuantizedWeight) else weight.dtype
+def _kind(operand: Tensor | QuantizedWeight | None) -> tuple[int | None, torch.dtype | None]:
+    """(in, dtype) of W or A; a packed W may be of any dtype."""
+    return None if operand is None else operand.shape[1], getattr(operand, "dtype", None)
 
 
 def _stamp(layer: Any, given: Projection) -> tuple[Any, ...]:

@@ -94,9 +94,12 @@ def between(change: Callable[[Any, Tensor], Any]) -> Step:
 
 
 def recycled(model: Any, x: Tensor) -> None:
-    """x gets twice its values: twice new memory, and at the second time, if the allocator so wishes, where its old one was."""
-    for _ in range(2):
-        x.data = x.data * 2**0.5
+    """x gets other values in other memory, which the allocator at last puts where the old one was."""
+    value, address, used = 2 * x, x.data_ptr(), []
+    x.data = torch.empty(0)
+    while x.data_ptr() != address and len(used) < 1000:
+        used.append(x.data)
+        x.data = value.clone()
 
 
 @torch.no_grad()

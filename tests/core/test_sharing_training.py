@@ -13,6 +13,8 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
+from fastlora import sharing
+
 
 class Recorded(nn.Module):
     """The siblings in regions of activation checkpointing, and what each call computed, in the order of the calls.
@@ -52,8 +54,11 @@ def test_checkpointing_computes_again_what_it_computed(
     reentrant: bool, early_stop: bool, split: bool, schedule: str, grouped: list[int]
 ) -> None:
     """Masks too: a call that is grouped in forward and not in backward, or the other way round, would draw other ones."""
-    # Nothing is learned in regions of reentrant checkpointing that x comes into, so it was learned before.
-    recorded = Recorded((learned if split and reentrant else model_of)(p=0.4), split, use_reentrant=reentrant)
+    recorded = Recorded(model := model_of(p=0.4), split, use_reentrant=reentrant)
+    if split and reentrant:  # nothing is learned in regions that x comes into, so the group was active before
+        for _ in range(2):
+            model.siblings(x_of())
+        grouped.clear()
     optimizer = torch.optim.SGD([p for p in recorded.parameters() if p.requires_grad], lr=0.1)
     torch.manual_seed(5)
     keys, losses = iter(range(100)), deque[Tensor]()
@@ -70,6 +75,28 @@ def test_checkpointing_computes_again_what_it_computed(
         assert len(made) == 2 or (early_stop and not reentrant and len(made) == 1 and name != "q"), (name, key)
         assert all(torch.equal(again, made[0]) for again in made[1:]), (name, key)
     assert grouped == ([] if split and reentrant else [3 - split] * (2 * len(schedule)))
+
+
+def test_a_result_that_cannot_be_fetched_ends_the_group(grouped: list[int]) -> None:
+    model = learned()
+    for step in range(3):
+        x = x_of()
+        model.q(x)
+        model.k.scaling = model.v.scaling = float(step)
+        model.k(x), model.v(x)
+    assert grouped == [3]
+
+
+def test_a_member_that_runs_again_without_its_leader_ends_the_group() -> None:
+    """x requires no gradient, so that nothing says in forward that two regions share it."""
+    model, x, other = learned(), x_of(), torch.ones((), requires_grad=True)
+    model.siblings(x_of(2))
+    ys = [
+        checkpoint(lambda x, other, name=name: getattr(model, name)(x) * other, x, other, use_reentrant=True) for name in "qkv"
+    ]
+    sum(y.sum() for y in ys).backward()
+    model.siblings(x)
+    assert sharing.single_reason(model.q) == sharing.NOT_CALLED
 
 
 def test_a_checkpoint_learns_without_an_optimizer(grouped: list[int]) -> None:
