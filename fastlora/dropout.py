@@ -21,6 +21,7 @@ from torch import Tensor
 Word: TypeAlias = int | Tensor
 
 ROUNDS = 7
+GATE, UP, DOWN = range(3)  # the projections of a gated MLP
 LANES = 8  # columns served by one Philox call
 LANE_RANGE = 1 << 15  # values of v
 _WORD = 0xFFFFFFFF

@@ -2,19 +2,23 @@
 
 import math
 import warnings
-from typing import Any, Self, TypedDict, Unpack
+from typing import Any, Self, TypedDict, Unpack, cast
 
 import torch
 from torch import Tensor, nn
 
-from fastlora import validation
+from fastlora import dora_ops, validation
+from fastlora.dora import dora_linear
 from fastlora.functional import lora_linear
+from fastlora.projections import Projection
+from fastlora.sharing import Group, drop, shared
 
 
 class Options(TypedDict, total=False):
     """What `FusedLoraLinear` and its `from_linear` take by keyword only; each is False, or adapter_dtype None, by default."""
 
     use_rslora: bool
+    use_dora: bool
     fan_in_fan_out: bool
     merge_weights: bool
     adapter_dtype: torch.dtype | None
@@ -29,14 +33,16 @@ class FusedLoraLinear(nn.Module):
     Args:
         in_features, out_features, bias: as in nn.Linear.  r: rank.  lora_alpha, lora_dropout: as in PEFT.
         use_rslora: scale by 1/√r (Kalajdzievski, "A rank stabilization scaling factor", 2023).
+        use_dora: train the length of each row of W + scaling · B A as well, see `fastlora.dora`.
         fan_in_fan_out: weight is stored (in, out), as in transformers' Conv1D.
         merge_weights: merge on `eval()` and unmerge on `train()`, as loralib does.
         dtype, device: of weight and bias.  adapter_dtype: of lora_A and lora_B; default: dtype.  float32 adapters on a
             float16 or bfloat16 base keep float32 gradients without a float32 copy of x.
 
     Attributes:
-        weight (out, in) or, with fan_in_fan_out, (in, out); bias (out,) or None; lora_A (r, in); lora_B (out, r); scaling;
-        merged.  `state_dict` has the keys weight, bias, lora_A, lora_B, and describes the same function merged or not.
+        weight (out, in) or, with fan_in_fan_out, (in, out); bias (out,) or None; lora_A (r, in); lora_B (out, r);
+        lora_magnitude_vector (out,) with use_dora, else None; scaling; merged.  `state_dict` has the parameters' names as keys
+        and describes the same function merged or not.
 
     Raises:
         TypeError, ValueError: a size, rank, rate or dtype out of range, or a `linear` that cannot be wrapped.
@@ -44,8 +50,10 @@ class FusedLoraLinear(nn.Module):
 
     lora_A: nn.Parameter | None
     lora_B: nn.Parameter | None
+    lora_magnitude_vector: nn.Parameter | None
     bias: nn.Parameter | None
     _base_weight: Tensor | None
+    _fastlora_group: Group | None = None  # `inject` makes one
     backend: str | None = None  # set it to choose the backend of `lora_linear` for this module
 
     def __init__(
@@ -94,6 +102,7 @@ class FusedLoraLinear(nn.Module):
         lora_dropout: float,
         *,
         use_rslora: bool = False,
+        use_dora: bool = False,
         fan_in_fan_out: bool = False,
         merge_weights: bool = False,
         adapter_dtype: torch.dtype | None = None,
@@ -106,13 +115,16 @@ class FusedLoraLinear(nn.Module):
         validation.check_dropout_p(lora_dropout, "lora_dropout")
         validation.check_number(lora_alpha, "lora_alpha")
         validation.check_flag(use_rslora, "use_rslora")
+        validation.check_flag(use_dora, "use_dora")
+        if use_dora and not r:
+            raise ValueError("use_dora=True needs r >= 1, got r=0: DoRA scales a weight with an adapter")
         validation.check_flag(merge_weights, "merge_weights")
         lora_A = torch.empty((r, in_features), device=weight.device, dtype=adapter_dtype)
         lora_B = torch.empty((out_features, r), device=weight.device, dtype=adapter_dtype)
         validation.check_inputs(None, weight.t() if fan_in_fan_out else weight, lora_A, lora_B, bias, None)
         super().__init__()
         self.in_features, self.out_features, self.r = in_features, out_features, r
-        self.lora_alpha, self.lora_dropout, self.use_rslora = lora_alpha, lora_dropout, use_rslora
+        self.lora_alpha, self.lora_dropout, self.use_rslora, self.use_dora = lora_alpha, lora_dropout, use_rslora, use_dora
         self.fan_in_fan_out, self.merge_weights, self.merged = fan_in_fan_out, merge_weights, False
         self.scaling = lora_alpha / (math.sqrt(r) if use_rslora else r) if r else 0.0
         self.weight = self._frozen(weight)
@@ -120,41 +132,57 @@ class FusedLoraLinear(nn.Module):
         self.register_buffer("_base_weight", None, persistent=False)
         self.register_parameter("lora_A", nn.Parameter(lora_A) if r else None)
         self.register_parameter("lora_B", nn.Parameter(lora_B) if r else None)
+        self.register_parameter("lora_magnitude_vector", nn.Parameter(lora_B.new_empty(out_features)) if use_dora else None)
         self.reset_lora_parameters()
 
     def reset_lora_parameters(self) -> None:
-        """A from kaiming_uniform(a=√5), that is uniform(±1/√in), and B zero."""
+        """A from kaiming_uniform(a=√5), that is uniform(±1/√in), B zero, and the magnitude ‖W‖ of each row."""
         if self.lora_A is not None and self.lora_B is not None:
             if self.in_features:
                 nn.init.kaiming_uniform_(self.lora_A, a=math.sqrt(5))
             nn.init.zeros_(self.lora_B)
+        self._reset_magnitude()
+
+    @torch.no_grad()
+    def _reset_magnitude(self) -> None:
+        """The magnitude that changes nothing: ‖W + scaling · B A‖ of each row."""
+        if self.lora_magnitude_vector is not None and self.lora_A is not None and self.lora_B is not None:
+            self.lora_magnitude_vector.copy_(dora_ops.DORA_NORM(self._dense_W(), self.lora_A, self.lora_B, self.scaling))
 
     def forward(self, x: Tensor) -> Tensor:
         """(..., in) -> (..., out).  A merged module in training warns: its adapter gets no gradient."""
-        W = self._W()
+        given = self._projection(x)
+        options: Any = {"training": self.training, "backend": self.backend}
+        if isinstance(given, Projection):
+            y = shared(self, x, given)
+            return lora_linear(x, *given[:4], scaling=given.scaling, dropout_p=given.dropout_p, **options) if y is None else y
+        drop(self)
+        if not self.merged and self.lora_A is not None and self.lora_B is not None and self.lora_magnitude_vector is not None:
+            options |= {"scaling": self.scaling, "dropout_p": self.lora_dropout, "magnitude": self.lora_magnitude_vector}
+            return dora_linear(x, self._W(), self.lora_A, self.lora_B, self.bias, **options)
+        untrained = self.merged and self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
+        if untrained and any(p is not None and p.requires_grad for p in (self.lora_A, self.lora_B)):
+            warnings.warn(
+                "a merged LoRA linear runs in training mode: its adapter gets no gradient, call unmerge() before training",
+                stacklevel=2,
+            )
+        return nn.functional.linear(x, self._W(), self.bias)
+
+    def _projection(self, x: Tensor) -> Projection | str:
+        """The operands of a call with x, or why it is none of a plain LoRA linear: see `fastlora.sharing`."""
         if self.merged or self.lora_A is None or self.lora_B is None:
-            untrained = self.merged and self.training and torch.is_grad_enabled() and not torch.compiler.is_compiling()
-            if untrained and any(p is not None and p.requires_grad for p in (self.lora_A, self.lora_B)):
-                warnings.warn(
-                    "a merged LoRA linear runs in training mode: its adapter gets no gradient, call unmerge() before training",
-                    stacklevel=2,
-                )
-            return nn.functional.linear(x, W, self.bias)
-        return lora_linear(
-            x,
-            W,
-            self.lora_A,
-            self.lora_B,
-            self.bias,
-            scaling=self.scaling,
-            dropout_p=self.lora_dropout,
-            training=self.training,
-            backend=self.backend,
-        )
+            return "it is merged" if self.merged else "it has rank 0"
+        if self.lora_magnitude_vector is not None:
+            return "it is DoRA"
+        return Projection(self._W(), self.lora_A, self.lora_B, self.bias, self.scaling, self.lora_dropout)
 
     def _W(self) -> Any:
         """W (out, in) as `lora_linear` takes it: a tensor, or in a subclass a QuantizedWeight."""
         return self.weight.t() if self.fan_in_fan_out else self.weight
+
+    def _dense_W(self) -> Tensor:
+        """W (out, in) as a tensor."""
+        return cast(Tensor, self._W())
 
     def train(self, mode: bool = True) -> Self:
         """Set the mode; with merge_weights, unmerge for training and merge for evaluation."""
@@ -172,7 +200,8 @@ class FusedLoraLinear(nn.Module):
     def merged_weight(self) -> Tensor:
         """W + scaling · B A of a module that is not merged, in W's layout, summed in float32 and rounded once to W's dtype."""
         base, delta = self.weight.detach(), self.delta_weight()
-        return (base.to(delta.dtype) + (delta.t() if self.fan_in_fan_out else delta)).to(base.dtype)
+        total = base.to(delta.dtype) + (delta.t() if self.fan_in_fan_out else delta)
+        return dora_ops.scaled(total, self.lora_magnitude_vector, 0 if self.fan_in_fan_out else 1).to(base.dtype)
 
     def merge(self, keep_base: bool = True) -> None:
         """Fold the bypass into the weight, see `merged_weight`.
@@ -243,14 +272,18 @@ class FusedLoraLinear(nn.Module):
             destination[prefix + "weight"] = self._base_weight
         elif self.lora_B is not None:
             destination[prefix + "lora_B"] = torch.zeros_like(self.lora_B)
+            if self.lora_magnitude_vector is not None:
+                lengths = dora_ops.squares(self._dense_W()).sqrt()
+                destination[prefix + "lora_magnitude_vector"] = lengths.to(self.lora_magnitude_vector.dtype)
 
     def _load_from_state_dict(self, state_dict: dict[str, Any], prefix: str, *args: Any) -> None:
         """Loading into a merged module replaces the base weight and A, B; the module is merged again afterwards.
 
-        A module merged with keep_base=False has no base weight to keep, so that weight, lora_A and lora_B must come together.
+        A module merged with keep_base=False has no base weight to keep, so that weight and adapter must come together.
         """
         merged, keep_base = self.merged, self._base_weight is not None
-        missing = [name for name in ("weight", "lora_A", "lora_B") if prefix + name not in state_dict]
+        needed = ["weight", "lora_A", "lora_B"] + ["lora_magnitude_vector"] * self.use_dora
+        missing = [name for name in needed if prefix + name not in state_dict]
         if merged and self.r and not keep_base and missing:
             args[-1].append(f"{prefix or 'the module'} was merged with keep_base=False: loading needs {missing} as well")
             return
@@ -267,5 +300,5 @@ class FusedLoraLinear(nn.Module):
             f"in_features={self.in_features}, out_features={self.out_features}, bias={self.bias is not None}, r={self.r}, "
             f"lora_alpha={self.lora_alpha}, lora_dropout={self.lora_dropout}"
         )
-        flags = ("use_rslora", "fan_in_fan_out", "merge_weights", "merged")
+        flags = ("use_rslora", "use_dora", "fan_in_fan_out", "merge_weights", "merged")
         return text + "".join(f", {flag}=True" for flag in flags if getattr(self, flag))

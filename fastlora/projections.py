@@ -1,7 +1,7 @@
 """`lora_linears`: several LoRA projections of one x, as the q, k and v of an attention, in one step."""
 
 from collections.abc import Sequence
-from typing import NamedTuple
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
@@ -17,11 +17,14 @@ MAX_PROJECTIONS = 256  # a mask's word is a byte of a constant of the kernels
 
 
 class Projection(NamedTuple):
-    """One linear with its LoRA bypass: the arguments of `lora_linear` without x."""
+    """One linear with its LoRA bypass: the arguments of `lora_linear` without x.
+
+    In `lora_mlp` a linear without an adapter has lora_A = lora_B = None.
+    """
 
     weight: Tensor | QuantizedWeight
-    lora_A: Tensor
-    lora_B: Tensor
+    lora_A: Tensor | None
+    lora_B: Tensor | None
     bias: Tensor | None = None
     scaling: float = 1.0
     dropout_p: float = 0.0
@@ -70,7 +73,7 @@ def lora_linears(
     autocast_dtype = _autocast_dtype(x.device)
     for i, projection in enumerate(projections):
         try:
-            validation.check_inputs(x, *projection[:4], autocast_dtype)
+            validation.check_inputs(x, *projection[:4], autocast_dtype)  # type: ignore[arg-type]  # None is refused
             validation.check_number(projection.scaling, "scaling")
             validation.check_dropout_p(projection.dropout_p, "dropout_p")
         except (TypeError, ValueError) as error:
@@ -103,5 +106,6 @@ def lora_linears(
     return LoraLinearsFunction.apply(x, seed, constants, *weights, *lora_As, *lora_Bs, *biases, *flat)
 
 
-def _cast(tensor: Tensor, autocast_dtype: torch.dtype | None) -> Tensor:
-    return tensor.to(validation.autocast_target(tensor, autocast_dtype))
+def _cast(tensor: Any, autocast_dtype: torch.dtype | None) -> Tensor:
+    result: Tensor = tensor.to(validation.autocast_target(tensor, autocast_dtype))
+    return result

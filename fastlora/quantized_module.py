@@ -5,7 +5,7 @@ from typing import Any, Self, Unpack, cast
 import torch
 from torch import Tensor, nn
 
-from fastlora import quantized, validation
+from fastlora import dora_ops, quantized, validation
 from fastlora.modules import FusedLoraLinear, Options
 from fastlora.quantized import QuantizedWeight
 
@@ -43,6 +43,7 @@ class FusedLoraLinear4bit(FusedLoraLinear):
         module._setup(dense, None, r, lora_alpha, lora_dropout, **options)  # it needs the weight's shape, dtype and device only
         module.weight = frozen.weight
         module.bias = None if frozen.bias is None else cls._frozen(frozen.bias.detach())
+        module._reset_magnitude()
         return module.train(linear.training)
 
     @property
@@ -58,10 +59,15 @@ class FusedLoraLinear4bit(FusedLoraLinear):
     def _W(self) -> QuantizedWeight:
         return self.quantized_weight
 
+    def _dense_W(self) -> Tensor:
+        if getattr(self.weight, "quant_state", None) is None:  # the stand-in of `from_linear`
+            return self.weight
+        return self.quantized_weight.dequantize(self._state.dtype)
+
     def merged_weight(self) -> Tensor:
         """W + scaling · B A, dense, summed in float32 and rounded once to the dtype that W had before quantisation."""
         weight = self.quantized_weight.dequantize(torch.float32)
-        return weight.add_(self.delta_weight()).to(self._state.dtype)
+        return dora_ops.scaled(weight.add_(self.delta_weight()), self.lora_magnitude_vector, 1).to(self._state.dtype)
 
     def merge(self, keep_base: bool = True) -> None:
         """Refused.

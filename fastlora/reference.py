@@ -1,5 +1,6 @@
 """The one eager implementation: plain torch operations, any float dtype, differentiable by autograd."""
 
+import functools
 from collections.abc import Callable
 
 import torch
@@ -48,12 +49,45 @@ def lora_linear(
     if dropout is not None:
         dropped = dropout(dropped)
     elif threshold(dropout_p) > 0:
-        expected = (x[..., 0].numel() if x.shape[-1] else 0, x.shape[-1])
-        if keep_mask is None or (keep_mask.numel() and tuple(keep_mask.shape) != expected):
-            shape = None if keep_mask is None else tuple(keep_mask.shape)
-            raise ValueError(f"keep_mask must be a bool tensor of shape {expected} when dropout_p={dropout_p}, got {shape}")
-        dropped = torch.where(keep_mask.reshape(x.shape), dropped * keep_scale(dropout_p), 0.0)
+        dropped = _dropped(dropped, dropout_p, keep_mask)
     return (base + F.linear(F.linear(dropped, lora_A), lora_B) * scaling).to(base.dtype)
+
+
+def dora_linear(
+    x: Tensor,
+    weight: Tensor,
+    lora_A: Tensor,
+    lora_B: Tensor,
+    bias: Tensor | None = None,
+    *,
+    magnitude: Tensor,
+    scaling: float = 1.0,
+    dropout_p: float = 0.0,
+    keep_mask: Tensor | None = None,
+) -> Tensor:
+    """The forward of `fastlora.dora`, with the operations and casts of `peft.tuners.lora.dora.DoraLinearLayer`.
+
+    Args:
+        magnitude: (out,).  The others are those of `lora_linear`.
+    """
+    base, dropped, W = F.linear(x, weight, bias), x.to(lora_A.dtype), weight.to(lora_A.dtype)
+    n = torch.linalg.vector_norm(W + scaling * (lora_B @ lora_A), dim=1).detach()
+    factor = magnitude / n
+    if threshold(dropout_p) > 0:
+        dropped = _dropped(dropped, dropout_p, keep_mask)
+        unscaled = F.linear(dropped, W)
+    else:
+        unscaled = base if bias is None else base - bias
+    return (base + (factor - 1) * unscaled + factor * F.linear(F.linear(dropped, lora_A), lora_B) * scaling).to(base.dtype)
+
+
+def _dropped(x: Tensor, dropout_p: float, keep_mask: Tensor | None) -> Tensor:
+    """drop(x) by `keep_mask`, see `lora_linear`."""
+    expected = (x[..., 0].numel() if x.shape[-1] else 0, x.shape[-1])
+    if keep_mask is None or (keep_mask.numel() and tuple(keep_mask.shape) != expected):
+        shape = None if keep_mask is None else tuple(keep_mask.shape)
+        raise ValueError(f"keep_mask must be a bool tensor of shape {expected} when dropout_p={dropout_p}, got {shape}")
+    return torch.where(keep_mask.reshape(x.shape), x * keep_scale(dropout_p), 0.0)
 
 
 class EagerLoraLinear(FusedLoraLinear):
@@ -70,4 +104,6 @@ class EagerLoraLinear(FusedLoraLinear):
         if threshold(p):
             mask = dropout_mask(draw_seed(x.device), x[..., 0].numel(), x.shape[-1], p)
         tensors = x, self._W(), self.lora_A, self.lora_B, self.bias
-        return lora_linear(*tensors, scaling=self.scaling, dropout_p=p, keep_mask=mask)
+        magnitude = self.lora_magnitude_vector
+        linear = lora_linear if magnitude is None else functools.partial(dora_linear, magnitude=magnitude)
+        return linear(*tensors, scaling=self.scaling, dropout_p=p, keep_mask=mask)

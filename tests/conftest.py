@@ -109,6 +109,21 @@ def target(monkeypatch: pytest.MonkeyPatch) -> Any:
     return NAMED
 
 
+@pytest.fixture
+def grouped(monkeypatch: pytest.MonkeyPatch) -> list[int]:
+    """The number of projections of each call that a group makes."""
+    from fastlora import lora_linears, sharing
+
+    made: list[int] = []
+
+    def counting(x: Any, projections: Any, **options: Any) -> Any:
+        made.append(len(projections))
+        return lora_linears(x, projections, **options)
+
+    monkeypatch.setattr(sharing, "lora_linears", counting)
+    return made
+
+
 @pytest.fixture(scope="session", autouse=True)
 def poisoned_memory() -> Iterator[None]:
     """Fills what the package allocates without initialising it, so that an element no kernel wrote cannot pass for a result."""

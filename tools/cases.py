@@ -15,6 +15,7 @@ from torch import Tensor
 from fastlora.kernels import steps
 from fastlora.kernels.dot import matmul_precision
 from fastlora.kernels.dropout import mask_code, pack_bits, plan_pack_bits
+from fastlora.kernels.gated import gated, gated_backward, plan_gated, plan_gated_backward
 from fastlora.kernels.grad_a import grad_a, plan_grad_a
 from fastlora.kernels.launch import Result
 from fastlora.kernels.shrink import plan_shrink, shrink
@@ -23,9 +24,11 @@ from fastlora.kernels.target import NOT_NVIDIA, Target
 from fastlora.kernels.tensor_spec import TensorSpec
 from tools.aot import GFX942
 
+# The kernels of a gated MLP, with the activation whose arithmetic is least and the one whose is most.
+GATED = ("silu-forward", "silu-backward", "gelu-forward", "gelu-backward")
 # Both directions in both forms of `fastlora.kernels.steps`, the passes over x that three projections share, the packed mask
 # alone, and the sum of partial results.
-STEPS = ("forward", "backward", "addmm-forward", "addmm-backward", "shared", "mask", "sum")
+STEPS = ("forward", "backward", "addmm-forward", "addmm-backward", "shared", "mask", "sum", *GATED)
 # (dtype of x and W, dtype of A and B).  "ieee" and "tf32" are the settings of torch's switch for float32 products.
 DTYPES = {
     "float16": (torch.float16, torch.float16),
@@ -92,7 +95,9 @@ class CompileCase:
         with _float32_products("tf32" if self.dtype.endswith("tf32") else "ieee"):
             choice = "addmm" if self.step.startswith("addmm") else "fused"
             options: dict[str, Any] = {"choice": choice, "target": self.target}
-            if self.step.endswith("forward"):
+            if self.step in GATED:
+                self._run_gated(x, lora_A, S, seed, dropout_p)
+            elif self.step.endswith("forward"):
                 steps.forward(x, weight, lora_A, lora_B, bias, seed, 2.0, dropout_p, **options)
             elif self.step.endswith("backward"):
                 steps.backward(dy, x, weight, lora_A, lora_B, S, seed, 2.0, dropout_p, adapter, **options)
@@ -118,29 +123,54 @@ class CompileCase:
             to_dA = plan_grad_a(of_x, of_U, adapter, *facts, mask=mask, V=of_A, words=words)
             grad_a(to_dA, x, U, A, dx=torch.empty_like(x), **dropout)
 
+    def _run_gated(self, e: Tensor, lora_A: Tensor, S: Tensor, seed: Tensor | None, dropout_p: float) -> None:
+        activation, direction = self.step.split("-")
+        facts: Any = TensorSpec.of(e), TensorSpec.of(lora_A), activation, mask_code(dropout_p, seed, self.target)
+        facts += matmul_precision(e.dtype), self.target
+        if direction == "forward":
+            gated(plan_gated(*facts), e, e, lora_A, seed=seed, dropout_p=dropout_p)
+        else:
+            gated_backward(plan_gated_backward(*facts), e, e, e, S, lora_A, seed=seed, dropout_p=dropout_p)
+
 
 def every_case(ranks: Iterable[int] = RANKS, shapes: Iterable[str] = ("aligned",)) -> list[CompileCase]:
     """The steps in every dtype for every GPU, and once for each GPU the packed mask and the sum."""
-    whole = [CompileCase(*key) for key in product(STEPS[:5], DTYPES, ranks, TARGETS, shapes)]
+    whole = [CompileCase(*key) for key in product((*STEPS[:5], *GATED), DTYPES, ranks, TARGETS, shapes)]
     whole = [case for case in whole if case.capability != GFX942 or case.dtype != "float32-tf32"]  # see `matmul_precision`
     return whole + [CompileCase(step, "bfloat16", 16, capability) for step in ("mask", "sum") for capability in TARGETS]
 
 
 def gated_cases() -> list[CompileCase]:
-    """What the tests compile: each dtype, rank, GPU and shape at least once in both directions and forms."""
-    keys = [("bfloat16", rank, 90, "aligned") for rank in RANKS]
+    """What the tests compile: each dtype, rank, GPU and shape at least once in both directions and forms.
+
+    With another Triton than the pinned one, which takes the same tiles, less: `python -m tools.compile_report` takes any case.
+    """
+    keys = [("bfloat16", 16, capability, "aligned") for capability in (80, 90, 100)]
+    keys += [("bfloat16", 128, 90, "aligned"), ("bfloat16", 16, 90, "ragged")]
     keys += [(dtype, 16, 90, "aligned") for dtype in DTYPES if dtype != "bfloat16"]
-    keys += [("bfloat16", rank, capability, "aligned") for rank in (16, 128) for capability in (80, 100)]
-    keys += [
-        ("bfloat16+float32", 128, 90, "aligned"),
-        ("float32-ieee", 16, 80, "aligned"),
-        ("float32-tf32", 16, 100, "aligned"),
-    ]
-    keys += [("bfloat16", 16, 90, shape) for shape in SHAPES if shape != "aligned"]
+    if IS_PINNED_TRITON:
+        keys += [("bfloat16", rank, 90, "aligned") for rank in (8, 64)]
+        keys += [("bfloat16", 128, capability, "aligned") for capability in (80, 100)]
+        keys += [
+            ("bfloat16+float32", 128, 90, "aligned"),
+            ("float32-ieee", 16, 80, "aligned"),
+            ("float32-tf32", 16, 100, "aligned"),
+        ]
+        keys += [("bfloat16", 16, 90, shape) for shape in SHAPES if shape not in ("aligned", "ragged")]
     whole = [CompileCase(step, *key) for key in keys for step in STEPS[:4]]
     whole += [CompileCase("shared", *key) for key in keys if key[1] <= 64 and key[3] in ("aligned", "ragged")]
     whole += [CompileCase(step, "bfloat16", 16, 90) for step in ("mask", "sum")]
+    whole += _gated_mlps()
     return whole + (_on_other_cards() if IS_PINNED_TRITON else [])
+
+
+def _gated_mlps() -> list[CompileCase]:
+    """Each dtype, large ranks, and shapes without vector loads and with 64-bit offsets."""
+    keys = [(dtype, 16, 90, "aligned") for dtype in DTYPES] + [("bfloat16", 16, 90, shape) for shape in ("ragged", "wide")]
+    keys += [("bfloat16", 128, 90, "aligned"), ("bfloat16+float32", 128, 90, "aligned"), ("bfloat16", 16, 100, "aligned")]
+    keys += [("bfloat16", 16, 80, "aligned"), ("bfloat16+float32", 128, 80, "aligned"), ("float32-ieee", 16, 80, "aligned")]
+    whole = [CompileCase(step, *key) for key in keys for step in GATED[:2]]
+    return whole + [CompileCase(step, "bfloat16", 16, capability) for step in GATED[2:] for capability in (80, 90)]
 
 
 def _on_other_cards() -> list[CompileCase]:

@@ -19,6 +19,8 @@ PRODUCTS = {
     ("shrink",): ("S",),
     ("pack_bits",): ("bits",),
     ("sum_partials",): ("sum",),
+    ("gated",): ("h S",),
+    ("gated_backward",): ("de dg dA",),
     ("grad_b", "grad_a"): ("dS dB", "dA dx"),
     ("shrink", "grad_a", "grad_a"): ("dS", "dB", "dA dx"),
     (): (),
@@ -28,6 +30,8 @@ MASKED_TILE = {
     "S": ("BLOCK_M", "BLOCK_K"),
     "dA": ("BLOCK_M", "BLOCK_K"),
     "dA dx": ("BLOCK_M", "BLOCK_K"),
+    "h S": ("BLOCK_M", "BLOCK_K"),
+    "de dg dA": ("BLOCK_M", "BLOCK_K"),
     "dx": ("BLOCK_M", "BLOCK_N"),
 }
 

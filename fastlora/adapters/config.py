@@ -54,7 +54,7 @@ def describe(model: nn.Module, layers: Mapping[str, FusedLoraLinear], options: L
         "modules_to_save": list(options.modules_to_save) or None,
         "target_modules": _target_modules(model, layers),
     }
-    for option in ("lora_dropout", "use_rslora"):
+    for option in ("lora_dropout", "use_rslora", "use_dora"):
         values = {getattr(layer, option) for layer in layers.values()}
         if len(values) > 1:
             raise ValueError(f"the LoRA linears differ in {option}: {sorted(values)}; one config holds one value")
@@ -105,7 +105,7 @@ def check(said: LoraOptions, model: nn.Module, layers: Mapping[str, FusedLoraLin
             f"{list(options.modules_to_save)}: they differ in {', '.join(sorted(saved ^ expected))}"
         )
     for name, layer in layers.items():
-        for option in ("r", "lora_alpha", "use_rslora"):
+        for option in ("r", "lora_alpha", "use_rslora", "use_dora"):
             value, own = said.of_layer(name)[option], getattr(layer, option)
             if value != own:
                 raise ValueError(f"{CONFIG_NAME}: {option}={value!r}, but the layer {name!r} has {option}={own!r}")

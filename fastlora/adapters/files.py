@@ -3,6 +3,7 @@
 The file holds, each in the dtype it trains in, under base_model.model.<path>, with <path> the name of a module:
 
     <path>.lora_A.weight (r, in), <path>.lora_B.weight (out, r)   of every LoRA linear
+    <path>.lora_magnitude_vector (out,)                           of those with use_dora
     <path>.base_layer.bias                                        of LoRA linears, with bias "lora_only" or "all"
     <path>.bias                                                   of all other modules, with bias "all"
     <path>.<name>                                                 the whole state of the modules to save

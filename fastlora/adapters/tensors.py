@@ -23,6 +23,9 @@ _PREFIX = "base_model.model."
 def contents(model: nn.Module, layers: Mapping[str, FusedLoraLinear], options: LoraOptions) -> dict[str, Tensor]:
     """The parameters and buffers that the file holds, by key.  Raises ValueError when one is on the meta device."""
     tensors = {f"{path}.{name}.weight": getattr(layer, name) for path, layer in layers.items() for name in ("lora_A", "lora_B")}
+    for path, layer in layers.items():
+        if layer.lora_magnitude_vector is not None:
+            tensors[f"{path}.lora_magnitude_vector"] = layer.lora_magnitude_vector
     for name, _, parameter in named_parameters(model):
         path, _, kind = name.rpartition(".")
         if kind == "bias" and options.bias != "none" and path in layers:

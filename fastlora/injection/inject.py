@@ -8,6 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import nn
 
+from fastlora import validation
 from fastlora.injection import fast_path
 from fastlora.injection.layer_types import is_conv1d, lora_type
 from fastlora.injection.matching import match_modules_to_save, near, targets_of, warn
@@ -15,6 +16,7 @@ from fastlora.injection.options import LoraOptions, pattern_matches
 from fastlora.injection.walk import is_sharded, lora_layers, named_modules, named_parameters, replace, unwrapped
 from fastlora.modules import FusedLoraLinear
 from fastlora.quantized import is_quantized, quantize
+from fastlora.sharing import Group
 
 _DISTRIBUTED = {"DistributedDataParallel", "FullyShardedDataParallel"}
 Holders = list[tuple[nn.Module, str]]  # the modules that hold one parameter, with its full name in each
@@ -35,10 +37,12 @@ def inject(
     rank_pattern: Mapping[str, int] | None = None,
     alpha_pattern: Mapping[str, float] | None = None,
     use_rslora: bool = False,
+    use_dora: bool = False,
     fan_in_fan_out: bool | None = None,
     adapter_dtype: torch.dtype | None = None,
     quantize: str | None = None,
     layer: type[FusedLoraLinear] = FusedLoraLinear,
+    groups: bool = True,
 ) -> nn.Module:
     """Replace every targeted linear of `model`, in place, by a LoRA linear on the same weight, and freeze all the rest.
 
@@ -61,7 +65,7 @@ def inject(
         exclude_modules: modules that are no targets, by the same rule.  It wins over target_modules, as does modules_to_save.
         layers_to_transform: only the layers with these numbers, for names that a list matches by their end.
         layers_pattern: the name before the layer's number, "layers" or "h"; default: the first number in a name.
-        r, lora_alpha, lora_dropout, use_rslora, adapter_dtype: of every new layer, see `FusedLoraLinear`; r >= 1.
+        r, lora_alpha, lora_dropout, use_rslora, use_dora, adapter_dtype: of every new layer, see `FusedLoraLinear`; r >= 1.
         bias: the biases to train: "none", "all" of the model, or "lora_only" those of the new layers.
         modules_to_save: modules whose name ends so are trained whole and saved with the adapter ("classifier", "lm_head").
         rank_pattern, alpha_pattern: {regex that a name or an end of it must match: value}; the first match counts.
@@ -69,6 +73,8 @@ def inject(
             `fastlora.quantized_module.FusedLoraLinear4bit`, as for a target that is a Linear4bit already.
         fan_in_fan_out: follows from the class of each linear; another value given here earns PEFT's warning.
         layer: the class of the new layers.
+        groups: compute layers that share x, such as q, k and v, in one step.  They are found in the first training forward
+            (`fastlora.sharing`).
 
     Returns:
         `model` itself.
@@ -82,8 +88,9 @@ def inject(
             wrap, or a module to save cannot be trained.
         After an error the model is unchanged.
     """
-    given = {name: value for name, value in locals().items() if name not in ("model", "layer")}
-    return install(model, prepare(model, LoraOptions(**given), layer))
+    given = {name: value for name, value in locals().items() if name not in ("model", "layer", "groups")}
+    validation.check_flag(groups, "groups")
+    return install(model, prepare(model, LoraOptions(**given), layer), groups)
 
 
 @dataclass(frozen=True)
@@ -123,7 +130,7 @@ def prepare(model: nn.Module, options: LoraOptions, layer: type[FusedLoraLinear]
     return Injection(options, layers, saved, untied)
 
 
-def install(model: nn.Module, injection: Injection) -> nn.Module:
+def install(model: nn.Module, injection: Injection, groups: bool = True) -> nn.Module:
     """Put the new layers in place and set what is trained."""
     for parameter, holders in injection.untied:
         copy = nn.Parameter(parameter.detach().clone())
@@ -131,6 +138,7 @@ def install(model: nn.Module, injection: Injection) -> nn.Module:
             setattr(module, name.rpartition(".")[2], copy)
     model.requires_grad_(False)
     for layer, names in injection.layers.items():
+        layer._fastlora_group = Group() if groups else None
         for name in names:
             replace(model, name, layer)
     fast_path.leave(model)

@@ -32,6 +32,7 @@ class LoraOptions:
     rank_pattern: Mapping[str, int] = field(default_factory=dict)
     alpha_pattern: Mapping[str, float] = field(default_factory=dict)
     use_rslora: bool = False
+    use_dora: bool = False
     fan_in_fan_out: bool | None = None
     adapter_dtype: torch.dtype | None = None
     quantize: str | None = None
@@ -50,6 +51,7 @@ class LoraOptions:
             validation.check_number(alpha, name)
         validation.check_dropout_p(self.lora_dropout, "lora_dropout")
         validation.check_flag(self.use_rslora, "use_rslora")
+        validation.check_flag(self.use_dora, "use_dora")
         if self.bias not in BIASES:
             raise ValueError(f"bias must be one of {', '.join(map(repr, BIASES))}, got {self.bias!r}")
         if self.quantize not in (None, *KINDS):
@@ -63,7 +65,7 @@ class LoraOptions:
         """What `FusedLoraLinear` takes for the layer `name`; its rank and alpha are those of the first pattern that matches."""
         ranks = (r for key, r in self.rank_pattern.items() if pattern_matches(key, name))
         alphas = (alpha for key, alpha in self.alpha_pattern.items() if pattern_matches(key, name))
-        same = {option: getattr(self, option) for option in ("lora_dropout", "use_rslora", "adapter_dtype")}
+        same = {option: getattr(self, option) for option in ("lora_dropout", "use_rslora", "use_dora", "adapter_dtype")}
         return {"r": next(ranks, self.r), "lora_alpha": next(alphas, self.lora_alpha), **same}
 
     def _values(self, option: str, pattern: str) -> dict[str, Any]:

@@ -5,26 +5,31 @@
     fastlora.peft.fallbacks(model)        # which calls since then ran PEFT's forward, and why; {} if none did
 
 Names, parameters, files, merging and switching adapters stay PEFT's own code. An accelerated layer decides at each call. If
-exactly one plain adapter is active, it computes y = x Wᵀ + bias + scaling · dropout(x) Aᵀ Bᵀ at once. Otherwise it runs PEFT's
-forward (`fastlora.peft.calls` states the conditions). So adapters may be added, switched, merged or disabled at any time.
+it can, it computes the base and the active adapters at once, y = x Wᵀ + bias + scaling · dropout(x) Aᵀ Bᵀ. Otherwise it runs
+PEFT's forward (`fastlora.peft.calls` states the conditions). So adapters may be added, switched, merged or disabled at any
+time.
 Adapters on the experts of a mixture (`target_parameters`) are computed by `fastlora.peft.experts`.
 """
 
+import dataclasses
 import importlib
 import warnings
+from collections.abc import Sequence
+from contextlib import AbstractContextManager
 from typing import Any
 
 from torch import nn
 
 from fastlora.peft.report import SMALL, Report
+from fastlora.validation import check_flag
 
-__all__ = ["SMALL", "Report", "accelerate", "decelerate", "fallbacks", "register", "status"]
+__all__ = ["SMALL", "Report", "accelerate", "decelerate", "fallbacks", "mixed_batch", "register", "status"]
 
 OLDEST_PEFT = "0.18"
 INSTALL = f"pip install 'peft>={OLDEST_PEFT}'"  # works in a clone as well as beside an installed fastlora
 
 
-def accelerate(model: nn.Module) -> Report:
+def accelerate(model: nn.Module, *, groups: bool = True, mlp: bool = False) -> Report:
     """Run `model`'s LoRA linears through `fastlora.lora_linear`, in place. `decelerate` undoes it.
 
     This changes the class of each plain `peft.tuners.lora.layer.Linear`, of PEFT's layers for 4-bit and 8-bit linears of
@@ -33,24 +38,34 @@ def accelerate(model: nn.Module) -> Report:
 
     Args:
         model: a PeftModel, or any module that contains PEFT's LoRA layers.
+        groups: compute layers that share x, such as q, k and v, in one step (`fastlora.sharing`). They are found in the first
+            training forward, and again after another `accelerate`.
+        mlp: also compute each gated MLP, a module whose forward is down(act(gate(x)) * up(x)), as one step by
+            `fastlora.lora_mlp`; its class is changed too. One seed gives the masks of all three linears.
 
     Returns:
         The status of each layer, and which layers were accelerated before. A warning shows the report if a layer is left, or
-        waits for a reason that the user did not choose, such as DoRA.
+        waits for a reason that the user did not choose, such as aLoRA.
 
     Raises:
-        TypeError: model is not an nn.Module.
+        TypeError: model is not an nn.Module, or groups or mlp is not a bool.
         ValueError: model contains no LoRA layer of PEFT.
         ImportError: PEFT is missing, or older than 0.18.
         The model is unchanged after an error.
     """
     layers = _load("layers")
+    check_flag(groups, "groups")
+    check_flag(mlp, "mlp")
     found = layers.find(model)
     already = tuple(name for name, layer in found.items() if layers.is_fused(layer))
     warned: set[str] = found[already[0]]._fastlora_tally.warned if already else set()
     for layer in [layer for layer in found.values() if layers.unsupported_reason(layer) is None]:
         layers.fuse(layer, warned)
-    report: Report = layers.describe(found, already)
+    for layer in filter(layers.is_fused, found.values()):
+        layers.share(layer, groups)
+    if mlp:
+        _load("mlp").attach(model)
+    report: Report = _with_mlps(layers.describe(found, already), model, left=mlp)
     if report.left or {reason for _, reason in report.waiting} - _load("calls").INTENDED:
         warnings.warn(str(report), stacklevel=2)
     return report
@@ -64,6 +79,7 @@ def decelerate(model: nn.Module) -> int:
     """
     layers = _load("layers")
     fused = [layer for layer in layers.find(model).values() if layers.is_fused(layer)]
+    _load("mlp").detach(model)
     for layer in fused:
         layers.restore(layer)
     return len(fused)
@@ -76,7 +92,7 @@ def status(model: nn.Module) -> Report:
         TypeError, ValueError, ImportError: see `accelerate`.
     """
     layers = _load("layers")
-    return layers.describe(layers.find(model))
+    return _with_mlps(layers.describe(layers.find(model)), model)
 
 
 def fallbacks(model: nn.Module) -> dict[str, dict[str, int]]:
@@ -96,6 +112,26 @@ def fallbacks(model: nn.Module) -> dict[str, dict[str, int]]:
     return counts
 
 
+def mixed_batch(model: nn.Module, adapter_names: Sequence[str]) -> AbstractContextManager[None]:
+    """Within it, entry i of each batch runs through the adapter adapter_names[i] alone, or through none for "__base__".
+
+        with fastlora.peft.mixed_batch(model, ["first", "__base__", "first", "second"]):
+            model(**batch).loss.backward()
+
+    It is PEFT's `model(**batch, adapter_names=[...])`, but training works: each adapter gets the gradients of its rows, if its
+    parameters require them (`model.base_model.set_adapter(["first", "second"])` makes all of them trainable). Accelerated
+    layers multiply with the base weight once for all rows. Backward belongs inside for models that checkpoint activations.
+
+    Raises:
+        TypeError: adapter_names is not a list of str.
+        ValueError: it is empty or names an adapter that no layer has; and in the forward, as in PEFT, a batch of another
+            length, merged adapters, or an adapter with DoRA.
+        ImportError: see `accelerate`.
+    """
+    context: AbstractContextManager[None] = _load("mixed").mixed_batch(model, adapter_names)
+    return context
+
+
 def register(lora_config: Any) -> Any:
     """Make PEFT wrap every eligible linear of `lora_config` in an accelerated layer from the start.
 
@@ -113,6 +149,12 @@ def register(lora_config: Any) -> Any:
         ImportError: see `accelerate`.
     """
     return _load("registration").register(lora_config)
+
+
+def _with_mlps(report: Report, model: nn.Module, left: bool = False) -> Report:
+    """The report with the gated MLPs that are computed as one step, and with `left` those that are not."""
+    attached, others = _load("mlp").describe(model, left)
+    return dataclasses.replace(report, mlps=attached, mlps_left=others)
 
 
 def _load(name: str) -> Any:

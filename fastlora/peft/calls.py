@@ -1,51 +1,45 @@
 """The decision at one call: the arguments of `lora_linear`, or the reason why the call runs PEFT's forward.
 
-A call is fused if exactly one active adapter has weights in the layer, and
+A call is fused if an active adapter has weights in the layer, or one that `adapter_names` gives to a row of x, and
 
     the layer     is neither merged nor disabled, and casts its input as PEFT does by default
-    the adapter   is no variant (DoRA, aLoRA, ...); A and B are linears without bias, its dropout is nn.Dropout or nn.Identity
+    the adapter   is plain, or the only one and DoRA, but no other variant (aLoRA, ...); A and B are linears without bias, its
+                  dropout is nn.Dropout or nn.Identity
     the base      is an nn.Linear or Conv1D that does nothing else, with a frozen weight; or a quantised layer that
                   `fastlora.quantized` reads, with dtypes that its `unsupported_input` accepts
-    the call      passes x alone, a dense tensor; is not decoding on a GPU (few rows, no gradient), where PEFT's launches cost
-                  less; is not small on a CPU (`torch_backend.BREAK_EVEN`); is not traced by torch.jit, and not
-                  differentiated by torch.func or in forward mode
+    the call      passes x, a dense tensor, and at most adapter_names; is not decoding on a GPU (few rows, no gradient), where
+                  PEFT's launches cost less; is not small on a CPU (`torch_backend.BREAK_EVEN`); is not traced by torch.jit,
+                  and not differentiated by torch.func or in forward mode
     the dtypes    x, W and bias share one; A and B share that one, or are float32 and it is 16-bit. Autocast applies first.
 """
 
+import math
+from collections.abc import Sequence
 from typing import Any, NamedTuple
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from fastlora import quantized, torch_backend
 from fastlora.functional import _autocast_dtype
+from fastlora.peft.adapters import DISABLED, INACTIVE, MERGED, UNCAST, active, adapters
 from fastlora.peft.base import PLAIN_TENSORS, weight_of
 from fastlora.peft.report import SMALL
-from fastlora.validation import FLOAT_DTYPES, HALF_DTYPES, autocast_target, is_altered, is_transformed
-
-DISABLED = "adapters are disabled"
-MERGED = "adapters are merged"
-INACTIVE = "no active adapter has weights here"
-MIXED_BATCH = "adapter_names mixes adapters in one batch"
-UNCAST = "casting of the input is disabled"
+from fastlora.several import Adapter
+from fastlora.validation import FLOAT_DTYPES, HALF_DTYPES, autocast_target, is_transformed
 
 DECODING = "few rows without a gradient, as in decoding"
 
 #: Fallbacks that never warn: requested by the user, or free.
-INTENDED = frozenset({DISABLED, MERGED, INACTIVE, MIXED_BATCH, UNCAST, DECODING, SMALL})
-
-
-class Adapter(NamedTuple):
-    """The one active adapter of a layer: A (r, in), B (out, r)."""
-
-    lora_A: Tensor
-    lora_B: Tensor
-    scaling: float
-    dropout_p: float
+INTENDED = frozenset({DISABLED, MERGED, INACTIVE, UNCAST, DECODING, SMALL})
 
 
 class Operands(NamedTuple):
-    """The arguments of `lora_linear` after x: weight (out, in), A (r, in), B (out, r), bias (out,) or None."""
+    """The arguments of `lora_linear` after x: weight (out, in), A (r, in), B (out, r), bias (out,) or None.
+
+    With a magnitude (out,) they are those of `fastlora.dora.dora_linear`. With others, the adapters behind the first, or an
+    owner (M,) of each row, they are those of `fastlora.several.lora_adapters`.
+    """
 
     weight: Tensor | quantized.QuantizedWeight
     lora_A: Tensor
@@ -53,48 +47,24 @@ class Operands(NamedTuple):
     bias: Tensor | None
     scaling: float
     dropout_p: float
+    magnitude: Tensor | None = None
+    others: tuple[Adapter, ...] = ()
+    owner: Tensor | None = None
+
+    @property
+    def is_plain(self) -> bool:
+        """Whether `lora_linear` takes them."""
+        return self.magnitude is None and self.owner is None and len(self.others) == 0
 
 
-def adapter(layer: Any) -> Adapter | str:
-    """The adapter that the layer adds in its present state, or why fastlora does not compute it."""
-    if layer.disable_adapters:
-        return DISABLED
-    if layer.merged:
-        return MERGED
-    all_A = layer.lora_A  # looked up once: it takes as long as the rest of this function
-    active = [name for name in layer.active_adapters if name in all_A]
-    if not active:
-        return INACTIVE
-    if len(active) > 1:
-        return "several adapters are active"
-    name = active[0]
-    if name in layer.lora_variant:
-        return f"the adapter is a variant ({type(layer.lora_variant[name]).__name__})"
-    if not layer.cast_input_dtype_enabled:
-        return UNCAST
-    A, B, dropout = all_A[name], layer.lora_B[name], layer.lora_dropout[name]
-    if type(A) is not nn.Linear or type(B) is not nn.Linear:
-        return f"lora_A and lora_B are {type(A).__name__} and {type(B).__name__} instead of plain linears"
-    if type(dropout) is not nn.Dropout and type(dropout) is not nn.Identity:
-        return f"its dropout is a {type(dropout).__name__}"
-    if is_altered(A) or is_altered(B) or is_altered(dropout):
-        return "the adapter's modules have hooks, or a forward of their own"
-    if A.bias is not None or B.bias is not None:
-        return "the adapter has a bias (lora_bias)"
-    lora_A, lora_B = A.weight, B.weight
-    if type(lora_A) not in PLAIN_TENSORS or type(lora_B) not in PLAIN_TENSORS:
-        return f"the adapter's weights are a {type(lora_A).__name__} and a {type(lora_B).__name__}"
-    scaling = layer.scaling[name]
-    if isinstance(scaling, Tensor):
-        # prepare_model_for_compiled_hotswap makes it, to refill it in place. Reading it on the device avoids a synchronisation.
-        lora_B, scaling = (lora_B * scaling).to(lora_B.dtype), 1.0
-    p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
-    return Adapter(lora_A, lora_B, float(scaling), p)  # PEFT accepts NumPy's numbers too
+def operands(layer: Any, names: Sequence[str] | None = None) -> Operands | str:
+    """The arguments that the layer passes to `lora_linear` in its present state, or why there are none.
 
-
-def operands(layer: Any) -> Operands | str:
-    """The arguments that the layer passes to `lora_linear` in its present state, or why there are none."""
-    given = adapter(layer)
+    names: the adapters; default: the active ones.
+    """
+    if names is None and isinstance(names := active(layer), str):
+        return names
+    given = adapters(layer, names)
     if isinstance(given, str):
         return given
     base_layer = layer.base_layer
@@ -103,10 +73,13 @@ def operands(layer: Any) -> Operands | str:
         return weight
     if isinstance(weight, Tensor) and weight.requires_grad and not is_transformed():
         return "its base weight is trainable"
-    lora_A, lora_B, scaling, p = given
-    if not weight.device == lora_A.device == lora_B.device:
-        return f"its base weight is on {weight.device}, the adapter on {lora_A.device} and {lora_B.device}"
-    return Operands(weight, lora_A, lora_B, base_layer.bias, scaling, p)
+    for lora_A, lora_B, _, _, magnitude in given:
+        if not weight.device == lora_A.device == lora_B.device:
+            return f"its base weight is on {weight.device}, the adapter on {lora_A.device} and {lora_B.device}"
+        if magnitude is not None and magnitude.device != weight.device:
+            return f"its base weight is on {weight.device}, the magnitude on {magnitude.device}"
+    (lora_A, lora_B, scaling, p, magnitude), *others = given
+    return Operands(weight, lora_A, lora_B, base_layer.bias, scaling, p, magnitude, tuple(others))
 
 
 def unsupported_input(x: Tensor, given: Operands, layer: Any) -> str | None:
@@ -123,8 +96,11 @@ def unsupported_input(x: Tensor, given: Operands, layer: Any) -> str | None:
         if torch.jit.is_tracing():
             return "torch.jit is tracing"
     weight, autocast = given.weight, _autocast_dtype(x.device)
-    base, adapter, other = (autocast_target(t, autocast) for t in (x, given.lora_A, given.lora_B))
-    fits = adapter == other and (adapter == base or (adapter == torch.float32 and base in HALF_DTYPES))
+    base, fits = autocast_target(x, autocast), True
+    pairs = [(given.lora_A, given.lora_B), *(other[:2] for other in given.others)]
+    for A, B in pairs:
+        adapter, other = autocast_target(A, autocast), autocast_target(B, autocast)
+        fits = fits and adapter == other and (adapter == base or (adapter == torch.float32 and base in HALF_DTYPES))
     if isinstance(weight, Tensor):
         frozen = (weight,) if given.bias is None else (weight, given.bias)
         fits = fits and base in FLOAT_DTYPES and all(base == autocast_target(t, autocast) for t in frozen)
@@ -133,7 +109,8 @@ def unsupported_input(x: Tensor, given: Operands, layer: Any) -> str | None:
     if fits:
         return None
     stored = weight.dtype if isinstance(weight, Tensor) else weight.scheme.kind
-    return f"x is {x.dtype}, the base weight {stored}, the adapter {given.lora_A.dtype} (autocast: {autocast})"
+    dtypes = ", ".join(sorted({str(A.dtype) for A, _ in pairs}))
+    return f"x is {x.dtype}, the base weight {stored}, the adapter {dtypes} (autocast: {autocast})"
 
 
 def _too_small(x: Tensor) -> str | None:
@@ -159,13 +136,29 @@ def decide(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any])
             "torch.fx cannot trace a LoRA layer, neither an accelerated one nor PEFT's after fastlora.decelerate(model): "
             "trace model.merge_and_unload(), or use torch.export"
         )
-    if kwargs.get("adapter_names") is not None:
-        return MIXED_BATCH
+    mixed = kwargs.get("adapter_names")
+    if mixed is not None:
+        layer._check_forward_args(x, adapter_names=mixed)  # raises where PEFT's forward would
     if reason := _too_small(x):
         return reason
-    given = operands(layer)
+    names = None
+    if mixed is not None and not layer.disable_adapters:
+        names = [name for name in dict.fromkeys(mixed) if name in layer.lora_A]
+    given = operands(layer, names)
     if isinstance(given, str):
         return given
-    if args or any(value is not None for value in kwargs.values()):
+    if args or any(value is not None for name, value in kwargs.items() if name != "adapter_names"):
         return "the layer is called with more than x"
-    return unsupported_input(x, given, layer) or given
+    if reason := unsupported_input(x, given, layer):
+        return reason
+    return given if mixed is None or names is None else given._replace(owner=_owner(x, mixed, names))
+
+
+def _owner(x: Tensor, mixed: Sequence[str], names: Sequence[str]) -> Tensor:
+    """The index in `names` of the adapter of each row of x viewed as (M, in), where entry i of x has the adapter mixed[i].
+
+    -1 where the layer has no such adapter, as for PEFT's "__base__".
+    """
+    index = {name: i for i, name in enumerate(names)}
+    entries = torch.tensor([index.get(name, -1) for name in mixed])
+    return entries.repeat_interleave(math.prod(x.shape[1:-1])).to(x.device, non_blocking=True)

@@ -23,9 +23,10 @@ from torch import Tensor
 from torch.nn import functional as F
 from torch.nn.utils import parametrize
 
+from fastlora.peft.adapters import INACTIVE, MERGED, adapter
 from fastlora.peft.base import PLAIN_TENSORS
-from fastlora.peft.calls import INACTIVE, MERGED, Adapter, adapter
 from fastlora.peft.fused import Fused, note
+from fastlora.several import Adapter
 from fastlora.validation import FLOAT_DTYPES, is_altered
 
 #: Implementations of transformers that compute the same function; "eager" is the forward of the class.

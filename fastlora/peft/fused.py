@@ -9,10 +9,14 @@ from peft.tuners.lora.layer import Linear
 from peft.tuners.lora.torchao import TorchaoLoraLinear
 from torch import Tensor, nn
 
+from fastlora.dora import dora_linear
 from fastlora.functional import lora_linear
 from fastlora.peft.calls import INTENDED, decide
 from fastlora.peft.report import Tally
+from fastlora.projections import Projection
 from fastlora.quantized import QuantizedWeight
+from fastlora.several import Adapter, lora_adapters
+from fastlora.sharing import Group, drop, shared
 
 
 class Fused(nn.Module):
@@ -22,15 +26,35 @@ class Fused(nn.Module):
     """
 
     _fastlora_tally: Tally
+    _fastlora_group: Group | None = None
+    backend: None = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
         """x (..., in) -> (..., out), fused or by PEFT: see `fastlora.peft.calls`."""
         given = decide(self, x, args, kwargs)
         if isinstance(given, str):
             note(self, given)
+            drop(self)
             return super().forward(x, *args, **kwargs)
-        y = lora_linear(x, *given[:4], scaling=given.scaling, dropout_p=given.dropout_p)
-        return y.to(x.dtype) if isinstance(given.weight, QuantizedWeight) else y
+        weight, A, B, bias, scaling, p, magnitude, others, owner = given
+        if given.is_plain:
+            y = shared(self, x, Projection(*given[:6]))
+            if y is None:
+                y = lora_linear(x, weight, A, B, bias, scaling=scaling, dropout_p=p)
+        else:
+            drop(self)
+            if magnitude is not None:
+                y = dora_linear(x, weight, A, B, bias, magnitude=magnitude, scaling=scaling, dropout_p=p)
+            else:
+                y = lora_adapters(x, weight, [Adapter(A, B, scaling, p), *others], bias, owner=owner)
+        return y.to(x.dtype) if isinstance(weight, QuantizedWeight) else y
+
+    def _projection(self, x: Tensor) -> Projection | str:
+        """What a call with x passes to `lora_linear`, or why something else computes it: see `fastlora.sharing`."""
+        given = decide(self, x, (), {})
+        if isinstance(given, str):
+            return given
+        return Projection(*given[:6]) if given.is_plain else "its adapter is DoRA, or one of several"
 
 
 class FusedLinear(Fused, Linear):

@@ -13,6 +13,7 @@ from fastlora.peft.base import weight_of
 from fastlora.peft.calls import operands
 from fastlora.peft.fused import FUSED, Fused
 from fastlora.peft.report import Report, Tally
+from fastlora.sharing import Group, groups, single_reason
 from fastlora.validation import check_model
 
 #: PEFT's modules whose layers exist with an optional library only, and the modules of their accelerated forms.
@@ -68,19 +69,26 @@ def describe(layers: Mapping[str, Any], already: tuple[str, ...] = ()) -> Report
     weights = [weight_of(layer.base_layer) for layer in linears]
     devices = {weight.device for weight in weights if not isinstance(weight, str)}
     backends = sorted({(device.type, available_backends(device)[0]) for device in devices})
-    return Report(tuple(taken), tuple(waiting), tuple(left), already, tuple(backends))
+    single = tuple((name, reason) for name, layer in layers.items() if (reason := single_reason(layer)))
+    return Report(tuple(taken), tuple(waiting), tuple(left), already, tuple(backends), groups(layers), single)
 
 
 def fuse(layer: Any, warned: set[str]) -> None:
     """Accelerate a layer that has no `unsupported_reason`; `warned` is shared by the layers of a model."""
     layer._fastlora_tally = Tally(warned)
     layer.__class__ = _fused_class(layer)
+    share(layer, True)
+
+
+def share(layer: Any, groups: bool) -> None:
+    """Let an accelerated linear learn with which others it shares x, or compute alone."""
+    layer._fastlora_group = Group() if groups and not isinstance(layer, ParamWrapper) else None
 
 
 def restore(layer: Any) -> None:
     """Give an accelerated layer its class back."""
     layer.__class__ = type(layer).__bases__[1]
-    del layer._fastlora_tally
+    del layer._fastlora_tally, layer._fastlora_group
 
 
 def _fused_class(layer: nn.Module) -> type[Fused] | None:

@@ -21,6 +21,10 @@ class Report:
     left: (name, reason) of layers that are not accelerated.
     already: names of the layers that an earlier `accelerate` took. They are in `taken` or `waiting` too.
     backends: (type of device, backend) that accelerated linears run on by default.
+    groups: names of the layers that share x, as seen in training, in one tuple a group.
+    single: (name, reason) of accelerated layers that are computed alone although they might share x.
+    mlps: names of the gated MLPs whose three linears are computed as one step.
+    mlps_left: (name, reason) of those that are not, where `accelerate` was asked to take them.
     """
 
     taken: tuple[str, ...]
@@ -28,14 +32,22 @@ class Report:
     left: tuple[tuple[str, str], ...] = ()
     already: tuple[str, ...] = ()
     backends: tuple[tuple[str, str], ...] = ()
+    groups: tuple[tuple[str, ...], ...] = ()
+    single: tuple[tuple[str, str], ...] = ()
+    mlps: tuple[str, ...] = ()
+    mlps_left: tuple[tuple[str, str], ...] = ()
 
     def __repr__(self) -> str:
         total = len(self.taken) + len(self.waiting) + len(self.left)
-        lines = [f"fastlora: {len(self.taken)} of {total} LoRA layers accelerated"]
+        shared = f", {len(self.groups)} group{'s' * (len(self.groups) > 1)} share{'s' * (len(self.groups) == 1)} x"
+        lines = [f"fastlora: {len(self.taken)} of {total} LoRA layers accelerated" + shared * bool(self.groups)]
         if self.already:
             lines.append(f"  already accelerated: {len(self.already)}")
         groups: dict[str, list[str]] = {}
-        for state, others in (("waiting", self.waiting), ("left", self.left)):
+        if self.mlps:
+            lines.append(f"  {len(self.mlps)} gated MLPs computed as one step")
+        layers = ("waiting", self.waiting), ("left", self.left), ("computed alone", self.single)
+        for state, others in (*layers, ("gated MLP left", self.mlps_left)):
             for name, reason in others:
                 groups.setdefault(f"  {state}, {reason}", []).append(name)
         for reason, names in groups.items():

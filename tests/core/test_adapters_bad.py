@@ -104,7 +104,6 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
         rf"{DENSE}bias' is torch\.float64, which torch",
     ),
     "integers": (lora_A(Tensor.int), ValueError, r"is torch\.int32, which torch\.float32 cannot"),
-    "dora": unsupported("use_dora", True),
     "corda": unsupported("init_lora_weights", "corda"),
     "pissa": unsupported("init_lora_weights", "pissa_niter_2"),
     "olora": unsupported("init_lora_weights", "olora"),
@@ -133,6 +132,7 @@ OTHERS: dict[str, tuple[Callable[[Path], Any], str, str | None]] = {
     "another model": (of_another_model, "bias='none', but the model was injected with bias='all'", "matches no module of"),
     "scaling": (config(lora_alpha=13), "lora_alpha=13, but", None),
     "rslora": (config(use_rslora=True), "use_rslora=True, but", None),
+    "dora": (config(use_dora=True), "use_dora=True, but", r"lacks \d+ keys .*lora_magnitude_vector"),
     "alpha pattern": (config(alpha_pattern={".*1.*": 3}), "lora_alpha=3, but the layer .*1", None),
     "rank pattern": (config(rank_pattern={"query": 2}), "r=2, but the layer .*query' has r=4", r"expected \(2, 16\)"),
 }

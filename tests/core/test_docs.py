@@ -131,7 +131,8 @@ def test_the_picture_is_what_its_script_draws(tmp_path):
 #: Where reasons are given: in these functions, and in constants of their modules.
 SOURCES = {
     "peft/base.py": {"weight_of"},
-    "peft/calls.py": {"adapter", "operands", "unsupported_input", "decide"},
+    "peft/adapters.py": {"active", "adapters", "adapter", "_adapter", "_magnitude"},
+    "peft/calls.py": {"operands", "unsupported_input", "decide"},
     "peft/experts.py": {"unsupported_reason", "decide", "terms", "_unsupported_experts"},
     "peft/layers.py": {"unsupported_reason"},
     "peft/report.py": set(),

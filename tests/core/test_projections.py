@@ -1,78 +1,17 @@
 """`lora_linears`: several projections of one x, each judged by the oracle, and what they share."""
 
-from collections.abc import Callable
-from typing import Any
-
 import pytest
 import torch
+from grouped import SEED, Group, K, M, fused
 from saved import saved_by
-from torch import Tensor
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from fastlora import Projection, dropout_mask, group, lora_linears, oracle, reference
+from fastlora import Projection, group, lora_linears, oracle, reference
 from fastlora.group import LORA_LINEARS, LORA_LINEARS_BACKWARD, passes
 from fastlora.kernels import group as kernels
-from fastlora.oracle import Case
 
 BACKENDS = ("fused", "addmm", "torch")
-M, K, SEED = 37, 40, 5
 F16, BF16, F32 = torch.float16, torch.bfloat16, torch.float32
-
-
-class Group:
-    """Random operands of projections: (out, rank, rate, bias) of each."""
-
-    def __init__(self, *members: tuple[int, int, float, bool], dtype: torch.dtype = F32, adapter_dtype=None) -> None:
-        self.cases = [
-            Case((M, K, out), r, dtype, adapter_dtype, bias=bias, dropout_p=p, scaling=1.5 - i, seed=i)
-            for i, (out, r, p, bias) in enumerate(members)
-        ]
-        drawn = [oracle.draw(case) for case in self.cases]
-        self.x, self.dys = drawn[0].x, [one.dy for one in drawn]
-        self.weights = [one.weights for one in drawn]
-
-    def projections(self, weights: list[Any]) -> list[Projection]:
-        return [Projection(*own, case.scaling, case.dropout_p) for own, case in zip(weights, self.cases, strict=True)]
-
-    def results(self, function: Callable[[Tensor, list[Any]], Any], dtype: torch.dtype | None = None) -> dict[str, Any]:
-        """y and every gradient by name, of function(x, the weights of each projection)."""
-
-        def leaf(tensor: Tensor | None, trained: bool = True) -> Tensor | None:
-            return None if tensor is None else tensor.detach().clone().to(dtype or tensor.dtype).requires_grad_(trained)
-
-        x = leaf(self.x)
-        weights = [[leaf(W, False), leaf(A), leaf(B), leaf(bias)] for W, A, B, bias in self.weights]
-        ys = function(x, weights)
-        torch.autograd.backward(ys, [dy.to(dtype or dy.dtype) for dy in self.dys])
-        found = {f"y{i}": y.detach() for i, y in enumerate(ys)} | {"dx": x.grad}
-        for i, own in enumerate(weights):
-            for name, tensor in zip(("dA", "dB", "dbias"), own[1:], strict=True):
-                if tensor is not None:
-                    found[f"{name}{i}"] = tensor.grad
-        return found
-
-    def eager(self, x: Tensor, weights: list[Any], word: Callable[[int], int] = int) -> list[Tensor]:
-        masks = [dropout_mask(SEED, M, K, case.dropout_p, projection=word(i)) for i, case in enumerate(self.cases)]
-        return [
-            reference.lora_linear(x, *own, scaling=case.scaling, dropout_p=case.dropout_p, keep_mask=mask)
-            for own, case, mask in zip(weights, self.cases, masks, strict=True)
-        ]
-
-    def assert_parity(self, function: Callable[[Tensor, list[Any]], Any], word: Callable[[int], int] = int) -> None:
-        def expected(x: Tensor, weights: list[Any]) -> list[Tensor]:
-            return self.eager(x, weights, word)
-
-        result, eager, ref = self.results(function), self.results(expected), self.results(expected, torch.float64)
-        assert result.keys() == ref.keys()
-        rows = [
-            oracle.judge(self.cases[int(name[-1]) if name[-1].isdigit() else 0], name.rstrip("0123456789"), *triple)
-            for name, *triple in ((name, result[name], eager[name], ref[name]) for name in ref)
-        ]
-        assert all(row.passed for row in rows), oracle.table(rows)
-
-
-def fused(group: Group, backend: str | None, **options: Any) -> Callable[[Tensor, list[Any]], Any]:
-    return lambda x, weights: lora_linears(x, group.projections(weights), seed=SEED, backend=backend, **options)
 
 
 QKV = ((264, 8, 0.1, True), (72, 8, 0.1, False), (64, 8, 0.1, True))

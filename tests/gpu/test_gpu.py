@@ -6,6 +6,7 @@ from typing import TypeVar
 
 import pytest
 import torch
+from grouped import Group, fused
 from planned import DTYPES, run_grad_a, run_pack_bits
 
 from fastlora import FusedLoraLinear, dropout_mask, lora_linear, oracle
@@ -27,6 +28,16 @@ def test_parity(dtype, adapter_dtype, shape, rank, dropout_p):
     case = Case(shape, rank=rank, dtype=dtype, adapter_dtype=adapter_dtype, dropout_p=dropout_p)
     for backend in ("fused", "addmm", "torch"):
         oracle.assert_parity(case, backend=backend, device="cuda")
+
+
+@pytest.mark.parametrize("backend", ["fused", "addmm", "torch"])
+@pytest.mark.parametrize("dropout_p", [0.0, 0.1])
+@pytest.mark.parametrize("shape", [(17, 131), (2048, 1024), (4099, 2053)], ids=str)
+@pytest.mark.parametrize(("dtype", "adapter_dtype"), DTYPES)
+def test_projections(dtype, adapter_dtype, shape, dropout_p, backend):
+    members = [(512, 16, dropout_p, True), (128, 16, dropout_p, False), (136, 5, dropout_p, True)]
+    group = Group(*members, dtype=dtype, adapter_dtype=adapter_dtype, shape=shape, device="cuda")
+    group.assert_parity(fused(group, backend))
 
 
 @pytest.mark.parametrize("rows", [1, 64, 65, 512, 8192])

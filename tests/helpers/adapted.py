@@ -61,6 +61,8 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "ALL-LINEAR": (llama, {"target_modules": "ALL-LINEAR"}),
     "one layer": (llama, {"target_modules": ["q_proj", "v_proj"], "layers_to_transform": 1}),
     "layers": (llama, {"target_modules": ["mlp.up_proj"], "layers_to_transform": [0], "layers_pattern": "layers"}),
+    "DoRA": (llama, {"target_modules": ["q_proj", "down_proj"], "use_dora": True}),
+    "DoRA of Conv1D": (gpt2, {"target_modules": ["c_attn"], "use_dora": True}),
     "Conv1D": (gpt2, {"target_modules": ["c_attn", "mlp.c_proj"], "bias": "lora_only"}),
     "all-linear of Conv1D": (gpt2, {"target_modules": "all-linear", "bias": "all"}),
     "tied head": (tied_llama, {"target_modules": ["q_proj", "lm_head"]}),
@@ -73,7 +75,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
 def our_name(name: str) -> str:
     """The name here of a parameter of a PeftModel."""
     name = name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".modules_to_save.default.", ".")
-    return re.sub(r"\.(lora_[AB])\.default\.weight", r".\1", name)
+    return re.sub(r"\.(lora_[AB]|lora_magnitude_vector)\.default\.weight", r".\1", name)
 
 
 @torch.no_grad()

@@ -1,7 +1,7 @@
 """Tiny models from transformers, wrapped by PEFT: what they compute, and how the tests of fastlora.peft judge it."""
 
 import copy
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import AbstractContextManager, contextmanager, nullcontext
 from typing import Any
 from unittest import mock
@@ -118,26 +118,35 @@ def run(model: nn.Module, inputs: dict[str, Tensor], seed: int = 3) -> dict[str,
 
 
 class MaskedDropout(nn.Module):
-    """Dropout as PEFT's layer calls it, with the mask that an accelerated layer draws at the same place."""
+    """Dropout as PEFT's layer calls it, with the mask that an accelerated layer draws at the same place.
 
-    def __init__(self, p: float) -> None:
+    A layer that shares x takes the seed of the `leader` of its group, and the mask of its place in it.
+    """
+
+    def __init__(self, p: float, leader: "MaskedDropout | None" = None, place: int = 0) -> None:
         super().__init__()
-        self.p = p
+        self.p, self.place = p, place
+        self.leader = [leader or self]  # in a list: not a submodule
 
     def forward(self, x: Tensor) -> Tensor:
         if not self.training:
             return x
-        mask = dropout_mask(draw_seed(x.device), x[..., 0].numel(), x.shape[-1], self.p)
+        if self.place == 0:
+            self.seed = draw_seed(x.device)
+        mask = dropout_mask(self.leader[0].seed, x[..., 0].numel(), x.shape[-1], self.p, projection=self.place)
         return x * mask.view(x.shape) * keep_scale(self.p)
 
 
-def with_masked_dropout(model: nn.Module) -> nn.Module:
-    """A copy of PEFT's model whose adapters drop what accelerated ones drop."""
+def with_masked_dropout(model: nn.Module, groups: Sequence[Sequence[str]] = ()) -> nn.Module:
+    """A copy of PEFT's model whose adapters drop what accelerated ones drop, with these groups of layers that share x."""
     model = copy.deepcopy(model)
-    for layer in layers.find(model).values():
-        for adapter, dropout in layer.lora_dropout.items():
-            if isinstance(dropout, nn.Dropout):
-                layer.lora_dropout[adapter] = MaskedDropout(dropout.p).train(dropout.training)
+    found = layers.find(model)
+    for group in [*groups, *([name] for name in found if not any(name in group for group in groups))]:
+        for place, name in enumerate(group):
+            for adapter, dropout in found[name].lora_dropout.items():
+                if isinstance(dropout, nn.Dropout):
+                    leader = found[group[0]].lora_dropout[adapter] if place else None
+                    found[name].lora_dropout[adapter] = MaskedDropout(dropout.p, leader, place).train(dropout.training)
     return model
 
 
@@ -148,7 +157,8 @@ def bound_of(eager: float, floor: float) -> float:
 class Judged:
     """Σ ‖error‖² of an accelerated model and of PEFT's, by output, over several inputs and masks.
 
-    One rounding moves every later number of a network, so the two errors of a single draw differ by luck.
+    One rounding moves every later number of a network, so the two errors of a single draw differ by luck. In the first draw
+    each layer computes alone; in the others, layers that share x are one call.
     """
 
     def __init__(
@@ -159,15 +169,15 @@ class Judged:
     ) -> None:
         self.autocast_dtype = autocast_dtype
         self.fused = copy.deepcopy(model)
-        self.eager = with_masked_dropout(model)
-        self.truth = exact(self.eager).double()
+        self.model, self.exact = model, exact
         assert fastlora.accelerate(self.fused).taken
         self.sums: dict[str, Tensor] = {}  # of the errors of the accelerated model, of those of PEFT's, of the truth
 
     def add(self, inputs: dict[str, Tensor], seed: int) -> None:
-        truth = run(self.truth, inputs, seed)
+        eager_model = with_masked_dropout(self.model, fastlora.peft.status(self.fused).groups)
+        truth = run(self.exact(eager_model).double(), inputs, seed)
         with autocast(self.autocast_dtype):
-            fused, eager = run(self.fused, inputs, seed), run(self.eager, inputs, seed)
+            fused, eager = run(self.fused, inputs, seed), run(eager_model, inputs, seed)
         for name, ref in truth.items():
             assert fused[name].dtype == eager[name].dtype, name
             sums = torch.stack([t.square().sum() for t in (fused[name] - ref, eager[name] - ref, ref)])
@@ -182,9 +192,19 @@ class Judged:
 
 @contextmanager
 def counted_calls() -> Iterator[list[Any]]:
-    """The calls of `lora_linear` that accelerated layers make: a fallback cannot pass for a success."""
-    with mock.patch("fastlora.peft.fused.lora_linear", wraps=fastlora.lora_linear) as made:
-        yield made.call_args_list
+    """The calls of `lora_linear` that accelerated layers make, or would make alone: a fallback cannot pass for a success."""
+    made: list[Any] = []
+
+    def linears(x: Tensor, projections: Sequence[Any], **options: Any) -> tuple[Tensor, ...]:
+        made.extend(mock.call(x, *projection) for projection in projections)
+        return fastlora.lora_linears(x, projections, **options)
+
+    def linear(*tensors: Tensor, **options: Any) -> Tensor:
+        made.append(mock.call(*tensors, **options))
+        return fastlora.lora_linear(*tensors, **options)
+
+    with mock.patch("fastlora.peft.fused.lora_linear", linear), mock.patch("fastlora.sharing.lora_linears", linears):
+        yield made
 
 
 def pair(**options: Any) -> tuple[nn.Module, nn.Module]:

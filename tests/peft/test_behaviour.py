@@ -5,7 +5,6 @@ runs PEFT's forward, and within the oracle's floor of float32 if it is fused.
 """
 
 import copy
-import re
 from collections.abc import Callable
 from typing import Any
 
@@ -93,17 +92,6 @@ def test_an_adapter_on_other_modules_makes_new_layers_that_accelerate_takes() ->
     assert set(fallbacks(fused)) == {calls.INACTIVE}  # v_proj has no "second"
 
 
-def test_several_adapters_at_once_are_pefts() -> None:
-    eager, fused = pair()
-    both(eager, fused, add_second)
-    assert_same(eager, fused, calls.MIXED_BATCH, adapter_names=["default", "second", "__base__"])
-    with pytest.raises(ValueError, match="other"):
-        logits_of(fused, adapter_names=["other"] * 3)
-    together = lambda model: model.base_model.set_adapter(["default", "second"])  # noqa: E731  # the same for both models
-    result = assert_same(eager, fused, "several adapters are active", together)
-    assert oracle.relative_error(result, assert_fused(eager, fused, lambda model: model.set_adapter("second"))) > 100 * FLOOR
-
-
 def test_scaling_of_the_adapters() -> None:
     eager, fused = pair()
     before = assert_fused(eager, fused)
@@ -121,15 +109,6 @@ def test_the_same_parameters_train(options: dict[str, Any]) -> None:
     eager, fused = pair(**options)
     assert_close(run(fused.train(), inputs_of()), run(eager.train(), inputs_of()))
     assert fallbacks(fused) == {}
-
-
-def test_dora_falls_back_until_a_plain_adapter_is_active() -> None:
-    reason = "the adapter is a variant (DoraLinearVariant)"
-    with pytest.warns(UserWarning, match=re.escape(f"0 of 4 LoRA layers accelerated\n  waiting, {reason}: 4")):
-        eager, fused = pair(use_dora=True)
-    assert_same(eager, fused, reason)
-    both(eager, fused, add_second)
-    assert_fused(eager, fused, lambda model: model.set_adapter("second"))
 
 
 def test_layer_replication() -> None:

@@ -107,9 +107,9 @@ def test_hooks_on_the_layer_itself_run_around_the_fused_call() -> None:
 
 @pytest.mark.filterwarnings("error:an accelerated LoRA layer")
 def test_one_warning_for_each_reason_and_model() -> None:
-    reason = "several adapters are active"
+    reason = "several adapters are active, one of them with DoRA"
     model = accelerated(target_modules=["q_proj", "v_proj"])
-    model.add_adapter("second", peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=3))
+    model.add_adapter("second", peft.LoraConfig(target_modules=["q_proj", "v_proj"], r=3, use_dora=True))
     model.base_model.set_adapter(["default", "second"])
     with warnings.catch_warnings(record=True) as caught:
         warnings.simplefilter("always")
@@ -120,7 +120,7 @@ def test_one_warning_for_each_reason_and_model() -> None:
     logits_of(model)
     logits_of(copy.deepcopy(model))
     assert {name: list(counts.values()) for name, counts in fallbacks(model).items()} == {reason: [2] * 4}
-    model.add_adapter("third", peft.LoraConfig(target_modules=["up_proj"]))
+    model.add_adapter("third", peft.LoraConfig(target_modules=["up_proj"], use_dora=True))
     fastlora.accelerate(model)  # takes two new layers of the same model
     model.base_model.set_adapter(["default", "second", "third", "third"])
     logits_of(model)

@@ -1,50 +1,22 @@
 """QLoRA: a tiny Llama on linears of bitsandbytes, torchao, HQQ, GPTQModel or FP8Linear, wrapped by PEFT and accelerated."""
 
 import copy
-from collections.abc import Callable
 
 import pytest
 import torch
 from bitsandbytes.nn import Linear4bit
 from packed_layers import packed, stand_ins
 from peft import prepare_model_for_kbit_training
-from peft_models import PRECISIONS, Judged, autocast, build, counted_calls, inputs_of, logits_of, states_equal, wrap
-from quantized_layers import KINDS, quantize
+from peft_models import PRECISIONS, Judged, autocast, counted_calls, inputs_of, logits_of, states_equal, wrap
+from quantized_layers import KINDS
+from quantized_models import dense, quantized_llama, with_linears
 from torch import nn
 
 import fastlora
-from fastlora import oracle, quantized
+from fastlora import oracle
 from fastlora.peft import layers
 
 PROJECTIONS = 14
-
-
-def with_linears(dtype: torch.dtype, made_of: Callable[[torch.Tensor], nn.Module]) -> nn.Module:
-    """The tiny Llama in dtype with every linear but the head made of its weight."""
-    model = build("llama", dtype)
-    for name, linear in list(model.named_modules()):
-        if isinstance(linear, nn.Linear) and name != "lm_head":
-            model.set_submodule(name, made_of(linear.weight.detach()))
-    return model
-
-
-def quantized_llama(kind: str, dtype: torch.dtype = torch.float32, compute_dtype: torch.dtype | None = None) -> nn.Module:
-    """The tiny Llama with every linear but the head quantised, as transformers loads it."""
-    options = {} if kind == "int8" else {"compute_dtype": compute_dtype}
-    model = with_linears(dtype, lambda weight: quantize(weight, kind, **options))
-    setattr(model, "is_loaded_in_8bit" if kind == "int8" else "is_loaded_in_4bit", True)
-    return model
-
-
-def dense(model: nn.Module) -> nn.Module:
-    """A float64 copy of PEFT's model on the weights that the packed ones stand for."""
-    model = copy.deepcopy(model)
-    for layer in layers.find(model).values():
-        weight = quantized.weight_of(layer.base_layer).dequantize(torch.float32)
-        linear = nn.Linear(weight.shape[1], weight.shape[0], bias=False)
-        linear.weight = nn.Parameter(weight, requires_grad=False)
-        layer.base_layer = linear
-    return model.double()
 
 
 def pair(kind: str, **options: torch.dtype | None) -> tuple[nn.Module, nn.Module]:

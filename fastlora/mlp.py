@@ -1,0 +1,156 @@
+"""`lora_mlp`: a gated MLP with LoRA on any of its linears, y = down(act(gate(x)) · up(x)), in one step."""
+
+import itertools
+from typing import Any
+
+import torch
+from torch import Tensor
+
+from fastlora import torch_gated, validation
+from fastlora.dropout import DOWN, GATE, UP, draw_seed, threshold
+from fastlora.functional import _autocast_dtype, _choose_backend
+from fastlora.group import Constants, _dense
+from fastlora.mlp_ops import LORA_MLP, LORA_MLP_BACKWARD
+from fastlora.ops import keeps_mask
+from fastlora.projections import Projection, _cast
+from fastlora.quantized import QuantizedWeight
+
+ACTIVATIONS = tuple(torch_gated.ACTIVATIONS)
+NAMES = ("gate", "up", "down")
+
+
+class LoraMlpFunction(torch.autograd.Function):
+    """y = down(act(gate(x)) · up(x)) and its gradients, for inputs that `lora_mlp` has checked.
+
+    Each linear is as in `LoraLinearFunction`, gate, up and down with dropout mask 0, 1 and 2 of the seed.  With h = act(e) · g:
+
+        dh = dy W_down + c · mask₂(dS_down A_down)     (M, intermediate)
+        dg = dh · act(e),  de = dh · g · act'(e)       (M, intermediate)
+        dx = dx_gate(de) + dx_up(dg)                   (..., in), one tensor
+
+    Saved for backward: x, e = gate(x), g = up(x), W, A and B of the three, the S of each, and the seed; on the backend "torch"
+    one bit an element and mask.  None of them is written.  Second derivatives are refused.
+
+    Args of `apply`: x (..., in), seed int64 (1,) or None, activation, Constants, then the weights, lora_A, lora_B and biases or
+    None of gate, up and down, and the statistics of the quantised weights.  A linear without an adapter has lora_A (0, in).
+    """
+
+    @staticmethod
+    def forward(ctx: Any, x: Tensor, seed: Tensor | None, activation: str, constants: Constants, *tensors: Any) -> Tensor:
+        weights, lora_As, lora_Bs, biases = (tensors[i : i + 3] for i in range(0, 12, 3))
+        statistics = tensors[12:]
+        dense = _dense(constants, weights, statistics, range(3), x.dtype)
+        y, e, g, Ss, masks = LORA_MLP(x, dense, lora_As, lora_Bs, biases, seed, *constants[1:3], activation, constants.backend)
+        kept_seed = None if keeps_mask(seed, constants.backend) else seed
+        ctx.save_for_backward(x, kept_seed, e, g, *weights, *lora_As, *lora_Bs, *statistics, *Ss, *masks)
+        ctx.passes, ctx.activation, ctx.constants = len(Ss), activation, constants
+        return y
+
+    @staticmethod
+    def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
+        # once_differentiable alone would let a second derivative that reaches x, A or B but not dy come out as a silent zero.
+        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+            raise RuntimeError("lora_mlp has no second derivative: its backward was called with create_graph=True")
+        constants, needs = ctx.constants, ctx.needs_input_grad[4:]
+        x, seed, e, g, *saved = ctx.saved_tensors
+        weights, lora_As, lora_Bs = (saved[i : i + 3] for i in range(0, 9, 3))
+        made = 9 + sum(constants.statistics)
+        Ss, masks = saved[made : made + ctx.passes], saved[made + ctx.passes :]
+        used = range(3) if ctx.needs_input_grad[0] else (DOWN,)
+        dense = _dense(constants, weights, saved[9:made], used, x.dtype, [dy] * len(used))
+        constants_of_backward = *constants[1:3], ctx.activation, needs[9:12], constants.backend
+        dx, *grads = LORA_MLP_BACKWARD(dy, x, e, g, dense, lora_As, lora_Bs, Ss, masks, seed, *constants_of_backward)
+        wanted = [
+            None,
+            None,
+            None,
+            *(grad if need else None for grad, need in zip(itertools.chain(*grads), needs[3:12], strict=True)),
+        ]
+        return (dx if ctx.needs_input_grad[0] else None), None, None, None, *wanted, *[None] * sum(constants.statistics)
+
+
+def lora_mlp(
+    x: Tensor,
+    gate: Projection,
+    up: Projection,
+    down: Projection,
+    *,
+    activation: str = "silu",
+    training: bool = True,
+    seed: int | Tensor | None = None,
+    backend: str | None = None,
+) -> Tensor:
+    """y = down(act(gate(x)) · up(x)), where each linear is that of `lora_linear`, with gradients as of it.
+
+    Args:
+        x: (..., in), any strides.
+        gate, up: `Projection`s in -> intermediate.  down: one of intermediate -> out.  See `lora_linear` for their fields.  A
+            linear without an adapter has lora_A = lora_B = None.
+        activation: "silu", "gelu" (by erf) or "gelu_pytorch_tanh", the names of transformers.
+        training: False turns dropout off.
+        seed: one for all masks, as in `lora_linear`: `dropout_mask(seed, M, width, p, projection=i)` with i = 0 for gate, 1
+            for up and 2 for down.
+        backend: as in `lora_linear`.  "fused" is the form of forward's products; backward's are cuBLAS's in both forms.
+
+    act(e) · g is computed in float32 and rounded once; eager torch rounds act(e) too.
+
+    Returns:
+        (..., out) in x's dtype.
+
+    Raises:
+        TypeError, ValueError: see `lora_linear`; the message begins with the linear.  Widths that do not fit together, or an
+            activation that is not listed.
+        RuntimeError: see `lora_linear`.
+    """
+    validation.check_tensor(x, "x")
+    if activation not in ACTIVATIONS:
+        raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
+    linears: list[Projection] = []
+    h, autocast_dtype = x, _autocast_dtype(x.device)
+    for name, projection in zip(NAMES, (gate, up, down), strict=True):
+        if name == "down":
+            h = x.new_empty((0, linears[GATE].weight.shape[0]))
+        linears.append(_checked(name, h, projection, autocast_dtype))
+    if (widths := [linear.weight.shape[0] for linear in linears])[GATE] != widths[UP]:
+        raise ValueError(f"gate and up must have one out_features, got {widths[GATE]} and {widths[UP]}")
+    validation.check_seed(seed, x.device)
+    dtype = validation.autocast_target(x, autocast_dtype)
+    backend = _choose_backend(backend, x.device, dtype)
+    if validation.is_transformed():
+        raise RuntimeError("lora_mlp does not support functorch transforms (torch.func.grad, vmap, jvp, ...)")
+    rates = tuple(float(item.dropout_p) if training and threshold(item.dropout_p) else 0.0 for item in linears)
+    if not any(rates):
+        seed = None
+    elif seed is None:
+        seed = draw_seed(x.device)
+    elif not isinstance(seed, Tensor):
+        seed = torch.full((1,), seed, dtype=torch.int64, device=x.device)  # without a copy from the host
+    packed = [item.weight if isinstance(item.weight, QuantizedWeight) else None for item in linears]
+    weights = [
+        _cast(item.weight, autocast_dtype) if own is None else own.packed for item, own in zip(linears, packed, strict=True)
+    ]
+    lora_As, lora_Bs = ([_cast(item[i], autocast_dtype) for item in linears] for i in (1, 2))
+    biases = [None if item.bias is None else item.bias.to(dtype) for item in linears]
+    statistics = [() if own is None else own.statistics for own in packed]
+    schemes = tuple(None if own is None else own.scheme for own in packed)
+    scalings = tuple(float(item.scaling) for item in linears)
+    constants = Constants((GATE, UP, DOWN), scalings, rates, backend, schemes, tuple(map(len, statistics)))
+    tensors = *weights, *lora_As, *lora_Bs, *biases, *(tensor for own in statistics for tensor in own)
+    return LoraMlpFunction.apply(_cast(x, autocast_dtype), seed, activation, constants, *tensors)
+
+
+def _checked(name: str, x: Tensor, projection: Projection, autocast_dtype: torch.dtype | None) -> Projection:
+    """The projection, with adapters of rank 0 in place of None, after the checks of `lora_linear`."""
+    if not isinstance(projection, Projection):
+        raise TypeError(f"{name} must be a Projection, got {type(projection).__name__}")
+    weight, lora_A, lora_B, bias, *_ = projection
+    try:
+        if lora_A is None and lora_B is None and isinstance(weight, (Tensor, QuantizedWeight)):
+            out_features, in_features = weight.shape
+            lora_A, lora_B = x.new_empty((0, in_features)), x.new_empty((out_features, 0))
+        validation.check_inputs(x, weight, lora_A, lora_B, bias, autocast_dtype)  # type: ignore[arg-type]  # None is refused
+        validation.check_number(projection.scaling, "scaling")
+        validation.check_dropout_p(projection.dropout_p, "dropout_p")
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name}: {error}") from None
+    return projection._replace(lora_A=lora_A, lora_B=lora_B)

@@ -1,0 +1,89 @@
+"""The middle and the last linear of a gated MLP on plain torch ops: what kernels/mlp_steps.py does on Triton kernels.
+
+With e = gate(x), g = up(x) and the packed mask of down's projection:
+
+    forward    h = act(e) · g,  S = c · mask(h) Aᵀ,  y = h Wᵀ + bias + scaling · S Bᵀ
+    backward   dh = dy W + c · mask(dS A),  dg = dh · act(e),  de = dh · g · act'(e),  dA = c · dSᵀ mask(h)
+
+Backward goes over the rows in chunks; dg is written over dh, and h exists a chunk at a time.
+"""
+
+from collections.abc import Callable
+from functools import partial
+
+import torch
+import torch.nn.functional as F
+from torch import Tensor
+
+from fastlora import torch_backend
+from fastlora.torch_backend import _accumulator, _chunks, _grad_s_and_b, _keep, _masked, _rows, _without_autocast
+
+_GELU_BACKWARD = torch.ops.aten.gelu_backward
+#: name -> (act(e), dact · act'(e))
+ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tensor], Tensor]]] = {
+    "silu": (F.silu, torch.ops.aten.silu_backward),
+    "gelu": (F.gelu, _GELU_BACKWARD),
+    "gelu_pytorch_tanh": (partial(F.gelu, approximate="tanh"), partial(_GELU_BACKWARD, approximate="tanh")),
+}
+
+
+@_without_autocast
+def forward(
+    e: Tensor,
+    g: Tensor,
+    weight: Tensor,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    bias: Tensor | None,
+    mask: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    activation: str,
+    out: Tensor,
+) -> Tensor:
+    """S (M, r) of e and g (M, K); y (M, out) goes to `out`.  lora_A and lora_B are None where down has no adapter."""
+    act, _ = ACTIVATIONS[activation]
+    h = torch.empty_like(e)
+    for rows in _chunks(e):
+        _rows(h, rows).copy_(act(_rows(e, rows).to(_accumulator(e))).mul_(_rows(g, rows)))
+    if lora_A is None or lora_B is None:
+        torch.mm(h, weight.t(), out=out) if bias is None else torch.addmm(bias, h, weight.t(), out=out)
+        return h.new_empty((h.shape[0], 0), dtype=_accumulator(h))
+    return torch_backend.forward(h, weight, lora_A, lora_B, bias, mask, scaling, dropout_p, out)[1]
+
+
+@_without_autocast
+def backward(
+    dy: Tensor,
+    e: Tensor,
+    g: Tensor,
+    weight: Tensor,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    S: Tensor,
+    mask: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    activation: str,
+) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
+    """(de, dg, dA, dB) of dy (M, out); dA and dB are None where there is no adapter."""
+    act, act_backward = ACTIVATIONS[activation]
+    dtype = _accumulator(dy)
+    dS, dB, A, dA = None, None, None, None
+    if lora_A is not None:
+        dS, dB = _grad_s_and_b(dy, lora_B, S, scaling, dropout_p)  # dS holds the dropout scale
+        A, dA = lora_A.to(dtype), dy.new_zeros(lora_A.shape, dtype=dtype)
+    dg, de = dy @ weight, torch.empty_like(e)
+    for rows in _chunks(e):
+        e_rows, g_rows, dh = (_rows(t, rows).to(dtype) for t in (e, g, dg))
+        h_act = act(e_rows)
+        if dS is not None and A is not None and dA is not None:
+            term, keep = _rows(dS, rows) @ A, _keep(mask, rows, e.shape[1], dtype)
+            dh = dh + _masked(term, keep, out=term)
+            h = (h_act * g_rows).to(e.dtype).to(dtype)  # rounded as in forward
+            dA.addmm_(_rows(dS, rows).t(), _masked(h, keep, out=keep))
+        _rows(de, rows).copy_(act_backward(dh * g_rows, e_rows))
+        _rows(dg, rows).copy_(h_act.mul_(dh))
+    if lora_A is None or dA is None or dB is None:
+        return de, dg, None, None
+    return de, dg, dA.to(lora_A.dtype), dB.to(lora_A.dtype)
