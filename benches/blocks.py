@@ -23,7 +23,6 @@ from benches.setting import (
     FASTLORA,
     FROZEN,
     MLP,
-    PEFT,
     SINGLE,
     Failed,
     R,
@@ -71,7 +70,7 @@ def _attention(linears: Linears, x: Tensor, mixed: Tensor) -> Outputs:
 
 def _grouped_attention(linears: Sequence[Projection], x: Tensor, mixed: Tensor) -> Outputs:
     *qkv, o = linears
-    return *lora_linears(x, qkv), lora_linear(mixed, *o[:4], scaling=o.scaling, dropout_p=o.dropout_p)
+    return *lora_linears(x, qkv), *lora_linears(mixed, [o])
 
 
 def _chained_attention(linears: Sequence[oracle.Weights], x: Tensor, mixed: Tensor) -> Outputs:
@@ -262,3 +261,6 @@ def _halves(one: Contender, tensors: Tensors, turn: Iterator[Any]) -> tuple[Call
         return torch.autograd.grad(outputs, [*inputs, *adapters], dys)
 
     return forward, backward
+
+
+STEPS = {kind: partial(steps, kind) for kind in BLOCKS}

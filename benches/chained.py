@@ -22,7 +22,7 @@ class _Projections(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, scaling: float, n: int, *tensors: Tensor) -> tuple[Tensor, ...]:
         ctx.save_for_backward(x, *tensors)
         ctx.scaling, ctx.n = scaling, n
-        return tuple(_linear(x, *tensors[i::n], scaling) for i in range(n))
+        return tuple(_linear(x, tensors[i::n], scaling) for i in range(n))
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor) -> tuple[Any, ...]:
@@ -35,18 +35,18 @@ class _Mlp(torch.autograd.Function):
     @staticmethod
     def forward(ctx: Any, x: Tensor, scaling: float, *tensors: Tensor) -> Tensor:
         gate, up, down = (tensors[i::3] for i in range(3))
-        e, g = _linear(x, *gate, scaling), _linear(x, *up, scaling)
+        e, g = _linear(x, gate, scaling), _linear(x, up, scaling)
         ctx.save_for_backward(x, e, g, *tensors)
         ctx.scaling = scaling
-        return _linear(_on(x, _gated)(e, g), *down, scaling)
+        return _linear(_on(x, _gated)(e, g), down, scaling)
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor) -> tuple[Any, ...]:
         x, e, g, *tensors = ctx.saved_tensors
-        gate, up, (W, A, B) = (tensors[i::3] for i in range(3))
-        dh = _add_dx(None, dys[0], W, A, B, ctx.scaling)
+        gate, up, down = (tensors[i::3] for i in range(3))
+        dh = _add_dx(None, dys[0], down, ctx.scaling)
         h, de, dg = _on(x, _gated_backward)(dh, e, g)
-        of_down = _adapters(h, dys[0], A, B, ctx.scaling)
+        of_down = _adapters(h, dys[0], down, ctx.scaling)
         dx, of_others = _backward(x, (de, dg), (gate, up), ctx.scaling)
         grads = [*of_others, of_down]
         return dx, None, None, None, None, *(dA for dA, _ in grads), *(dB for _, dB in grads)
@@ -67,7 +67,8 @@ def _flat(weights: Sequence[Sequence[Any]]) -> list[Tensor]:
     return [own[i] for i in range(3) for own in weights]
 
 
-def _linear(x: Tensor, W: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+def _linear(x: Tensor, weights: Sequence[Tensor], scaling: float) -> Tensor:
+    W, A, B = weights
     return (x @ W.t()).addmm_(x @ A.t(), B.t(), alpha=scaling)
 
 
@@ -75,20 +76,22 @@ def _backward(
     x: Tensor, dys: Sequence[Tensor], weights: Sequence[Sequence[Tensor]], scaling: float
 ) -> tuple[Tensor, list[tuple[Tensor, Tensor]]]:
     """dx, and (dA, dB) of each projection."""
-    grads = [_adapters(x, dy, A, B, scaling) for dy, (_, A, B) in zip(dys, weights, strict=True)]
+    grads = [_adapters(x, dy, own, scaling) for dy, own in zip(dys, weights, strict=True)]
     dx = None
     for dy, own in zip(dys, weights, strict=True):
-        dx = _add_dx(dx, dy, *own, scaling)
+        dx = _add_dx(dx, dy, own, scaling)
     assert dx is not None
     return dx, grads
 
 
-def _add_dx(dx: Tensor | None, dy: Tensor, W: Tensor, A: Tensor, B: Tensor, scaling: float) -> Tensor:
+def _add_dx(dx: Tensor | None, dy: Tensor, weights: Sequence[Tensor], scaling: float) -> Tensor:
+    W, A, B = weights
     return (dy @ W if dx is None else dx.addmm_(dy, W)).addmm_(dy @ B, A, alpha=scaling)
 
 
-def _adapters(x: Tensor, dy: Tensor, A: Tensor, B: Tensor, scaling: float) -> tuple[Tensor, Tensor]:
+def _adapters(x: Tensor, dy: Tensor, weights: Sequence[Tensor], scaling: float) -> tuple[Tensor, Tensor]:
     """dA, dB"""
+    _, A, B = weights
     dA = torch.empty_like(A).addmm_((dy @ B).t(), x, beta=0, alpha=scaling)
     return dA, torch.empty_like(B).addmm_(dy.t(), x @ A.t(), beta=0, alpha=scaling)
 

@@ -47,6 +47,11 @@ class Setting:
         """M, the number of tokens."""
         return self.batch * self.length
 
+    @property
+    def checked(self) -> tuple[int, int]:
+        """Batch and length of what a model is checked on: more than `accelerate` leaves to PEFT on a CPU."""
+        return min(self.batch, 2), min(self.length, 256)
+
     def facts(self, kind: str) -> dict[str, Any]:
         """The columns of a row that say what was measured."""
         size = {"M": self.rows, "r": R, "p": DROPOUT_P}
@@ -67,7 +72,7 @@ def setting(kind: str, device: torch.device, *, compiler: str | None = None, toy
         adapters = torch.bfloat16 if kind in (ATTENTION, MLP) else torch.float32
         return Setting(name, MODELS[name], batch, length, torch.bfloat16, adapters, compiler)
     small = _SMALL["toy" if toy else "cpu"]
-    length = 16 if toy else 128
+    length = 16 if toy else 256
     return Setting(f"Llama of width {small.hidden}", small, 2, length, torch.float32, torch.float32, compiler)
 
 
