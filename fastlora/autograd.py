@@ -9,6 +9,18 @@ from fastlora import ops
 from fastlora.quantized import Scheme, dequantize
 
 
+def refuse_second_derivative(name: str) -> None:
+    """Raises RuntimeError in a backward that is itself differentiated.
+
+    once_differentiable alone would let a second derivative that reaches x, A or B but not dy come out as a silent zero.
+    """
+    if torch.is_grad_enabled() and not torch.compiler.is_compiling():
+        raise RuntimeError(
+            f"{name} has no second derivative: its backward was called with create_graph=True; "
+            "use fastlora.reference.lora_linear where one is needed, or fastlora.decelerate(model) for a PEFT model"
+        )
+
+
 class LoraLinearFunction(torch.autograd.Function):
     """y = x Wᵀ + bias + scaling · drop(x) Aᵀ Bᵀ and its gradients, for inputs that `lora_linear` has checked.
 
@@ -66,12 +78,7 @@ class LoraLinearFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        # once_differentiable alone would let a second derivative that reaches x, A or B but not dy come out as a silent zero.
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError(
-                "lora_linear has no second derivative: its backward was called with create_graph=True; "
-                "use fastlora.reference.lora_linear where one is needed, or fastlora.decelerate(model) for a PEFT model"
-            )
+        refuse_second_derivative("lora_linear")
         need_dx, _, need_dA, need_dB, need_dbias = ctx.needs_input_grad[:5]
         dx = dA = dB = dbias = None
         if need_dx or need_dA or need_dB:

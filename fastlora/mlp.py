@@ -109,7 +109,7 @@ def lora_mlp(
     h, autocast_dtype = x, _autocast_dtype(x.device)
     for name, projection in zip(NAMES, (gate, up, down), strict=True):
         if name == "down":
-            h = x.new_empty((0, linears[GATE].weight.shape[0]))
+            h = torch.zeros((0, linears[GATE].weight.shape[0]), dtype=x.dtype, device=x.device)
         linears.append(_checked(name, h, projection, autocast_dtype))
     if (widths := [linear.weight.shape[0] for linear in linears])[GATE] != widths[UP]:
         raise ValueError(f"gate and up must have one out_features, got {widths[GATE]} and {widths[UP]}")
@@ -144,10 +144,18 @@ def _checked(name: str, x: Tensor, projection: Projection, autocast_dtype: torch
     if not isinstance(projection, Projection):
         raise TypeError(f"{name} must be a Projection, got {type(projection).__name__}")
     weight, lora_A, lora_B, bias, *_ = projection
+    if (lora_A is None) != (lora_B is None):
+        raise TypeError(f"{name}: lora_A and lora_B must both be tensors or both None, got {type(lora_A)} and {type(lora_B)}")
+    if name == "down" and len(weight.shape) == 2 and weight.shape[1] != x.shape[1]:
+        raise ValueError(
+            f"down: gate has {x.shape[1]} out_features, but down's weight {tuple(weight.shape)} expects {weight.shape[1]}"
+        )
     try:
         if lora_A is None and lora_B is None and isinstance(weight, (Tensor, QuantizedWeight)):
             out_features, in_features = weight.shape
-            lora_A, lora_B = x.new_empty((0, in_features)), x.new_empty((out_features, 0))
+            lora_A, lora_B = (
+                torch.zeros(size, dtype=x.dtype, device=x.device) for size in ((0, in_features), (out_features, 0))
+            )
         validation.check_inputs(x, weight, lora_A, lora_B, bias, autocast_dtype)  # type: ignore[arg-type]  # None is refused
         validation.check_number(projection.scaling, "scaling")
         validation.check_dropout_p(projection.dropout_p, "dropout_p")

@@ -80,9 +80,9 @@ class FusedLoraLinear4bit(FusedLoraLinear):
             "fastlora.merge_and_unload(model) puts dense linears in place"
         )
 
-    def to_linear(self, merged: bool) -> nn.Module:
+    def to_plain(self, merged: bool) -> nn.Module:
         """With `merged` an nn.Linear on `merged_weight`, otherwise the Linear4bit that is below; bias is shared."""
-        plain = super().to_linear(True) if merged else quantized.linear_of(self.weight, self.bias, self._state)
+        plain = super().to_plain(True) if merged else quantized.linear_of(self.weight, self.bias, self._state)
         return plain.train(self.training)
 
     def _save_to_state_dict(self, destination: dict[str, Any], prefix: str, keep_vars: bool) -> None:

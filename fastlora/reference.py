@@ -103,7 +103,7 @@ class EagerLoraLinear(FusedLoraLinear):
         p, mask = self.lora_dropout if self.training else 0.0, None
         if threshold(p):
             mask = dropout_mask(draw_seed(x.device), x[..., 0].numel(), x.shape[-1], p)
-        tensors = x, self._W(), self.lora_A, self.lora_B, self.bias
+        tensors = x, self._W(), self.lora_A, self._B(self.lora_B), self.bias
         magnitude = self.lora_magnitude_vector
         linear = lora_linear if magnitude is None else functools.partial(dora_linear, magnitude=magnitude)
         return linear(*tensors, scaling=self.scaling, dropout_p=p, keep_mask=mask)

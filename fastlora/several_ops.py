@@ -97,7 +97,7 @@ def backward(
     dx_rows = None if weight is None else as_rows(dx)
     B = torch.cat(list(lora_Bs), 1)
     if backend == "torch":
-        dU, dB = cast(tuple[Tensor, Tensor], torch_backend._grad_s_and_b(dy_rows, B, U, 1.0, 0.0))
+        dU, dB = cast(tuple[Tensor, Tensor], torch_backend.grad_s_and_b(dy_rows, B, U, 1.0, 0.0))
     else:
         from fastlora.kernels import several
 

@@ -85,7 +85,7 @@ def backward(
     out: Tensor | None = None,
 ) -> tuple[Tensor | None, Tensor | None, Tensor | None]:
     """(dx, dA, dB).  dx, in `out` where given, needs weight, lora_A and lora_B; dA needs x and lora_B; dB needs S."""
-    dS, dB = _grad_s_and_b(dy, lora_B, S, scaling, dropout_p)
+    dS, dB = grad_s_and_b(dy, lora_B, S, scaling, dropout_p)
     if dB is not None:
         dB = dB.to(adapter_dtype)
     if dS is None:
@@ -135,7 +135,7 @@ def backward_shared(
     dx (M, in) gets the sum of their LoRA terms, added with `add` to what is there.  W is not multiplied.
     """
     operands = zip(dys, lora_Bs, Ss, scalings, strict=True)
-    products = [_grad_s_and_b(dy, lora_B, S, scaling, dropout_p) for dy, lora_B, S, scaling in operands]
+    products = [grad_s_and_b(dy, lora_B, S, scaling, dropout_p) for dy, lora_B, S, scaling in operands]
     dS = torch.cat([dS for dS, _ in products if dS is not None], 1)
     dA = _grad_a_and_term_of_dx(dS, x, lora_A, dx, masks, add)
     assert dA is not None
@@ -147,12 +147,19 @@ def _expand(
 ) -> Tensor:
     """y = x Wᵀ + bias + scaling · S Bᵀ."""
     y = torch.mm(x, weight.t(), out=out) if bias is None else torch.addmm(bias, x, weight.t(), out=out)
+    add_rank_term(y, S, lora_B, scaling)
+    return y
+
+
+@_without_autocast
+def add_rank_term(y: Tensor, S: Tensor, lora_B: Tensor, scaling: float) -> None:
+    """y += scaling · S Bᵀ in place; with B in a wider dtype than y's, summed in B's."""
     if lora_B.dtype == y.dtype:
-        return y.addmm_(S.to(y.dtype), lora_B.t(), alpha=scaling)
+        y.addmm_(S.to(y.dtype), lora_B.t(), alpha=scaling)
+        return
     B_t = lora_B.t() * scaling
     for rows in _chunks(y):
         _rows(y, rows).add_(_rows(S, rows) @ B_t)
-    return y
 
 
 def _shrink(x: Tensor, lora_A: Tensor, masks: Masks, dropout_p: float) -> Tensor:
@@ -172,7 +179,8 @@ def _shrink(x: Tensor, lora_A: Tensor, masks: Masks, dropout_p: float) -> Tensor
     return S
 
 
-def _grad_s_and_b(
+@_without_autocast
+def grad_s_and_b(
     dy: Tensor, lora_B: Tensor | None, S: Tensor | None, scaling: float, dropout_p: float
 ) -> tuple[Tensor | None, Tensor | None]:
     """c · dS = c · scaling · dy B where B is given, dB = scaling · dyᵀ S where S is, in one pass over dy."""

@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlora import torch_backend
-from fastlora.torch_backend import _accumulator, _chunks, _grad_s_and_b, _keep, _masked, _rows, _without_autocast
+from fastlora.torch_backend import _accumulator, _chunks, grad_s_and_b, _keep, _masked, _rows, _without_autocast
 
 _GELU_BACKWARD = torch.ops.aten.gelu_backward
 #: name -> (act(e), dact · act'(e))
@@ -71,7 +71,7 @@ def backward(
     dtype = _accumulator(dy)
     dS, dB, A, dA = None, None, None, None
     if lora_A is not None:
-        dS, dB = _grad_s_and_b(dy, lora_B, S, scaling, dropout_p)  # dS holds the dropout scale
+        dS, dB = grad_s_and_b(dy, lora_B, S, scaling, dropout_p)  # dS holds the dropout scale
         A, dA = lora_A.to(dtype), dy.new_zeros(lora_A.shape, dtype=dtype)
     dg, de = dy @ weight, torch.empty_like(e)
     for rows in _chunks(e):

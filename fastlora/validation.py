@@ -63,14 +63,14 @@ def check_seed(seed: int | Tensor | None, device: torch.device | None = None) ->
             raise ValueError(f"seed must fit in 64 signed bits, got {seed}")
 
 
-def check_rank(r: int, in_features: int, out_features: int) -> None:
+def check_rank(r: int, in_features: int, out_features: int, stacklevel: int = 4) -> None:
     """r >= 0. Warns for r > min(in, out): a smaller rank gives the same functions."""
     check_size(r, "r")
     if r > min(in_features, out_features) and not torch.compiler.is_compiling():
         warnings.warn(
             f"r={r} is above min(in_features={in_features}, out_features={out_features}): the product of lora_B and lora_A "
             f"cannot have a higher rank than {min(in_features, out_features)}",
-            stacklevel=4,
+            stacklevel=stacklevel,
         )
 
 
@@ -90,6 +90,24 @@ def check_tensor(tensor: Tensor, name: str, dim: int | None = None) -> None:
     check_dtype(tensor.dtype, name, hint="; dequantise it first, or pass a QuantizedWeight" if packed else "")
     if dim is not None and tensor.dim() != dim:
         raise ValueError(f"{name} must have {dim} dimension(s), got shape {tuple(tensor.shape)}")
+
+
+def check_adapter_dtype(adapter: torch.dtype, dtype: torch.dtype, base: str) -> None:
+    """The factors' dtype is `dtype`, that of `base`, or float32 where that is 16-bit."""
+    if adapter != dtype and not (adapter == torch.float32 and dtype in HALF_DTYPES):
+        raise TypeError(
+            f"lora_A and lora_B are {adapter} but {base} is {dtype}: the adapters must have {base}'s dtype, or be "
+            f"float32 with {base} in float16 or bfloat16"
+        )
+
+
+def check_frozen(weight: Tensor) -> None:
+    """`weight` requires no gradient."""
+    if weight.requires_grad and not is_transformed():  # lora_linear refuses transforms with an error of their own
+        raise ValueError(
+            "weight requires grad, but fastlora computes no gradient for the frozen weight: "
+            "call weight.requires_grad_(False), or pass weight.detach()"
+        )
 
 
 def check_inputs(
@@ -130,16 +148,8 @@ def check_inputs(
         raise TypeError(f"x is {dtype}, but a quantised weight can be made in float32, float16 and bfloat16 only")
     if dtypes["lora_A"] != dtypes["lora_B"]:
         raise TypeError(f"lora_A is {dtypes['lora_A']} but lora_B is {dtypes['lora_B']}: they must share a dtype")
-    if dtypes["lora_A"] != dtype and not (dtypes["lora_A"] == torch.float32 and dtype in HALF_DTYPES):
-        raise TypeError(
-            f"lora_A and lora_B are {dtypes['lora_A']} but {base} is {dtype}: the adapters must have {base}'s dtype, or be "
-            f"float32 with {base} in float16 or bfloat16"
-        )
-    if frozen.requires_grad and not is_transformed():  # lora_linear refuses transforms with an error of their own
-        raise ValueError(
-            "weight requires grad, but fastlora computes no gradient for the frozen weight: "
-            "call weight.requires_grad_(False), or pass weight.detach()"
-        )
+    check_adapter_dtype(dtypes["lora_A"], dtype, base)
+    check_frozen(frozen)
     if x is not None:
         check_rank(r, in_features, out_features)
 
@@ -153,11 +163,17 @@ def check_linear(linear: nn.Module, fan_in_fan_out: bool) -> tuple[Tensor, Tenso
     if isinstance(linear, nn.Linear) == fan_in_fan_out or not (hasattr(linear, "weight") and hasattr(linear, "bias")):
         expected = "a module with a bias and a weight (in, out), unlike an nn.Linear's," if fan_in_fan_out else "an nn.Linear"
         raise TypeError(f"linear must be {expected} with fan_in_fan_out={fan_in_fan_out}, got {kind}")
-    if parametrize.is_parametrized(linear) or any(name in linear._parameters for name in ("weight_g", "weight_orig")):
-        raise TypeError(f"linear is a {kind} whose weight is parametrised: remove the parametrisation first")
-    if is_altered(linear):
-        raise ValueError(f"linear is a {kind} with hooks or a forward of its own, which would not run: remove them first")
+    check_unaltered(linear, "linear")
     return cast(tuple[Tensor, Tensor | None], (linear.weight, linear.bias))
+
+
+def check_unaltered(module: nn.Module, name: str) -> None:
+    """`module` computes what its class does with its weight: another module on that weight can take its place."""
+    kind = type(module).__name__
+    if parametrize.is_parametrized(module) or any(key in module._parameters for key in ("weight_g", "weight_orig")):
+        raise TypeError(f"{name} is a {kind} whose weight is parametrised: remove the parametrisation first")
+    if is_altered(module):
+        raise ValueError(f"{name} is a {kind} with hooks or a forward of its own, which would not run: remove them first")
 
 
 def check_model(model: nn.Module) -> None:

@@ -220,14 +220,15 @@ def _layout(
         "PRECISION": precision,
         "num_warps": config.num_warps,
         "num_stages": config.num_stages,
-        **target.register_limit,
+        # Without a limit ptxas may stop at 128 or 168 registers, and spill 16 or 24 bytes (sm_80, Triton 3.7.1).
+        **({"maxnreg": 255} if target.runs_ptx else {}),
     }
 
 
 def plan_gated(e: TensorSpec, A: TensorSpec | None, activation: str, mask: str, precision: str, target: Target) -> Plan:
     """The launch for contiguous e and g (M, K), A (r, K) of any strides or None.  S, the second result, may come in parts."""
     M, K = e.shape
-    config, options = _layout(e, A, (64, 64), 2, (activation, mask, precision, target))
+    config, options = _layout(e, A, (64, 64) if e.dtype.itemsize == 2 else (32, 32), 2, (activation, mask, precision, target))
     row_blocks, rank_blocks = cdiv(M, config.block_m), max(1, cdiv(options["R"], config.block_r))
     partial = config.block_r * 4 / (3 * config.block_k * e.dtype.itemsize)
     splits, steps = split_steps(cdiv(K, config.block_k), row_blocks * rank_blocks, target, partial)
@@ -257,7 +258,12 @@ def plan_gated_backward(
     M, K = e.shape
     dtype = e.dtype if A is None else A.dtype
     # Half a tile of grad_a.py: a thread holds several float32 tiles.  Without wgmma, warps side by side would make each twice.
-    block = (32, 64) if target.has_wgmma and e.dtype.itemsize == 2 else (64, 32) if e.dtype.itemsize == 2 else (32, 32)
+    # It is less where float32 dots take registers, and where an operand of more than 64 ranks is split.
+    block = (32, 64) if target.has_wgmma else (64, 32)
+    if e.dtype.itemsize == 4:
+        block = (32, 32)
+    elif dtype.itemsize == 4 and (0 if A is None else A.shape[0]) > 64:
+        block = (16, 64)
     config, options = _layout(e, A, block, 3, (activation, mask, precision, target), with_dx=True)
     col_blocks, rank_blocks = cdiv(K, config.block_k), max(1, cdiv(options["R"], config.block_r))
     partial = config.block_r * 4 / (5 * config.block_m * e.dtype.itemsize)

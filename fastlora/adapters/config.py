@@ -13,12 +13,12 @@ from torch import nn
 from fastlora.injection.matching import match_modules_to_save
 from fastlora.injection.options import LoraOptions
 from fastlora.injection.walk import named_modules
-from fastlora.modules import FusedLoraLinear
+from fastlora.layers.base import FusedLoraLayer
 
 CONFIG_NAME = "adapter_config.json"
 
 # The options of `inject` that PEFT's config shares.
-_SHARED = {field.name for field in fields(LoraOptions)} - {"fan_in_fan_out", "adapter_dtype", "quantize"}
+_SHARED = {field.name for field in fields(LoraOptions)} - {"fan_in_fan_out", "adapter_dtype", "quantize", "enable_lora"}
 
 # Options for features that these layers do not compute, with the values that ask for none.  An initialisation asks for none
 # if it keeps the base weight: PiSSA, OLoRA, CorDA, LoftQ and LoRA-GA train on another one.
@@ -30,12 +30,13 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "layer_replication": (None, []),
     "lora_bias": (False, None),
     "alora_invocation_tokens": (None, []),
+    "enable_lora": (None, []),  # of PEFT's first version, whose files held B's pairs as loralib does
 }
 # PEFT names its variants use_* or *_config.  eva_config only says where the data of EVA's initialisation is.
 _VARIANT = re.compile("use_.*|(?!eva_).*_config")
 
 
-def describe(model: nn.Module, layers: Mapping[str, FusedLoraLinear], options: LoraOptions) -> dict[str, Any]:
+def describe(model: nn.Module, layers: Mapping[str, FusedLoraLayer], options: LoraOptions) -> dict[str, Any]:
     """The config of `layers`, by name, in `model`, which was injected with `options`.
 
     The most frequent rank and alpha are the config's; its patterns hold the others.  Raises ValueError when the layers differ
@@ -49,7 +50,7 @@ def describe(model: nn.Module, layers: Mapping[str, FusedLoraLinear], options: L
         "auto_mapping": {"base_model_class": kind.__name__, "parent_library": kind.__module__},
         "base_model_name_or_path": getattr(getattr(model, "config", None), "_name_or_path", None) or None,
         "bias": options.bias,
-        "fan_in_fan_out": any(layer.fan_in_fan_out for layer in layers.values()),
+        "fan_in_fan_out": any(getattr(layer, "fan_in_fan_out", False) for layer in layers.values()),
         "inference_mode": True,
         "modules_to_save": list(options.modules_to_save) or None,
         "target_modules": _target_modules(model, layers),
@@ -57,16 +58,16 @@ def describe(model: nn.Module, layers: Mapping[str, FusedLoraLinear], options: L
     for option in ("lora_dropout", "use_rslora", "use_dora"):
         values = {getattr(layer, option) for layer in layers.values()}
         if len(values) > 1:
-            raise ValueError(f"the LoRA linears differ in {option}: {sorted(values)}; one config holds one value")
+            raise ValueError(f"the LoRA layers differ in {option}: {sorted(values)}; one config holds one value")
         config[option] = values.pop()
     for option, pattern in (("r", "rank_pattern"), ("lora_alpha", "alpha_pattern")):
-        by_name = {name: getattr(layer, option) for name, layer in layers.items()}
+        by_name = {name: layer.of_config()[option] for name, layer in layers.items()}
         config[option] = usual = Counter(by_name.values()).most_common(1)[0][0]
         config[pattern] = {f"^{re.escape(name)}": value for name, value in by_name.items() if value != usual}
     return config
 
 
-def _target_modules(model: nn.Module, layers: Mapping[str, FusedLoraLinear]) -> list[str] | str:
+def _target_modules(model: nn.Module, layers: Mapping[str, FusedLoraLayer]) -> list[str] | str:
     """All names of the layers, as a regex where a list of them would match another module by its end."""
     named = list(named_modules(model))
     targets = [name for name, module in named if module in layers.values()]
@@ -94,7 +95,7 @@ def read(path: Path) -> LoraOptions:
         raise ValueError(f"{CONFIG_NAME}: {error}") from error
 
 
-def check(said: LoraOptions, model: nn.Module, layers: Mapping[str, FusedLoraLinear], options: LoraOptions) -> None:
+def check(said: LoraOptions, model: nn.Module, layers: Mapping[str, FusedLoraLayer], options: LoraOptions) -> None:
     """What the file says is what was injected into `model` with `options`.  Raises ValueError that names the difference."""
     if said.bias != options.bias:
         raise ValueError(f"{CONFIG_NAME}: bias={said.bias!r}, but the model was injected with bias={options.bias!r}")
@@ -105,7 +106,6 @@ def check(said: LoraOptions, model: nn.Module, layers: Mapping[str, FusedLoraLin
             f"{list(options.modules_to_save)}: they differ in {', '.join(sorted(saved ^ expected))}"
         )
     for name, layer in layers.items():
-        for option in ("r", "lora_alpha", "use_rslora", "use_dora"):
-            value, own = said.of_layer(name)[option], getattr(layer, option)
-            if value != own:
+        for option, own in {**layer.of_config(), "use_rslora": layer.use_rslora, "use_dora": layer.use_dora}.items():
+            if (value := said.of_layer(name)[option]) != own:
                 raise ValueError(f"{CONFIG_NAME}: {option}={value!r}, but the layer {name!r} has {option}={own!r}")

@@ -2,9 +2,9 @@
 
 The file holds, each in the dtype it trains in, under base_model.model.<path>, with <path> the name of a module:
 
-    <path>.lora_A.weight (r, in), <path>.lora_B.weight (out, r)   of every LoRA linear
+    <path>.lora_A.weight (r, in), <path>.lora_B.weight (out, r)   of every LoRA layer
     <path>.lora_magnitude_vector (out,)                           of those with use_dora
-    <path>.base_layer.bias                                        of LoRA linears, with bias "lora_only" or "all"
+    <path>.base_layer.bias                                        of LoRA layers, with bias "lora_only" or "all"
     <path>.bias                                                   of all other modules, with bias "all"
     <path>.<name>                                                 the whole state of the modules to save
     <path>.weight or <path>.base_layer.weight                     of embeddings: where PEFT added them, they are loaded as well
@@ -31,6 +31,7 @@ from fastlora.injection.inject import injected, install, prepare
 from fastlora.injection.matching import match_modules_to_save, targets_of, warn
 from fastlora.injection.options import LoraOptions
 from fastlora.injection.walk import named_modules, named_parameters, some_lora_layers, unwrapped
+from fastlora.layers.base import FusedLoraLayer
 from fastlora.modules import FusedLoraLinear
 from fastlora.validation import check_model
 
@@ -51,7 +52,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     writes, and the others return when the files are whole.
 
     Raises:
-        ValueError: `model` holds no LoRA linear or several injected models, its layers differ in dropout or scaling rule or are
+        ValueError: `model` holds no LoRA layer or several injected models, its layers differ in dropout or scaling rule or are
             on the meta device, or FSDP's first version, DeepSpeed's ZeRO-3 or a mesh of some processes has sharded it.
         RuntimeError: a layer was merged with keep_base=False: on its weight the adapter would count twice; or rank 0, which
             writes for this process, failed.
@@ -62,7 +63,8 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     contents = adapter_tensors.contents(base, layers, options)
     config = adapter_config.describe(base, layers, options)
     _warn_unsaved(model, contents.values())
-    tensors, is_collective = sharded.gather(contents)
+    whole, is_collective = sharded.gather(contents)
+    tensors = adapter_tensors.to_file(layers, whole)
 
     def write() -> None:
         weights, text = safetensors.torch.save(tensors, metadata={"format": "pt"}), json.dumps(config, indent=2, sort_keys=True)
@@ -81,7 +83,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
 
     Raises:
         FileNotFoundError: a file is missing.
-        ValueError: a file cannot be read, `model` has no LoRA linears or has weights that are still on the meta device, keys
+        ValueError: a file cannot be read, `model` has no LoRA layers or has weights that are still on the meta device, keys
             are missing or unexpected, a shape, dtype, rank or scaling differs, as do the biases or modules to save, or the file
             needs a feature that these layers do not compute, or the parameters are not whole as in `save_adapter`.  The model
             is then unchanged.
@@ -109,7 +111,7 @@ def from_pretrained(
     Args:
         is_trainable: ready for more training; otherwise, as in PEFT, nothing requires a gradient and the mode is eval().
         adapter_dtype: of lora_A and lora_B; default: what holds both the file's dtype and the targets'.
-        layer: the class of the new layers.
+        layer: the class of the new linears.
 
     Returns:
         `model` itself.
@@ -136,8 +138,8 @@ def from_pretrained(
     return model if is_trainable else model.requires_grad_(False).eval()
 
 
-def _injected(model: nn.Module) -> tuple[nn.Module, dict[str, FusedLoraLinear], LoraOptions]:
-    """The injected module in `model`, its LoRA linears by their first names in it, and what it was injected with."""
+def _injected(model: nn.Module) -> tuple[nn.Module, dict[str, FusedLoraLayer], LoraOptions]:
+    """The injected module in `model`, its LoRA layers by their first names in it, and what it was injected with."""
     check_model(model)
     base, *others = injected(model) or [unwrapped(model)]
     if others:
@@ -146,9 +148,11 @@ def _injected(model: nn.Module) -> tuple[nn.Module, dict[str, FusedLoraLinear], 
     layers = {names[0]: layer for layer, names in some_lora_layers(base, least_rank=1).items()}
     sharded.reshard(model)
     for path, layer in layers.items():
-        if (shape := tuple(getattr(layer.lora_A, "shape", ()))) != (expected := (layer.r, layer.in_features)):
+        for name, expected in zip(layer.FACTORS, layer.factor_shapes, strict=True):
+            if (shape := tuple(getattr(getattr(layer, name), "shape", ()))) == expected:
+                continue
             raise ValueError(
-                f"lora_A of {path!r} has shape {shape}, expected {expected}: FSDP's first version and DeepSpeed's ZeRO-3 leave "
+                f"{name} of {path!r} has shape {shape}, expected {expected}: FSDP's first version and DeepSpeed's ZeRO-3 leave "
                 "parts; call this where the parameters are whole, in summon_full_params or GatheredParameters"
             )
         if layer.merged and layer._base_weight is None:

@@ -1,9 +1,9 @@
 """The tensors of an adapter file: which of a model's tensors it holds, under which keys, and whether those of a file fit.
 
-`layers` are a model's LoRA linears by name; `inject` may not have put them in place yet.
+`layers` are a model's LoRA layers by name; `inject` may not have put them in place yet.
 """
 
-from collections.abc import Iterable, Mapping
+from collections.abc import Iterable, Iterator, Mapping
 from functools import reduce
 from pathlib import Path
 
@@ -15,17 +15,14 @@ from fastlora.adapters.config import CONFIG_NAME
 from fastlora.injection.matching import embeddings, match_modules_to_save
 from fastlora.injection.options import LoraOptions
 from fastlora.injection.walk import named_modules, named_parameters
-from fastlora.modules import FusedLoraLinear
+from fastlora.layers.base import FusedLoraLayer
 
 _PREFIX = "base_model.model."
 
 
-def contents(model: nn.Module, layers: Mapping[str, FusedLoraLinear], options: LoraOptions) -> dict[str, Tensor]:
+def contents(model: nn.Module, layers: Mapping[str, FusedLoraLayer], options: LoraOptions) -> dict[str, Tensor]:
     """The parameters and buffers that the file holds, by key.  Raises ValueError when one is on the meta device."""
-    tensors = {f"{path}.{name}.weight": getattr(layer, name) for path, layer in layers.items() for name in ("lora_A", "lora_B")}
-    for path, layer in layers.items():
-        if layer.lora_magnitude_vector is not None:
-            tensors[f"{path}.lora_magnitude_vector"] = layer.lora_magnitude_vector
+    tensors: dict[str, Tensor] = {}
     for name, _, parameter in named_parameters(model):
         path, _, kind = name.rpartition(".")
         if kind == "bias" and options.bias != "none" and path in layers:
@@ -35,18 +32,19 @@ def contents(model: nn.Module, layers: Mapping[str, FusedLoraLinear], options: L
     for path, module in match_modules_to_save(model, options.modules_to_save).items():
         state = module.state_dict(keep_vars=True)
         tensors |= {f"{path}.{name.replace('_orig_mod.', '')}": tensor for name, tensor in state.items()}
-    return _loaded({_PREFIX + key: tensor for key, tensor in tensors.items()})
+    factors = {key: getattr(layer, name) for key, layer, name in _factors(layers)}
+    return _loaded(factors | {_PREFIX + key: tensor for key, tensor in tensors.items()})
 
 
 def fit(
-    model: nn.Module, layers: Mapping[str, FusedLoraLinear], options: LoraOptions, file: Mapping[str, Tensor], path: Path
+    model: nn.Module, layers: Mapping[str, FusedLoraLayer], options: LoraOptions, file: Mapping[str, Tensor], path: Path
 ) -> list[tuple[Tensor, Tensor]]:
     """The model's tensors, each with the file's for it.  Raises ValueError when keys, shapes or dtypes do not fit.
 
     The file may also hold the weights of the embeddings, which PEFT adds when they are targets or were resized, and with
     bias "all" the biases of PEFT's two copies of a module to save, which PEFT does not load either.
     """
-    needed, optional = contents(model, layers, options), {}
+    needed, optional, file = contents(model, layers, options), {}, _from_file(layers, file, path)
     sides = [embeddings(model, side) for side in ("input", "output")]
     for name, module in named_modules(model):
         if module in sides and isinstance(module.weight, Tensor):
@@ -76,9 +74,38 @@ def fit(
     return pairs
 
 
+def to_file(layers: Mapping[str, FusedLoraLayer], tensors: Mapping[str, Tensor]) -> dict[str, Tensor]:
+    """The whole tensors of `contents` as the file holds them."""
+    converted = dict(tensors)
+    for key, layer, name in _factors(layers):
+        if key in tensors:  # under FSDP2 the first rank has them
+            converted[key] = layer.to_file(name, tensors[key]).contiguous()
+    return converted
+
+
+def _from_file(layers: Mapping[str, FusedLoraLayer], file: Mapping[str, Tensor], path: Path) -> dict[str, Tensor]:
+    """The inverse of `to_file`.  Raises ValueError for what a layer cannot hold."""
+    converted = dict(file)
+    for key, layer, name in _factors(layers):
+        try:
+            if key in file:
+                converted[key] = layer.from_file(name, file[key])
+        except ValueError as error:
+            raise ValueError(f"{str(path)!r}: {key!r} {error}") from error
+    return converted
+
+
+def _factors(layers: Mapping[str, FusedLoraLayer]) -> Iterator[tuple[str, FusedLoraLayer, str]]:
+    """(key in the file, layer, name of the parameter) of all that the layers train."""
+    for path, layer in layers.items():
+        for name, key in layer.trained().items():
+            yield f"{_PREFIX}{path}.{key}", layer, name
+
+
 def check_ranks(targets: Iterable[str], options: LoraOptions, file: Mapping[str, Tensor], path: Path) -> None:
     """The file holds factors of the ranks that its config names: layers of a rank that no file has would fill the memory."""
-    largest = max((len(A) for key, A in file.items() if key.endswith(".lora_A.weight") and A.dim()), default=0)
+    ends = (".lora_A.weight", ".lora_embedding_A")
+    largest = max((len(A) for key, A in file.items() if key.endswith(ends) and A.dim()), default=0)
     for name in targets:
         if (r := options.of_layer(name)["r"]) > largest:
             raise ValueError(f"{CONFIG_NAME}: r={r} for {name!r}, but the largest rank in {str(path)!r} is {largest}")

@@ -1,4 +1,4 @@
-"""LoRA linears in plain models: which modules, putting them in, what is trainable, taking them out again."""
+"""LoRA layers in plain models: which modules, putting them in, what is trainable, taking them out again."""
 
 from fastlora.injection.inject import inject
 from fastlora.injection.trainable import get_nb_trainable_parameters, print_trainable_parameters

@@ -10,10 +10,11 @@ from torch import nn
 
 from fastlora import validation
 from fastlora.injection import fast_path
-from fastlora.injection.layer_types import is_conv1d, lora_type
+from fastlora.injection.layer_types import is_conv1d, linear_types, lora_type
 from fastlora.injection.matching import match_modules_to_save, near, targets_of, warn
 from fastlora.injection.options import LoraOptions, pattern_matches
 from fastlora.injection.walk import is_sharded, lora_layers, named_modules, named_parameters, replace, unwrapped
+from fastlora.layers.base import FusedLoraLayer
 from fastlora.modules import FusedLoraLinear
 from fastlora.quantized import is_quantized, quantize
 from fastlora.sharing import Group
@@ -41,6 +42,7 @@ def inject(
     fan_in_fan_out: bool | None = None,
     adapter_dtype: torch.dtype | None = None,
     quantize: str | None = None,
+    enable_lora: Mapping[str, Sequence[bool]] | None = None,
     layer: type[FusedLoraLinear] = FusedLoraLinear,
     groups: bool = True,
 ) -> nn.Module:
@@ -71,8 +73,10 @@ def inject(
         rank_pattern, alpha_pattern: {regex that a name or an end of it must match: value}; the first match counts.
         quantize: "nf4" or "fp4" rounds the targets' weights to 4 bits with bitsandbytes (QLoRA).  The new layers are then
             `fastlora.quantized_module.FusedLoraLinear4bit`, as for a target that is a Linear4bit already.
+        enable_lora: {regex as in rank_pattern: list of bools} adapts slices of a fused projection, each with factors of its own
+            of rank r, as loralib's MergedLinear does: {"c_attn": [True, False, True]} is q and v of GPT-2's attention.
         fan_in_fan_out: follows from the class of each linear; another value given here earns PEFT's warning.
-        layer: the class of the new layers.
+        layer: the class of the new linears.
         groups: compute layers that share x, such as q, k and v, in one step.  They are found in the first training forward
             (`fastlora.sharing`).
 
@@ -102,7 +106,7 @@ class Injection:
     """
 
     options: LoraOptions
-    layers: dict[FusedLoraLinear, list[str]]
+    layers: dict[FusedLoraLayer, list[str]]
     saved: dict[str, nn.Module]
     untied: list[tuple[nn.Parameter, Holders]]
 
@@ -115,6 +119,7 @@ def prepare(model: nn.Module, options: LoraOptions, layer: type[FusedLoraLinear]
     targets = targets_of(model, options)
     saved = match_modules_to_save(model, options.modules_to_save)
     _check_saved(model, options, targets, saved)
+    _check_enable_lora(options, targets)
     _warn_of_no_effect(options, targets)
     names: dict[nn.Module, list[str]] = defaultdict(list)
     for name, linear in targets.items():
@@ -138,7 +143,8 @@ def install(model: nn.Module, injection: Injection, groups: bool = True) -> nn.M
             setattr(module, name.rpartition(".")[2], copy)
     model.requires_grad_(False)
     for layer, names in injection.layers.items():
-        layer._fastlora_group = Group() if groups else None
+        if isinstance(layer, FusedLoraLinear):
+            layer._fastlora_group = Group() if groups else None
         for name in names:
             replace(model, name, layer)
     fast_path.leave(model)
@@ -163,7 +169,7 @@ def _check_model(model: nn.Module) -> None:
     if wrapped := {type(module).__name__ for module in model.modules()} & _DISTRIBUTED:
         raise ValueError(f"model holds a {wrapped.pop()}, which would not reduce new parameters: inject before wrapping")
     if layers:
-        raise ValueError(f"model holds {len(layers)} LoRA linears already, the first one at {next(iter(layers.values()))[0]!r}")
+        raise ValueError(f"model holds {len(layers)} LoRA layers already, the first one at {next(iter(layers.values()))[0]!r}")
     if sharded := [name for name, _, parameter in named_parameters(model) if is_sharded(parameter)]:
         raise ValueError(f"{sharded[0]!r} is sharded, which new parameters would not be: inject before fully_shard")
     peft = sys.modules.get("peft.tuners.tuners_utils")
@@ -171,17 +177,18 @@ def _check_model(model: nn.Module) -> None:
         raise ValueError(f"model holds layers of PEFT's, such as {of_peft[0]!r}: fastlora.accelerate(model) is for those")
 
 
-def _lora_layer(name: str, linear: nn.Module, options: LoraOptions, layer: type[FusedLoraLinear]) -> FusedLoraLinear:
-    """The LoRA layer for a target, on its very parameters, which may be tied to others; of the class `layer` where possible."""
-    base = linear if options.quantize is None or is_quantized(linear) else quantize(linear, options.quantize)
+def _lora_layer(name: str, module: nn.Module, options: LoraOptions, layer: type[FusedLoraLinear]) -> FusedLoraLayer:
+    """The LoRA layer for a target, on its very parameters, which may be tied to others; of class `layer` for a linear."""
+    dense = isinstance(module, linear_types()) and not is_quantized(module)
+    base = quantize(module, options.quantize) if options.quantize and dense else module
     needed = lora_type(base)
     assert needed is not None  # targets_of has checked it
-    if not issubclass(layer, needed):
-        if layer is not FusedLoraLinear:
+    if issubclass(needed, FusedLoraLinear) and layer is not FusedLoraLinear:
+        if not issubclass(layer, needed):
             raise TypeError(f"layer={layer.__name__} cannot hold a quantised weight, expected a {needed.__name__}")
-        layer = needed
-    new = layer.from_linear(base, **options.of_layer(name), fan_in_fan_out=is_conv1d(linear))
-    new.weight, new.bias = base.get_parameter("weight"), base._parameters["bias"]
+        needed = layer
+    new = needed.from_module(base, **options.of_layer(name))
+    new.weight, new.bias = base.get_parameter("weight"), base._parameters.get("bias")
     return new
 
 
@@ -202,12 +209,23 @@ def _check_saved(
                 raise TypeError(f"modules_to_save: {path}.{name} is {parameter.dtype}, which cannot be trained")
 
 
+def _check_enable_lora(options: LoraOptions, targets: Mapping[str, nn.Module]) -> None:
+    for key in options.enable_lora:
+        matched = {name: target for name, target in targets.items() if pattern_matches(key, name)}
+        if not matched:
+            raise ValueError(f"enable_lora: {key!r} matches no targeted module{near(key, targets)}")
+        for name, target in matched.items():
+            if not isinstance(target, linear_types()):
+                raise TypeError(f"enable_lora: {key!r} matches {name!r}, a {type(target).__name__}, expected a linear")
+
+
 def _warn_of_no_effect(options: LoraOptions, targets: Mapping[str, nn.Module]) -> None:
     for option, patterns in (("rank_pattern", options.rank_pattern), ("alpha_pattern", options.alpha_pattern)):
         if unmatched := [key for key in patterns if not any(pattern_matches(key, name) for name in targets)]:
             warn(f"{option}: {', '.join(map(repr, unmatched))} matches no targeted module and has no effect")
     given = options.fan_in_fan_out
-    for kind in sorted({type(linear).__name__ for linear in targets.values() if given is (not is_conv1d(linear))}):
+    linears = [target for target in targets.values() if isinstance(target, linear_types())]
+    for kind in sorted({type(linear).__name__ for linear in linears if given is (not is_conv1d(linear))}):
         warn(f"fan_in_fan_out is {given}, but a target is a {kind}: taken as {not given}")
 
 

@@ -8,6 +8,7 @@ from typing import Any
 import torch
 
 from fastlora import validation
+from fastlora.layers.slices import check_enabled
 from fastlora.quantized import KINDS
 
 BIASES = ("none", "all", "lora_only")
@@ -36,6 +37,7 @@ class LoraOptions:
     fan_in_fan_out: bool | None = None
     adapter_dtype: torch.dtype | None = None
     quantize: str | None = None
+    enable_lora: Mapping[str, Sequence[bool]] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
         for option in ("target_modules", "exclude_modules", "modules_to_save"):
@@ -43,12 +45,14 @@ class LoraOptions:
             object.__setattr__(self, option, () if names is None and option != "target_modules" else _listed(names, option))
         if isinstance(self.modules_to_save, str):
             raise TypeError(f"modules_to_save must be a list of names, got {self.modules_to_save!r}")
-        for name, r in self._values("r", "rank_pattern").items():
+        for name, r in {"r": self.r, **self._of_pattern("rank_pattern")}.items():
             validation.check_size(r, name)
             if r < 1:
                 raise ValueError(f"{name} must be >= 1, got {r}: a model without adapters needs no injection")
-        for name, alpha in self._values("lora_alpha", "alpha_pattern").items():
+        for name, alpha in {"lora_alpha": self.lora_alpha, **self._of_pattern("alpha_pattern")}.items():
             validation.check_number(alpha, name)
+        for name, enabled in self._of_pattern("enable_lora").items():
+            check_enabled(enabled, name)
         validation.check_dropout_p(self.lora_dropout, "lora_dropout")
         validation.check_flag(self.use_rslora, "use_rslora")
         validation.check_flag(self.use_dora, "use_dora")
@@ -65,16 +69,17 @@ class LoraOptions:
         """What `FusedLoraLinear` takes for the layer `name`; its rank and alpha are those of the first pattern that matches."""
         ranks = (r for key, r in self.rank_pattern.items() if pattern_matches(key, name))
         alphas = (alpha for key, alpha in self.alpha_pattern.items() if pattern_matches(key, name))
+        slices = [{"enable_lora": enabled} for key, enabled in self.enable_lora.items() if pattern_matches(key, name)]
         same = {option: getattr(self, option) for option in ("lora_dropout", "use_rslora", "use_dora", "adapter_dtype")}
-        return {"r": next(ranks, self.r), "lora_alpha": next(alphas, self.lora_alpha), **same}
+        return {"r": next(ranks, self.r), "lora_alpha": next(alphas, self.lora_alpha), **same, **(slices[0] if slices else {})}
 
-    def _values(self, option: str, pattern: str) -> dict[str, Any]:
-        """The default value and those of its pattern, under the names that error messages give them."""
+    def _of_pattern(self, pattern: str) -> dict[str, Any]:
+        """The values of a pattern, under the names that error messages give them."""
         values = {} if getattr(self, pattern) is None else getattr(self, pattern)
         if not isinstance(values, Mapping):
             raise TypeError(f"{pattern} must be a dict of a regex and a value for what it matches, got {values!r}")
         object.__setattr__(self, pattern, dict(values))
-        return {option: getattr(self, option), **{f"{pattern}[{key!r}]": value for key, value in values.items()}}
+        return {f"{pattern}[{key!r}]": value for key, value in values.items()}
 
 
 def pattern_matches(key: str, name: str) -> bool:

@@ -9,12 +9,12 @@ from fastlora.injection import fast_path
 from fastlora.injection.inject import injected
 from fastlora.injection.matching import embeddings, warn
 from fastlora.injection.walk import replace, some_lora_layers, unwrapped
-from fastlora.modules import FusedLoraLinear
+from fastlora.layers.base import FusedLoraLayer
 from fastlora.quantized import is_quantized
 
 
 def merge_and_unload(model: nn.Module, safe_merge: bool = False) -> nn.Module:
-    """Fold every adapter into its weight, W + scaling · B A, and put plain linears back, in place.
+    """Fold every adapter into its weight, W + scaling · B A, and put plain modules back, in place.
 
     Every merged weight is a new tensor in the base weight's dtype (of a 4-bit one: before quantisation), which requires no
     gradient.  Where a weight was tied to another module's, the other keeps the base weight.  Modules to save and trained
@@ -24,28 +24,31 @@ def merge_and_unload(model: nn.Module, safe_merge: bool = False) -> nn.Module:
         safe_merge: check first that all merged weights are finite.
 
     Returns:
-        `model` itself (a new plain linear, where `model` is a LoRA linear).
+        `model` itself (a new plain module, where `model` is a LoRA layer).
 
     Raises:
-        ValueError: `model` holds no LoRA linear, or with safe_merge a merged weight is not finite.  The model is unchanged.
+        ValueError: `model` holds no LoRA layer or one that cannot be merged, a convolution with groups, or with safe_merge
+            a merged weight is not finite.  The model is unchanged.
     """
     layers = some_lora_layers(model)
     for layer, names in layers.items():
-        if safe_merge and not torch.isfinite(layer.to_linear(merged=True).get_parameter("weight")).all():
+        if reason := layer.unmergeable_reason():
+            raise ValueError(f"{names[0]!r} cannot be merged: {reason}")
+        if safe_merge and not torch.isfinite(layer.to_plain(merged=True).get_parameter("weight")).all():
             raise ValueError(f"safe_merge: the merged weight of {names[0]!r} has infinite or NaN elements")
     return _replace(model, layers, merged=True)
 
 
 def unload(model: nn.Module) -> nn.Module:
-    """Remove every adapter and put plain linears, or Linear4bit, back on the base weights, in place.
+    """Remove every adapter and put plain modules, or Linear4bit, back on the base weights, in place.
 
     As in PEFT, modules to save and trained biases stay as they were trained, and requires_grad of all that is left as it is.
 
     Returns:
-        `model` itself (a new plain linear, where `model` is a LoRA linear).
+        `model` itself (a new plain module, where `model` is a LoRA layer).
 
     Raises:
-        ValueError: `model` holds no LoRA linear.
+        ValueError: `model` holds no LoRA layer.
         RuntimeError: a layer was merged with keep_base=False and has no base weight.  The model is unchanged.
     """
     layers = some_lora_layers(model)
@@ -55,11 +58,11 @@ def unload(model: nn.Module) -> nn.Module:
     return _replace(model, layers, merged=False)
 
 
-def _replace(model: nn.Module, layers: dict[FusedLoraLinear, list[str]], *, merged: bool) -> nn.Module:
+def _replace(model: nn.Module, layers: dict[FusedLoraLayer, list[str]], *, merged: bool) -> nn.Module:
     bases, replaced = injected(model) or [unwrapped(model)], set()
     for layer in list(layers):
         names = layers.pop(layer)  # frees the base weight of a merged layer before the next is merged
-        plain = layer.to_linear(merged)
+        plain = layer.to_plain(merged)
         if names[0] == "":
             return plain
         for name in names:

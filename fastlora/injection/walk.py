@@ -6,7 +6,7 @@ from typing import Any, TypeGuard
 
 from torch import nn
 
-from fastlora.modules import FusedLoraLinear
+from fastlora.layers.base import FusedLoraLayer
 from fastlora.validation import check_model
 
 # By name: torch imports some of them only when they are used.
@@ -50,18 +50,18 @@ def is_sharded(tensor: object) -> TypeGuard[Any]:
     return hasattr(tensor, "full_tensor")
 
 
-def lora_layers(model: nn.Module) -> dict[FusedLoraLinear, list[str]]:
+def lora_layers(model: nn.Module) -> dict[FusedLoraLayer, list[str]]:
     """The LoRA layers of `model`, each with all of its names.  Raises TypeError when `model` is no module."""
     check_model(model)
-    found: dict[FusedLoraLinear, list[str]] = defaultdict(list)
+    found: dict[FusedLoraLayer, list[str]] = defaultdict(list)
     for name, module in named_modules(model):
-        if isinstance(module, FusedLoraLinear):
+        if isinstance(module, FusedLoraLayer):
             found[module].append(name)
     return found
 
 
-def some_lora_layers(model: nn.Module, least_rank: int = 0) -> dict[FusedLoraLinear, list[str]]:
+def some_lora_layers(model: nn.Module, least_rank: int = 0) -> dict[FusedLoraLayer, list[str]]:
     """The `lora_layers` of this rank or a higher one.  Raises ValueError where there is none."""
     if layers := {layer: names for layer, names in lora_layers(model).items() if layer.r >= least_rank}:
         return layers
-    raise ValueError("model holds no LoRA linear: call fastlora.inject(model, target_modules=...) first")
+    raise ValueError("model holds no LoRA layer: call fastlora.inject(model, target_modules=...) first")

@@ -33,8 +33,9 @@ def accelerate(model: nn.Module, *, groups: bool = True, mlp: bool = False) -> R
     """Run `model`'s LoRA linears through `fastlora.lora_linear`, in place. `decelerate` undoes it.
 
     This changes the class of each plain `peft.tuners.lora.layer.Linear`, of PEFT's layers for 4-bit and 8-bit linears of
-    bitsandbytes, and of those for weights of experts, to a subclass with another `forward`. It changes nothing else. Dropout is
-    PEFT's except for the random numbers: one mask for each projection and call, drawn from torch's default generator.
+    bitsandbytes, for weights of experts and for embeddings, and of its pointwise and patch convolutions, to a subclass with
+    another `forward`. It changes nothing else. Dropout is PEFT's except for the random numbers: one mask for each projection
+    and call, drawn from torch's default generator.
 
     Args:
         model: a PeftModel, or any module that contains PEFT's LoRA layers.
@@ -121,6 +122,7 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str]) -> AbstractConte
     It is PEFT's `model(**batch, adapter_names=[...])`, but training works: each adapter gets the gradients of its rows, if its
     parameters require them (`model.base_model.set_adapter(["first", "second"])` makes all of them trainable). Accelerated
     layers multiply with the base weight once for all rows. Backward belongs inside for models that checkpoint activations.
+    What is NaN or infinite in the rows of one adapter reaches the gradients of the others, see `fastlora.several`.
 
     Raises:
         TypeError: adapter_names is not a list of str.

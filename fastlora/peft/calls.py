@@ -24,14 +24,14 @@ from fastlora import quantized, torch_backend
 from fastlora.functional import _autocast_dtype
 from fastlora.peft.adapters import DISABLED, INACTIVE, MERGED, UNCAST, active, adapters
 from fastlora.peft.base import PLAIN_TENSORS, weight_of
-from fastlora.peft.report import SMALL
+from fastlora.peft.report import COPIED, SMALL
 from fastlora.several import Adapter
 from fastlora.validation import FLOAT_DTYPES, HALF_DTYPES, autocast_target, is_transformed
 
 DECODING = "few rows without a gradient, as in decoding"
 
 #: Fallbacks that never warn: requested by the user, or free.
-INTENDED = frozenset({DISABLED, MERGED, INACTIVE, UNCAST, DECODING, SMALL})
+INTENDED = frozenset({DISABLED, MERGED, INACTIVE, UNCAST, DECODING, SMALL, COPIED})
 
 
 class Operands(NamedTuple):

@@ -54,12 +54,11 @@ class Parts(NamedTuple):
 
 def parts_of(module: nn.Module, kind: type[nn.Module]) -> Parts | str | None:
     """The parts of a gated MLP whose forward is that of `kind`, why it is not computed as one, or None for another module."""
-    forward = kind.forward
-    if not isinstance(forward, FunctionType) or (shape := shape_of(forward)) is None:
+    shape = getattr(module, "_fastlora_shape", None) or shape_of(kind.forward)  # torch.compile cannot trace the reading
+    if shape is None:
         return None
-    found = [_resolve(name, module, forward.__globals__) for name in (shape.activation, shape.gate, shape.up, shape.down)]
-    between = tuple(_resolve(name, module, forward.__globals__) for name in shape.between)
-    act, *linears = found
+    act, *linears = [_resolve(name, module, kind) for name in (shape.activation, shape.gate, shape.up, shape.down)]
+    between = tuple(_resolve(name, module, kind) for name in shape.between)
     if not all(isinstance(linear, nn.Module) for linear in linears):
         return None
     if (activation := activation_of(act)) is None:
@@ -69,7 +68,8 @@ def parts_of(module: nn.Module, kind: type[nn.Module]) -> Parts | str | None:
     for other in between:
         if type(other) is not nn.Dropout or is_altered(other):
             return f"a {type(other).__name__} stands before its last linear"
-    return Parts(activation, *linears, between)
+    gate, up, down = linears
+    return Parts(activation, gate, up, down, between)
 
 
 def activation_of(act: Any) -> str | None:
@@ -83,18 +83,20 @@ def _name(thing: Any) -> str:
     return f"{getattr(thing, '__module__', '')}.{getattr(thing, '__qualname__', repr(thing))}"
 
 
-def _resolve(dotted: str, module: nn.Module, names: Mapping[str, Any]) -> Any:
-    """What a dotted name in a forward stands for, None where there is no such thing."""
+def _resolve(dotted: str, module: nn.Module, kind: Any) -> Any:
+    """What a dotted name in the forward of `kind` stands for, None where there is no such thing."""
     first, *rest = dotted.split(".")
-    found: Any = module if first == "self" else names.get(first)
+    found: Any = module if first == "self" else kind.forward.__globals__.get(first)
     for name in rest:
         found = getattr(found, name, None)
     return found
 
 
 @functools.cache
-def shape_of(forward: FunctionType) -> Shape | None:
+def shape_of(forward: Any) -> Shape | None:
     """The shape of a gated MLP's forward, or None.  A decorated forward has none: what it runs is not what is read."""
+    if not isinstance(forward, FunctionType):
+        return None
     try:
         (tree,) = ast.parse(textwrap.dedent(inspect.getsource(forward))).body
     except (OSError, TypeError, SyntaxError, ValueError):  # no source, or none that stands alone
@@ -114,7 +116,7 @@ def _result(body: list[ast.stmt]) -> ast.expr | None:
     values: dict[str, ast.expr] = {}
     for statement in body:
         if isinstance(statement, ast.Return) and statement.value is not None:
-            return _Substitute(values).visit(statement.value)  # type: ignore[no-any-return]  # an expression stays one
+            return _Substitute(values).visit(statement.value)
         if isinstance(statement, ast.Assign) and len(statement.targets) == 1 and isinstance(statement.targets[0], ast.Name):
             values[statement.targets[0].id] = _Substitute(values).visit(statement.value)
         elif not _is_docstring(statement) and not _is_cast(statement):

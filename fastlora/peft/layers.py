@@ -4,11 +4,12 @@ from collections.abc import Mapping
 from importlib import import_module
 from typing import Any
 
+from peft.tuners.lora import layer as pefts
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import nn
 
 from fastlora.functional import available_backends
-from fastlora.peft import experts
+from fastlora.peft import conv, embedding, experts
 from fastlora.peft.base import weight_of
 from fastlora.peft.calls import operands
 from fastlora.peft.fused import FUSED, Fused
@@ -18,6 +19,20 @@ from fastlora.validation import check_model
 
 #: PEFT's modules whose layers exist with an optional library only, and the modules of their accelerated forms.
 OPTIONAL = {"peft.tuners.lora.bnb": "fastlora.peft.bnb", "peft.tuners.lora.hqq": "fastlora.peft.hqq"}
+
+#: PEFT's layers that are no linears: their accelerated classes, and the module that decides for each.
+_OTHERS: dict[type[nn.Module], tuple[type[Fused], Any]] = {
+    ParamWrapper: (experts.ParamWrapper, experts),
+    pefts.Embedding: (embedding.FusedEmbedding, embedding),
+    pefts.Conv1d: (conv.FusedConv1d, conv),
+    pefts.Conv2d: (conv.FusedConv2d, conv),
+    pefts.Conv3d: (conv.FusedConv3d, conv),
+}
+
+
+def _other(layer: Any) -> Any:
+    """The module that decides for the layer, or None for a linear."""
+    return next((module for kind, (_, module) in _OTHERS.items() if isinstance(layer, kind)), None)
 
 
 def find(model: nn.Module) -> dict[str, Any]:
@@ -46,10 +61,11 @@ def unsupported_reason(layer: Any) -> str | None:
         return f"it is a {type(layer).__module__}.{type(layer).__name__}, not peft's lora.Linear"
     if "forward" in layer.__dict__:
         return "its forward is replaced on the instance"
-    if isinstance(layer, ParamWrapper):
-        weight = experts.unsupported_reason(layer) or layer.get_param()
-    else:
+    other = _other(layer)
+    if other is None:
         weight = weight_of(layer.base_layer)
+    elif (weight := other.unsupported_reason(layer)) is None:
+        weight = layer.get_param() if other is experts else layer.base_layer.weight
     if isinstance(weight, str):
         return weight
     return "its base weight is on the meta device: load it first" if weight.device.type == "meta" else None
@@ -61,11 +77,11 @@ def describe(layers: Mapping[str, Any], already: tuple[str, ...] = ()) -> Report
     for name, layer in layers.items():
         if not is_fused(layer):
             left.append((name, unsupported_reason(layer) or "not accelerated"))
-        elif isinstance(given := experts.terms(layer) if isinstance(layer, ParamWrapper) else operands(layer), str):
+        elif isinstance(given := _other(layer).terms(layer) if _other(layer) else operands(layer), str):
             waiting.append((name, given))
         else:
             taken.append(name)
-    linears = [layer for layer in layers.values() if is_fused(layer) and not isinstance(layer, ParamWrapper)]
+    linears = [layer for layer in layers.values() if is_fused(layer) and _other(layer) is None]
     weights = [weight_of(layer.base_layer) for layer in linears]
     devices = {weight.device for weight in weights if not isinstance(weight, str)}
     backends = sorted({(device.type, available_backends(device)[0]) for device in devices})
@@ -82,7 +98,7 @@ def fuse(layer: Any, warned: set[str]) -> None:
 
 def share(layer: Any, groups: bool) -> None:
     """Let an accelerated linear learn with which others it shares x, or compute alone."""
-    layer._fastlora_group = Group() if groups and not isinstance(layer, ParamWrapper) else None
+    layer._fastlora_group = Group() if groups and _other(layer) is None else None
 
 
 def restore(layer: Any) -> None:
@@ -93,7 +109,7 @@ def restore(layer: Any) -> None:
 
 def _fused_class(layer: nn.Module) -> type[Fused] | None:
     """The accelerated class for a layer of PEFT, if there is one."""
-    fused = FUSED | {ParamWrapper: experts.ParamWrapper}
+    fused = FUSED | {kind: fused for kind, (fused, _) in _OTHERS.items()}
     if type(layer).__module__ in OPTIONAL:
         fused = import_module(OPTIONAL[type(layer).__module__]).FUSED
     return fused.get(type(layer))

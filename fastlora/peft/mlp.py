@@ -14,7 +14,7 @@ Otherwise its own forward runs, and each layer decides for itself.
 import functools
 from collections.abc import Iterator
 from contextlib import contextmanager
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 import torch
 from peft.tuners.lora.layer import LoraLayer
@@ -26,7 +26,7 @@ from fastlora.oracle import FLOOR, relative_error
 from fastlora.peft.base import weight_of
 from fastlora.peft.calls import Operands, _too_small, operands, unsupported_input
 from fastlora.peft.fused import Fused
-from fastlora.peft.gated import Parts, parts_of
+from fastlora.peft.gated import Parts, parts_of, shape_of
 from fastlora.projections import Projection
 from fastlora.quantized import QuantizedWeight
 from fastlora.validation import autocast_target, is_altered
@@ -41,23 +41,24 @@ class GatedMlp(nn.Module):
         """x (..., in) -> (..., out)."""
         given = decide(self, x) if not args and not kwargs else "it is called with more than x"
         if isinstance(given, str):
-            return super().forward(x, *args, **kwargs)  # type: ignore[no-any-return, misc]  # of the MLP's class
+            return super().forward(x, *args, **kwargs)
         activation, projections = given
         return lora_mlp(x, *projections, activation=activation)
 
     def __reduce_ex__(self, protocol: Any) -> Any:
         """Copies and pickles name the MLP's own class: the fused one is made at run time."""
-        _, (_, *arguments), *state = super().__reduce_ex__(protocol)  # type: ignore[misc]  # copyreg.__newobj__'s
-        return _new, (_own_class(self), *arguments), *state
+        reduced: Any = super().__reduce_ex__(protocol)  # copyreg.__newobj__, (class, ...), state, ...
+        return _new, (_own_class(self), *reduced[1][1:]), *reduced[2:]
 
 
 @functools.cache
 def _fused_class(kind: Any) -> Any:
     """The class of an attached module whose class was `kind`."""
-    return type(f"Fused{kind.__name__}", (GatedMlp, kind), {"__module__": kind.__module__, "__doc__": kind.__doc__})
+    names = {"__module__": kind.__module__, "__doc__": kind.__doc__, "_fastlora_shape": shape_of(kind.forward)}
+    return type(f"Fused{kind.__name__}", (GatedMlp, kind), names)
 
 
-def _new(kind: type[nn.Module], *arguments: Any) -> Any:
+def _new(kind: Any, *arguments: Any) -> Any:
     fused = _fused_class(kind)
     return fused.__new__(fused, *arguments)
 
@@ -99,7 +100,9 @@ def _projection(linear: Any, x: Tensor) -> Projection | str:
         given = operands(linear) if isinstance(linear, Fused) else "it is not accelerated"
         if isinstance(given, str):
             return given
-        reason, projection = unsupported_input(x, given, linear), Projection(*given)
+        if not given.is_plain:
+            return "its adapter is DoRA, or one of several"
+        reason, projection = unsupported_input(x, given, linear), Projection(*given[:6])
     else:
         weight = weight_of(linear)
         if isinstance(weight, str):
@@ -126,14 +129,14 @@ def attach(model: nn.Module) -> None:
     """Compute the gated MLPs of `model` that have no `unsupported_reason` as one step each."""
     for module in find(model).values():
         if unsupported_reason(module) is None:
-            module.__class__ = _fused_class(type(module))
+            module.__class__ = _fused_class(cast(Any, type(module)))
 
 
 def detach(model: nn.Module) -> None:
     """Give every attached module its class back."""
     for module in model.modules():
         if isinstance(module, GatedMlp):
-            module.__class__ = _own_class(module)
+            cast(Any, module).__class__ = _own_class(module)
 
 
 def describe(model: nn.Module, left: bool) -> tuple[tuple[str, ...], tuple[tuple[str, str], ...]]:

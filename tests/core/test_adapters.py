@@ -83,7 +83,7 @@ def test_saving_a_merged_layer_needs_its_base_weight(tmp_path: Path) -> None:
 
 def test_model_without_adapters_or_with_unequal_ones(tmp_path: Path) -> None:
     for function, model in product((save_adapter, load_adapter), (llama(), FusedLoraLinear(4, 4, r=0))):
-        with pytest.raises(ValueError, match="holds no LoRA linear"):
+        with pytest.raises(ValueError, match="holds no LoRA layer"):
             function(model, tmp_path / "a")
     mixed = nn.ModuleList([FusedLoraLinear(4, 4, r=1), FusedLoraLinear(4, 4, r=1, lora_dropout=0.5)])
     with pytest.raises(ValueError, match=r"differ in lora_dropout: \[0.0, 0.5\]"):

@@ -41,7 +41,7 @@ def with_odd_parts() -> nn.Module:
         ({"target_modules": None}, TypeError, "target_modules must be a string or a list of strings, got None"),
         ({"target_modules": [1]}, TypeError, r"target_modules must be a string or a list of strings, got \[1\]"),
         ({"target_modules": ["mlp"]}, TypeError, "'model.layers.0.mlp' is a LlamaMLP, expected nn.Linear"),
-        ({"target_modules": ["embed_tokens"]}, TypeError, "is a Embedding, expected nn.Linear or transformers' Conv1D"),
+        ({"target_modules": ["layers.1"]}, TypeError, "expected nn.Linear, nn.Embedding, nn.Conv1d, nn.Conv2d"),
         ({"target_modules": ["sub"]}, TypeError, "'sub' is a Subclass"),
         ({"target_modules": "all-linear"}, TypeError, "'sub' is a Subclass"),
         ({"r": 0}, ValueError, "r must be >= 1, got 0"),
@@ -86,7 +86,7 @@ def test_errors_leave_the_model_alone(options: dict[str, Any], error: type[Excep
 
 def test_models_that_cannot_be_injected() -> None:
     model = inject(llama(), **Q)
-    with pytest.raises(ValueError, match="holds 2 LoRA linears already"):
+    with pytest.raises(ValueError, match="holds 2 LoRA layers already"):
         inject(model, target_modules=["v_proj"])
     with pytest.raises(ValueError, match=r"no nn\.Linear at all"):
         inject(nn.Sequential(nn.ReLU()), target_modules="all-linear")
@@ -116,6 +116,7 @@ def test_what_is_no_model_is_refused(function: Callable[..., Any], tmp_path: Pat
         (llama, {"fan_in_fan_out": True}, "fan_in_fan_out is True, but a target is a Linear: taken as False"),
         (gpt2, {"target_modules": ["c_attn"], "fan_in_fan_out": False}, "is False, but a target is a Conv1D: taken as True"),
         (tied_llama, {"target_modules": ["lm_head"]}, "weight of 'lm_head' is tied to 'model.embed_tokens.weight'.*untie it"),
+        (tied_llama, {"target_modules": ["embed_tokens"]}, "weight of 'model.embed_tokens' is tied to 'lm_head.weight'.*untie"),
         (
             tied_llama,
             {"modules_to_save": ["lm_head"]},
@@ -136,7 +137,7 @@ def test_no_warning_without_a_reason() -> None:
         warnings.simplefilter("always")
         options = {"exclude_modules": ["1.self_attn.q_proj"], "rank_pattern": {"q_proj": 1}, "modules_to_save": ["lm_head"]}
         inject(llama(), **(Q | options))
-        inject(gpt2(), target_modules=["c_attn"], r=2, fan_in_fan_out=True)
+        inject(gpt2(), target_modules=["c_attn", "wpe"], r=2, fan_in_fan_out=True)
         inject(gpt2(), target_modules="all-linear", r=2)
         inject(roberta(), target_modules="all-linear", exclude_modules=["classifier.dense", "classifier.out_proj"], r=2)
     assert [str(warning.message) for warning in caught if issubclass(warning.category, UserWarning)] == []

@@ -77,18 +77,19 @@ def test_merging_keeps_the_dtype_the_mode_and_16_bit_quality() -> None:
 
 
 @pytest.mark.filterwarnings("ignore:.*is tied to")
-def test_a_tied_head_is_untied_by_merging_and_the_embeddings_keep_their_weight() -> None:
+@pytest.mark.parametrize(("target", "other"), [("lm_head", "model.embed_tokens"), ("model.embed_tokens", "lm_head")])
+def test_of_tied_weights_the_adapted_one_is_untied_by_merging_and_the_other_stays(target: str, other: str) -> None:
     model = llama(tie_word_embeddings=True)
-    embeddings = model.model.embed_tokens.weight.detach().clone()
-    randomise(inject(model, target_modules=["lm_head"], r=4))
+    weight = model.get_submodule(other).weight.detach().clone()
+    randomise(inject(model, target_modules=[target], r=4))
     expected = logits(model)
     with pytest.warns(UserWarning, match="no longer tied"):
         merge_and_unload(model)
-    assert torch.equal(model.model.embed_tokens.weight, embeddings)
+    assert torch.equal(model.get_submodule(other).weight, weight)
     assert model.config.tie_word_embeddings is False
     assert oracle.relative_error(logits(model), expected) <= oracle.FLOOR[torch.float32, torch.float32]
     tied = llama(tie_word_embeddings=True)
-    unload(inject(tied, target_modules=["lm_head"], r=4))
+    unload(inject(tied, target_modules=[target], r=4))
     assert tied.lm_head.weight is tied.model.embed_tokens.weight
     assert tied.config.tie_word_embeddings is True
 
@@ -140,5 +141,5 @@ def test_a_shared_layer_stays_shared_and_a_single_layer_is_returned() -> None:
 
 @pytest.mark.parametrize("take_away", [merge_and_unload, unload])
 def test_a_plain_model_is_refused(take_away: Callable[[nn.Module], nn.Module]) -> None:
-    with pytest.raises(ValueError, match="holds no LoRA linear"):
+    with pytest.raises(ValueError, match="holds no LoRA layer"):
         take_away(llama())

@@ -166,7 +166,7 @@ def test_a_merged_module_in_training_warns():
     """Where its adapter would get a gradient, and only there."""
     module, x = trained(), torch.randn(5, 24)
     module.merge()
-    with pytest.warns(UserWarning, match=r"merged LoRA linear runs in training mode.*call unmerge\(\)"):
+    with pytest.warns(UserWarning, match=r"merged LoRA layer runs in training mode.*call unmerge\(\)"):
         module.train()(x)
     with torch.no_grad():
         module(x)

@@ -68,6 +68,10 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
     "tied head": (tied_llama, {"target_modules": ["q_proj", "lm_head"]}),
     "tied embeddings to save": (tied_llama, {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens"]}),
     "tied head to save": (tied_llama, {"target_modules": ["q_proj"], "modules_to_save": ["lm_head"]}),
+    "embeddings": (roberta, {"target_modules": ["word_embeddings", "position_embeddings", "query"], "bias": "all"}),
+    "embedding and Conv1D": (gpt2, {"target_modules": ["wte", "c_attn"], "rank_pattern": {"wte": 2}}),
+    "tied embedding": (tied_llama, {"target_modules": ["embed_tokens", "q_proj"]}),
+    "tied embedding and head": (tied_llama, {"target_modules": ["embed_tokens", "lm_head"]}),
     "both to save": (tied_llama, {"target_modules": ["q_proj"], "modules_to_save": ["embed_tokens", "lm_head"]}),
 }
 
@@ -75,7 +79,7 @@ CASES: dict[str, tuple[Callable[[], nn.Module], dict[str, Any]]] = {
 def our_name(name: str) -> str:
     """The name here of a parameter of a PeftModel."""
     name = name.removeprefix("base_model.model.").replace(".base_layer.", ".").replace(".modules_to_save.default.", ".")
-    return re.sub(r"\.(lora_[AB]|lora_magnitude_vector)\.default\.weight", r".\1", name)
+    return re.sub(r"\.(lora_[AB]|lora_embedding_[AB]|lora_magnitude_vector)\.default(\.weight)?", r".\1", name)
 
 
 @torch.no_grad()

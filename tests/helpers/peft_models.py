@@ -174,7 +174,7 @@ class Judged:
         self.sums: dict[str, Tensor] = {}  # of the errors of the accelerated model, of those of PEFT's, of the truth
 
     def add(self, inputs: dict[str, Tensor], seed: int) -> None:
-        eager_model = with_masked_dropout(self.model, fastlora.peft.status(self.fused).groups)
+        eager_model = with_masked_dropout(self.model, self.groups())
         truth = run(self.exact(eager_model).double(), inputs, seed)
         with autocast(self.autocast_dtype):
             fused, eager = run(self.fused, inputs, seed), run(eager_model, inputs, seed)
@@ -182,6 +182,10 @@ class Judged:
             assert fused[name].dtype == eager[name].dtype, name
             sums = torch.stack([t.square().sum() for t in (fused[name] - ref, eager[name] - ref, ref)])
             self.sums[name] = self.sums.get(name, 0) + sums
+
+    def groups(self) -> Sequence[Sequence[str]]:
+        """The names of layers whose masks have one seed."""
+        return fastlora.peft.status(self.fused).groups
 
     def failures(self, floor: float) -> list[str]:
         relative = {name: (sums[:2] / sums[2]).sqrt().tolist() for name, sums in self.sums.items()}

@@ -78,8 +78,6 @@ HOOKED = "its base layer has hooks, or a forward of its own"
 BASES: dict[str, tuple[Callable[[], nn.Module], str | None]] = {
     "linear": (lambda: nn.Linear(4, 4), None),
     "conv1d": (lambda: Conv1D(4, 4), None),
-    "embedding": (lambda: nn.Embedding(4, 4), NOT_PEFTS.format("peft.tuners.lora.layer.Embedding")),
-    "conv2d": (lambda: nn.Conv2d(4, 4, 3), NOT_PEFTS.format("peft.tuners.lora.layer.Conv2d")),
     "subclass": (lambda: Doubling(4, 4), f"its base layer is a {__name__}.Doubling"),
     "hooked": (altered(hook), HOOKED),
     "own forward": (altered(forward_of_its_own), HOOKED),

@@ -40,7 +40,7 @@ def failures(judge: Judged, precision: str, names: Sequence[str] | None = None) 
     compute = PRECISIONS[precision][1] or PRECISIONS[precision][0]
     with ExitStack() as stack:
         if names is not None:
-            for model in (judge.fused, judge.eager, judge.truth):
+            for model in (judge.fused, judge.model):  # copies of a model keep its hooks
                 stack.enter_context(mixed_batch(model, names))
         for draw in range(2 if compute == torch.float32 else 6):
             judge.add(inputs_of(seed=draw), seed=draw)
@@ -206,3 +206,19 @@ def test_traced_in_one_graph(kind: str) -> None:
         results.append(torch.autograd.grad(call(x, **names).square().sum(), x)[0])
     torch.testing.assert_close(*results)
     assert not layer._fastlora_tally.fallbacks
+
+
+@pytest.mark.filterwarnings("ignore:fastlora. ")
+@pytest.mark.parametrize("kind", ["plain", "DoRA", "all active"])
+def test_a_gated_mlp_with_other_adapters_is_left(kind: str) -> None:
+    model = wrap(build(), use_dora=kind == "DoRA").eval()
+    if kind == "all active":
+        with_second(model)
+    fused = copy.deepcopy(model)
+    report = fastlora.accelerate(fused, mlp=True)
+    assert len(report.mlps_left) == (0 if kind == "plain" else 2)
+    assert (
+        oracle.relative_error(logits_of(fused).detach(), logits_of(model).detach())
+        < 2 * oracle.FLOOR[torch.float32, torch.float32]
+    )
+    assert not fallbacks(fused)

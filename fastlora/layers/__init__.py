@@ -1,0 +1,1 @@
+"""The LoRA layers beside `FusedLoraLinear`, and what all of them share."""
