@@ -148,7 +148,7 @@ def draw(block: Block, setting: Setting, device: torch.device, copies: int | Non
     copies = copies or copies_beyond_cache(sum(tensor.nbytes for tensors in first for tensor in tensors), device)
     sets = [(first[0], first[1]), *(one_set(index)[1:] for index in range(1, copies))]
     for tensor in itertools.chain(*(inputs for inputs, _ in sets), *(own[1:3] for own in weights)):
-        tensor.requires_grad_()  # type: ignore[union-attr]  # only a bias may be None
+        tensor.requires_grad_()
     return Tensors(block, weights, sets)
 
 

@@ -137,10 +137,10 @@ class Check:
         """Raise WrongResultError if the error is over its bound, or if fastlora computes less than it was asked to."""
         error = oracle.relative_error(self._results(model), self.ref)
         if name in OPTIONS:
-            if fallbacks := fastlora.peft.fallbacks(model).keys() - {fastlora.peft.SMALL}:
-                raise WrongResultError(f"the accelerated model ran PEFT's forward: {fallbacks}")
-            report = fastlora.peft.status(model)
-            if report.single or bool(report.groups) != OPTIONS[name]["groups"]:
+            fallbacks, report = fastlora.peft.fallbacks(model).keys(), fastlora.peft.status(model)
+            if unexpected := fallbacks - {fastlora.peft.SMALL}:
+                raise WrongResultError(f"the accelerated model ran PEFT's forward: {unexpected}")
+            if not fallbacks and (report.single or bool(report.groups) != OPTIONS[name]["groups"]):
                 raise WrongResultError(f"q, k and v are not computed as they should be:\n{report}")
         bound = max(oracle.EAGER_FACTOR * self.error, oracle.FLOOR[self.dtype, self.dtype])
         if not error <= bound:
