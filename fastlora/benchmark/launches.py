@@ -41,9 +41,9 @@ class _Operations(TorchDispatchMode):
         with self:
             if func.namespace == "fastlora":
                 return func._op_dk(torch._C.DispatchKey.CompositeExplicitAutograd, *args, **kwargs)
-            if not torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CPU"):  # matmul is none itself, for example
-                if (result := func.decompose(*args, **kwargs)) is not NotImplemented:
-                    return result
+            composite = not torch._C._dispatch_has_kernel_for_dispatch_key(func.name(), "CPU")  # matmul, for example
+            if composite and (result := func.decompose(*args, **kwargs)) is not NotImplemented:
+                return result
         is_view = any(out.alias_info is not None and not out.alias_info.is_write for out in func._schema.returns)
         self.count += not is_view and func._schema.name.removeprefix("aten::") not in ALLOCATIONS
         return func(*args, **kwargs)
