@@ -162,7 +162,8 @@ class FusedLoraLinear(FusedLoraLayer):
         options: Any = {"training": self.training, "backend": self.backend}
         if isinstance(given, Projection):
             y = shared(self, x, given)
-            return lora_linear(x, *given[:4], scaling=given.scaling, dropout_p=given.dropout_p, **options) if y is None else y
+            weight, A, B, bias, scaling, p = cast(Any, given)
+            return lora_linear(x, weight, A, B, bias, scaling=scaling, dropout_p=p, **options) if y is None else y
         drop(self)
         if not self.merged and self.lora_A is not None and self.lora_B is not None and self.lora_magnitude_vector is not None:
             options |= {"scaling": self.scaling, "dropout_p": self.lora_dropout, "magnitude": self.lora_magnitude_vector}

@@ -82,7 +82,7 @@ class Group:
         self.refused: dict[int, str] = {}  # id of a member -> why the leader's last call left it out
         self.reason: str | None = None  # why the group ends, or ended
         self.outstanding = 0  # forwards that activation checkpointing may run again
-        self.versions: tuple[int, int] | None = None  # of the leader's A and B, when `outstanding` was last looked at
+        self.versions: tuple[int, ...] | None = None  # of the leader's A and B, when `outstanding` was last looked at
         self._thread = threading.local()
 
     def __reduce__(self) -> tuple[type["Group"], tuple[()]]:
@@ -139,7 +139,7 @@ def shared(layer: Any, x: Tensor, given: Projection) -> Tensor | None:
 def drop(layer: Any) -> Pending | None:
     """Forget what waits for the group that `layer` leads, at a call of it. Returns what was left."""
     group: Group | None = None if torch.compiler.is_compiling() else layer._fastlora_group
-    if group is None or group.pending is None or group.layers()[0] is not layer:
+    if group is None or group.pending is None or group.layers()[:1] != [layer]:
         return None
     left, group.pending = group.pending, None
     return left
@@ -211,7 +211,7 @@ def _fetch(layer: Any, group: Group, moment: Moment, given: Projection) -> Tenso
 
 def _settled(group: Group, given: Projection) -> bool:
     """Whether no earlier forward of the group will run again: each one has, or the optimizer has changed the adapter."""
-    versions = given.lora_A._version, given.lora_B._version
+    versions = tuple(t._version for t in (given.lora_A, given.lora_B) if t is not None)
     if versions != group.versions:
         group.versions, group.outstanding = versions, 0
     return group.outstanding == 0
@@ -237,7 +237,8 @@ def _alone(layer: Any, x: Tensor, given: Projection) -> str | None:
 def _left_out(layer: Any, x: Tensor, given: Projection, leader: Any, leads: Projection) -> str | None:
     """Why the leader's call does not compute the layer too, or None."""
     same = layer.training and layer.backend == leader.backend and given.weight.device == leads.weight.device
-    for one, other in ((given.weight, leads.weight), (given.lora_A, leads.lora_A)):
+    pairs: Any = (given.weight, leads.weight), (given.lora_A, leads.lora_A)
+    for one, other in pairs:
         same = same and one.shape[1] == other.shape[1] and _dtype(one) == _dtype(other)
     return _alone(layer, x, given) if same else UNLIKE
 

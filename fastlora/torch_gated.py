@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlora import torch_backend
-from fastlora.torch_backend import _accumulator, _chunks, grad_s_and_b, _keep, _masked, _rows, _without_autocast
+from fastlora.torch_backend import _accumulator, _chunks, _keep, _masked, _rows, _without_autocast, grad_s_and_b
 
 _GELU_BACKWARD = torch.ops.aten.gelu_backward
 #: name -> (act(e), dact · act'(e))

@@ -58,7 +58,7 @@ def with_adapters(base: nn.Module, args: Namespace, layer: type[FusedLoraLinear]
     model = copy.deepcopy(base, memo={id(tensor): tensor for tensor in (*base.parameters(), *base.buffers())})
     torch.manual_seed(args.seed)
     lora = partial(inject, lora_alpha=args.alpha, lora_dropout=args.dropout, adapter_dtype=DTYPES[args.adapter_dtype])
-    lora(model, target_modules=args.target_modules, r=args.r, layer=layer)
+    lora(model, target_modules=args.target_modules, r=args.r, layer=layer, groups=False)  # the control draws a mask a layer
     for module in model.modules():
         if isinstance(module, layer):
             module.backend = args.backend

@@ -137,6 +137,9 @@ SOURCES = {
     "peft/layers.py": {"unsupported_reason"},
     "peft/report.py": set(),
     "quantized/__init__.py": {"unsupported_input"},
+    "peft/state.py": {"only_adapter", "unsupported_tensors", "unsupported_call"},
+    "peft/embedding.py": {"unsupported_reason", "terms", "_decide"},
+    "peft/conv.py": {"unsupported_reason", "terms", "_decide"},
     **{f"quantized/{library}.py": {"read"} for library in ("bitsandbytes", "torchao", "hqq", "gptq", "fp8")},
 }
 #: What other reasons are put into.

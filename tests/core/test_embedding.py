@@ -122,6 +122,7 @@ class Scaled(nn.Embedding):
         (lambda own: FusedLoraEmbedding.from_module(embedding(sparse=True)), ValueError, "sparse=True.*expected False"),
         (lambda own: FusedLoraEmbedding.from_module(embedding(), r=-1), ValueError, "r must be >= 0, got -1"),
         (lambda own: FusedLoraEmbedding.from_module(embedding(), lora_dropout=2), ValueError, "lora_dropout must be in"),
+        (lambda own: FusedLoraEmbedding.from_module(embedding(), use_dora=True), ValueError, "is for linears, not for a Fused"),
         (
             lambda own: FusedLoraEmbedding.from_module(embedding(), adapter_dtype=torch.float16),
             TypeError,

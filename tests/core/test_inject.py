@@ -164,14 +164,15 @@ def test_starts_as_the_base_with_its_parameters_and_gradients_for_what_is_traine
 def test_activation_offload_changes_no_gradient() -> None:
     model = inject(llama(), target_modules="all-linear", r=2, lora_dropout=0.1).train()
     found = []
-    for context in (nullcontext(), torch.autograd.graph.save_on_cpu()):
+    # In the first step the layers learn which of them share x, and with it a seed.
+    for context in (nullcontext(), nullcontext(), torch.autograd.graph.save_on_cpu()):
         model.zero_grad()
         torch.manual_seed(0)
         with context:
             loss = model(input_ids=IDS).logits.square().mean()
         loss.backward()
         found.append([parameter.grad for parameter in model.parameters() if parameter.requires_grad])
-    assert all(map(torch.equal, *found))
+    assert all(map(torch.equal, *found[1:]))
 
 
 @pytest.mark.filterwarnings("ignore:.*is tied to")

@@ -102,6 +102,34 @@ def test_loralibs_checkpoint_loads_and_merges():
     )
 
 
+def test_dora_scales_whole_weights():
+    with pytest.raises(ValueError, match=r"use_dora=True scales whole weights, and enable_lora=\[True, False, True\] adapts"):
+        layer_of(QV, use_dora=True)
+
+
+def test_layers_that_share_x_train_each_with_its_slices():
+    """q and k are two linears of one x: the second step may compute them together, and must give what the first gave."""
+    torch.manual_seed(0)
+    model = randomise(
+        inject(
+            nn.ModuleDict({"q": nn.Linear(8, 6), "k": nn.Linear(8, 6)}),
+            target_modules=["q", "k"],
+            r=2,
+            enable_lora={"q": [False, True]},
+        )
+    )
+    x, found = torch.randn(5, 8), []
+    for _ in range(3):
+        model.zero_grad()
+        y = torch.cat([model["q"](x), model["k"](x)])
+        y.square().sum().backward()
+        found.append((y.detach(), *(p.grad for p in model.parameters() if p.requires_grad)))
+    floor = oracle.FLOOR[oracle.DTYPES[0]]
+    assert all(
+        oracle.relative_error(one, other) <= floor for later in found[1:] for one, other in zip(later, found[0], strict=True)
+    )
+
+
 def test_the_eager_layer_computes_the_same():
     eager, module = layer_of(QV, kind=EagerLoraLinear), layer_of(QV)
     with torch.no_grad():

@@ -117,10 +117,6 @@ def under(context: Callable[[], Any], inside: str = "k") -> Step:
     return step
 
 
-def bfloat16() -> Any:
-    return torch.autocast("cpu", torch.bfloat16)
-
-
 def replaced(model: Any, x: Tensor) -> None:
     model.k.lora_A = nn.Parameter(model.k.lora_A.detach().clone())
 
@@ -137,8 +133,8 @@ HAZARDS: dict[str, tuple[Step, int]] = {
     "x requires grad": (between(lambda model, x: x.requires_grad_()), 2),
     "no grad": (under(torch.no_grad), 1),
     "no grad before": (under(torch.no_grad, "q"), 2),
-    "autocast": (under(bfloat16), 1),
-    "autocast before": (under(bfloat16, "q"), 2),
+    "autocast": (under(lambda: torch.autocast("cpu", torch.bfloat16)), 1),
+    "autocast before": (under(lambda: torch.autocast("cpu", torch.bfloat16), "q"), 2),
     "adapter changed in place": (between(doubled), 1),
     "adapter swapped": (between(lambda model, x: setattr(model.k.lora_B, "data", model.k.lora_B.data * 3)), 1),
     "adapter replaced": (between(replaced), 1),
