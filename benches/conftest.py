@@ -17,6 +17,7 @@ import pytest
 import torch
 
 from benches import grid
+from benches.setting import PASSES_OF
 from benches.suite import BUDGETS, NotMeasuredError, Suite
 from fastlora.benchmark import PASSES
 from fastlora.benchmark.providers import COMPILERS
@@ -81,10 +82,18 @@ def _tell(config: pytest.Config, line: str) -> None:
 
 
 def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
-    """A test for each size, pass and provider."""
+    """A test for each size, or kind of block or model, pass and provider."""
+    suite = metafunc.config.stash[_SUITE]
+    if "kind" in metafunc.fixturenames:
+        found = [
+            pytest.param(kind, pass_, name, id=f"{kind}-{pass_}-{name}".replace(",", "").replace(" ", "-"))
+            for kind, passes in PASSES_OF.items()
+            for pass_ in passes
+            for name in suite.contenders()
+        ]
+        metafunc.parametrize(("kind", "pass_", "provider"), found)
     if "size" not in metafunc.fixturenames:
         return
-    suite = metafunc.config.stash[_SUITE]
     cases = [
         pytest.param(size, pass_, provider.name, id=f"{size.id}-{pass_}-{provider.name}".replace(" ", "-"))
         for size in grid.sizes(metafunc.config.option.grid, suite.device)
@@ -95,7 +104,7 @@ def pytest_generate_tests(metafunc: pytest.Metafunc) -> None:
 
 
 def pytest_collection_modifyitems(config: pytest.Config, items: list[pytest.Item]) -> None:
-    """The most important linears, the models, the other linears: the time budget may end the run before the last ones."""
+    """The most important linears, blocks and models, other linears: the time budget may end the run before the last ones."""
     first = {size.id for size in grid.most_important(config.option.grid, config.stash[_SUITE].device)}
 
     def place(item: pytest.Item) -> int:

@@ -1,59 +1,45 @@
-"""A decoder layer and a whole model's training step: PEFT's adapters on every linear, and the same model accelerated.
+"""A decoder layer and a whole model's training step: PEFT's adapters on every linear, and the same computed in other ways.
 
 Models are Llama with random weights, r = 16, dropout 0.1, adapters in PEFT's default dtype (float32), B random.  Outputs and
 gradients are compared, without dropout, before anything is timed: with e = ‖t − ref‖ / ‖ref‖ over all of them and ref from the
-model in float64, the accelerated model's e must be at most twice that of PEFT's, or below the oracle's floor.
+model in float64, the e of another model must be at most twice that of PEFT's, or below the oracle's floor.
 """
 
 import copy
 import itertools
 from collections.abc import Callable, Iterable, Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 import fastlora.peft
-from benches.shapes import MODELS, Decoder
+from benches import chained
+from benches.setting import (
+    CHAINED,
+    COMPILED_PEFT,
+    DROPOUT_P,
+    FASTLORA,
+    FROZEN,
+    LAYER,
+    PEFT,
+    SINGLE,
+    TRAINING_STEP,
+    Failed,
+    R,
+    Ready,
+    Setting,
+    adapters_of,
+    contenders,
+)
 from fastlora import oracle
 from fastlora.benchmark import WrongResultError, trial
 from fastlora.benchmark.clock import Step, copies_beyond_cache
 
-Steps = dict[tuple[str, str], Step]  # by (provider, pass)
+Run = Callable[[nn.Module], Iterable[Tensor]]  # outputs and gradients of a model, in the dtype of its embeddings
 
-R, DROPOUT_P = 16, 0.1
-LAYER, TRAINING_STEP = "decoder layer", "training step"
-
-
-@dataclass(frozen=True)
-class Setting:
-    """Which model, in which dtype, on how many tokens."""
-
-    name: str
-    decoder: Decoder
-    batch: int
-    length: int
-    dtype: torch.dtype
-
-    def facts(self, kind: str) -> dict[str, Any]:
-        """The columns of a row that say what was measured."""
-        size = {"M": self.batch * self.length, "r": R, "p": DROPOUT_P}
-        dtypes = {"dtype": str(self.dtype).removeprefix("torch."), "adapter_dtype": "float32"}
-        return {"kind": kind, "id": kind, "used_by": self.name, **size, **dtypes}
-
-
-_SMALL = {"toy": Decoder(64, 96, 4, 2, 16, 2, 128), "cpu": Decoder(512, 1408, 8, 4, 64, 2, 1024)}
-_ON_GPU = {LAYER: ("Llama-3.1-8B", 4, 2048), TRAINING_STEP: ("Llama-3.2-1B", 4, 1024)}  # model, batch, length
-
-
-def setting(kind: str, device: torch.device, *, toy: bool = False) -> Setting:
-    """What is measured on `device`; kind: LAYER or TRAINING_STEP."""
-    if not toy and device.type == "cuda":
-        name, batch, length = _ON_GPU[kind]
-        return Setting(name, MODELS[name], batch, length, torch.bfloat16)
-    small = _SMALL["toy" if toy else "cpu"]
-    return Setting(f"Llama of width {small.hidden}", small, 2, 16 if toy else 128, torch.float32)
+#: What `fastlora.accelerate` is told.
+OPTIONS = {SINGLE: {"groups": False, "mlp": False}, FASTLORA: {"groups": True, "mlp": True}}
 
 
 def build(setting: Setting, device: torch.device, *, layers: int | None = None, head: bool = True) -> nn.Module:
@@ -84,34 +70,110 @@ def build(setting: Setting, device: torch.device, *, layers: int | None = None, 
     return adapted.train()
 
 
-def accelerated(peft_model: nn.Module, run: Callable[[nn.Module], Iterable[Tensor]], dtype: torch.dtype) -> nn.Module:
-    """A copy of the PeftModel in which fastlora runs all adapters, compared with float64 relative to PEFT's error.
-
-    run: computes outputs and gradients of a model, in the dtype of its embeddings; dropout is off.
+def variant(name: str, peft_model: nn.Module, compiler: str | None) -> nn.Module:
+    """A copy of the PeftModel, on the same parameters, that computes as the contender `name` does.
 
     Raises:
-        WrongResultError: fastlora does not run all adapters, some calls used PEFT's forward, or the error is over its bound.
+        WrongResultError: fastlora does not run all adapters.
     """
-    fast = copy.deepcopy(peft_model)
-    report = fastlora.accelerate(fast)
-    if report.waiting or report.left:
-        raise WrongResultError(str(report))
-    results = {}
-    for name, model in {"float64": copy.deepcopy(peft_model).double(), "PEFT": peft_model, "fastlora": fast}.items():
-        model.eval()
-        results[name] = torch.cat([tensor.detach().double().flatten() for tensor in run(model)])
-        model.train()
-    if fallbacks := fastlora.peft.fallbacks(fast).keys() - {fastlora.peft.SMALL}:
-        raise WrongResultError(f"the accelerated model ran PEFT's forward: {fallbacks}")
-    errors = {name: oracle.relative_error(results[name], results["float64"]) for name in ("PEFT", "fastlora")}
-    bound = max(oracle.EAGER_FACTOR * errors["PEFT"], oracle.FLOOR[dtype, dtype])
-    if not errors["fastlora"] <= bound:
-        raise WrongResultError(f"the accelerated model is wrong, so it is not timed: {errors}, bound {bound:.2e}")
-    return fast
+    model: Any = copy.deepcopy(peft_model, {id(p): p for p in peft_model.parameters()})
+    if name == FROZEN:
+        return model.unload()
+    layers = [module for module in model.modules() if hasattr(module, "self_attn")]
+    if name == CHAINED:
+        set_dropout(model, 0.0)
+        for layer in layers:
+            _chain(layer)
+    elif name == COMPILED_PEFT:
+        for layer in layers:  # the code of one layer serves all
+            layer.compile(backend=compiler, dynamic=False)
+    elif name in OPTIONS:
+        report = fastlora.accelerate(model, **OPTIONS[name])
+        if report.waiting or report.left or report.mlps_left:
+            raise WrongResultError(str(report))
+    return model
 
 
-def layer_steps(setting: Setting, device: torch.device, copies: int | None = None) -> Steps:
-    """One decoder layer and the final norm, on random hidden states that require a gradient; frozen, PEFT, fastlora."""
+def set_dropout(model: nn.Module, p: float) -> None:
+    """The rate of every dropout."""
+    for module in model.modules():
+        if isinstance(module, nn.Dropout):
+            module.p = p
+
+
+def _chain(layer: Any) -> None:
+    """Compute a decoder layer's linears by `benches.chained`: q computes k and v too, which the next two calls fetch."""
+    attention, mlp = layer.self_attn, layer.mlp
+    q, k, v, o = attention.q_proj, attention.k_proj, attention.v_proj, attention.o_proj
+    waiting: list[Tensor] = []
+
+    def chain(function: Callable[..., Any], x: Tensor, *linears: Any) -> Any:
+        weights = [
+            (one.base_layer.weight, *(side["default"].weight.to(x.dtype) for side in (one.lora_A, one.lora_B)), None)
+            for one in linears
+        ]
+        y = function(x.flatten(0, -2), weights, q.scaling["default"])
+        return y.view(*x.shape[:-1], -1) if isinstance(y, Tensor) else [one.view(*x.shape[:-1], -1) for one in y]
+
+    def first(x: Tensor) -> Tensor:
+        y, *waiting[:] = chain(chained.projections, x, q, k, v)
+        return y
+
+    q.forward = first
+    k.forward = v.forward = lambda x: waiting.pop(0)
+    o.forward = lambda x: chain(chained.projections, x, o)[0]
+    mlp.forward = lambda x: chain(chained.mlp, x, mlp.gate_proj, mlp.up_proj, mlp.down_proj)
+
+
+class Check:
+    """Compares models with the PeftModel in float64, relative to the PeftModel's own error; dropout is off."""
+
+    def __init__(self, peft_model: nn.Module, run: Run, dtype: torch.dtype) -> None:
+        self.run, self.dtype = run, dtype
+        self.ref = self._results(copy.deepcopy(peft_model).double())
+        self.error = oracle.relative_error(self._results(peft_model), self.ref)
+
+    def __call__(self, name: str, model: nn.Module) -> None:
+        """Raise WrongResultError if the error is over its bound, or if fastlora computes less than it was asked to."""
+        error = oracle.relative_error(self._results(model), self.ref)
+        if name in OPTIONS:
+            fallbacks, report = fastlora.peft.fallbacks(model).keys(), fastlora.peft.status(model)
+            if unexpected := fallbacks - {fastlora.peft.SMALL}:
+                raise WrongResultError(f"the accelerated model ran PEFT's forward: {unexpected}")
+            if not fallbacks and (report.single or bool(report.groups) != OPTIONS[name]["groups"]):
+                raise WrongResultError(f"q, k and v are not computed as they should be:\n{report}")
+        bound = max(oracle.EAGER_FACTOR * self.error, oracle.FLOOR[self.dtype, self.dtype])
+        if not error <= bound:
+            raise WrongResultError(
+                f"{name} is wrong, so it is not timed: {error:.2e}, PEFT {self.error:.2e}, bound {bound:.2e}"
+            )
+
+    def _results(self, model: nn.Module) -> Tensor:
+        rates = {module: module.p for module in model.modules() if isinstance(module, nn.Dropout)}
+        set_dropout(model, 0.0)
+        self.run(model)  # layers that share x find each other here, and compute as a group below
+        found = torch.cat([tensor.detach().double().flatten() for tensor in self.run(model)])
+        for module, p in rates.items():
+            module.p = p
+        return found
+
+
+def variants(peft_model: nn.Module, run: Run, setting: Setting, failed: Failed) -> dict[str, nn.Module]:
+    """The model of each contender that is right."""
+    check, found = Check(peft_model, run, setting.dtype), {}
+    for name in contenders(setting.compiler):
+        try:
+            model = peft_model if name == PEFT else variant(name, peft_model, setting.compiler)
+            if name not in (FROZEN, PEFT):
+                check(name, model)
+            found[name] = model
+        except Exception as error:  # torch.compile, Triton and PEFT have no base of their errors in common
+            failed(name, error)
+    return found
+
+
+def layer_steps(setting: Setting, device: torch.device, failed: Failed, copies: int | None = None) -> Ready:
+    """One decoder layer and the final norm, on random hidden states that require a gradient."""
     hidden = setting.decoder.hidden
 
     def draw(*shape: int) -> Tensor:
@@ -125,7 +187,7 @@ def layer_steps(setting: Setting, device: torch.device, copies: int | None = Non
 
         def backward(state: tuple[Tensor, Tensor, Tensor]) -> tuple[Tensor, ...]:
             x, y, dy = state
-            return torch.autograd.grad(y, [x, *_adapters(model)], dy)
+            return torch.autograd.grad(y, [x, *adapters_of(model)], dy)
 
         return forward, backward
 
@@ -135,45 +197,51 @@ def layer_steps(setting: Setting, device: torch.device, copies: int | None = Non
         return [state[1], *backward(state)]
 
     generator = torch.Generator(device).manual_seed(1)
-    short = draw(2, 1, min(setting.length, 64), hidden)
+    short = draw(2, *setting.checked, hidden)
     peft_model = build(setting, device, layers=1, head=False)
-    frozen: Any = copy.deepcopy(peft_model, {id(p): p for p in peft_model.parameters()})  # it shares the weights
-    fast = accelerated(peft_model, outputs, setting.dtype)
-    models = {"frozen layer": frozen.unload(), "PEFT": peft_model, "fastlora": fast}
-    nbytes = 2 * setting.batch * setting.length * hidden * setting.dtype.itemsize
+    models = variants(peft_model, outputs, setting, failed)
+    nbytes = 2 * setting.rows * hidden * setting.dtype.itemsize
     turn = itertools.cycle(draw(copies or copies_beyond_cache(nbytes, device), 2, setting.batch, setting.length, hidden))
     steps = {name: trial.passes(*halves(model, turn)) for name, model in models.items()}
-    return {(name, pass_): steps[name][pass_] for pass_ in trial.PASSES for name in models}
+    return Ready(
+        {(name, pass_): steps[name][pass_] for pass_ in trial.PASSES for name in models}, list(peft_model.parameters())
+    )
 
 
-def training_steps(setting: Setting, device: torch.device, copies: int | None = None) -> Steps:
-    """A step of a whole model: forward, loss, backward, AdamW on the adapters; PEFT, fastlora."""
+def training_steps(setting: Setting, device: torch.device, failed: Failed, copies: int | None = None) -> Ready:
+    """A step of a whole model: forward, loss, backward, AdamW on the adapters.
+
+    The frozen model has no adapters: its backward ends at the embeddings, and nothing is updated.
+    """
     generator = torch.Generator(device).manual_seed(2)
     size = setting.batch, setting.length
     tokens = torch.randint(setting.decoder.vocabulary, size, generator=generator, device=device)
+    batch, length = setting.checked
 
     def outputs(model: nn.Module) -> list[Tensor]:
-        short = tokens[:1, :64]
+        short = tokens[:batch, :length]
         output: Any = model(input_ids=short, labels=short)
-        return [output.logits, *torch.autograd.grad(output.loss, _adapters(model))]
+        return [output.logits, *torch.autograd.grad(output.loss, adapters_of(model))]
 
-    def step_of(model: nn.Module) -> Step:
-        optimizer = torch.optim.AdamW(_adapters(model), lr=1e-4)
+    def step_of(name: str, model: Any) -> Step:
+        def frozen_step() -> None:
+            x = model.get_input_embeddings()(tokens).detach().requires_grad_()
+            model(inputs_embeds=x, labels=tokens).loss.backward()
 
         def step() -> None:
             model(input_ids=tokens, labels=tokens).loss.backward()
             optimizer.step()
             optimizer.zero_grad()
 
+        if name == FROZEN:
+            return frozen_step
+        optimizer = torch.optim.AdamW(adapters_of(model), lr=1e-4)
         return step
 
     peft_model = build(setting, device)
-    models = {"PEFT": peft_model, "fastlora": accelerated(peft_model, outputs, setting.dtype)}
-    return {(name, TRAINING_STEP): step_of(model) for name, model in models.items()}
+    models = variants(peft_model, outputs, setting, failed)
+    steps = {(name, TRAINING_STEP): step_of(name, model) for name, model in models.items()}
+    return Ready(steps, list(peft_model.parameters()))
 
 
 STEPS = {LAYER: layer_steps, TRAINING_STEP: training_steps}
-
-
-def _adapters(model: nn.Module) -> list[nn.Parameter]:
-    return [parameter for parameter in model.parameters() if parameter.requires_grad]

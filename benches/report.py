@@ -11,6 +11,7 @@ from collections.abc import Callable, Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+from benches.setting import PASSES_OF
 from fastlora.benchmark import PASSES, results
 from fastlora.benchmark.providers import FROZEN
 from fastlora.cli.common import three_digits
@@ -73,7 +74,7 @@ def text(runs: Mapping[Path, Run]) -> str:
         linears = sizes_of(run, "linear")
         parts += [_in_full(rows) for rows in linears[:1]]
         parts += [_in_short(linears[1:])] if linears[1:] else []
-        parts += [_of_model(rows) for kind in ("decoder layer", "training step") for rows in sizes_of(run, kind)]
+        parts += [_of_model(rows) for kind in PASSES_OF for rows in sizes_of(run, kind)]
     return "\n\n".join(parts) + "\n"
 
 
@@ -94,7 +95,7 @@ def _conditions(path: Path, run: Run) -> str:
         f"{dtype}: matrix product {three_digits(rate['gemm_tflops'])} TFLOP/s, copy {three_digits(rate['copy_gbps'])} GB/s"
         for dtype, rate in run["ceilings"].items()
     )
-    cut = f"The time budget ended after {done} sizes; {left} were not reached, counting decoder layer and training step."
+    cut = f"The time budget ended after {done} sizes; {left} were not reached, counting blocks and models."
     lines = [
         f"**{facts['device']}** ({known}).",
         f"Measured in the same run, {rates}.\n{ROOFLINE}" if rates else "",
@@ -121,16 +122,23 @@ def _in_full(rows: Sequence[Measured]) -> str:
 
 
 def _of_model(rows: Sequence[Measured]) -> str:
-    """A decoder layer or a training step: every provider and pass."""
+    """A block, a decoder layer or a training step: every provider and pass."""
     row = rows[0]
+    columns: dict[str, Callable[[Measured], str]] = {"× PEFT": lambda row: f"{row['over_eager']:.2f}"}
+    if "over_frozen" in row:  # older results lack it
+        columns = {"× frozen": lambda row: f"{row['over_frozen']:.2f}", **columns}
+    if any(row.get("saved_bytes") is not None for row in rows):
+        columns["saved, MiB"] = lambda row: three_digits(row["saved_bytes"] / 2**20)
     what = f"{row['kind'].capitalize()}, {row['used_by']}, {row['M']} tokens, r={row['r']} p={row['p']:g}"
-    table = _by_provider(rows, {"× PEFT": lambda row: f"{row['over_eager']:.2f}"})
+    table = _by_provider(rows, columns)
     return f"{what}, {results.dtypes_of(row)}, an adapter on every linear:\n\n{table}"
 
 
 def _by_provider(rows: Sequence[Measured], columns: Mapping[str, Callable[[Measured], str]]) -> str:
     """A line for each provider: the medians of its passes, then what `columns` say of the last pass, the peak and host time."""
     columns = {**columns, "peak, MiB": lambda row: three_digits(row["peak_bytes"] / 2**20)}
+    if any(row.get("launches") is not None for row in rows):  # older results lack it, and compiled providers on a CPU
+        columns["launches"] = lambda row: str(row["launches"] or "")
     if _launched(rows):
         columns = {"host, ms": lambda row: three_digits(row["launch_ms"]), **columns}
     passes = list(dict.fromkeys(row["pass"] for row in rows))

@@ -9,13 +9,15 @@ from typing import Any
 
 import torch
 
-from benches import decoder
+from benches import blocks, decoder
 from benches.grid import Size
+from benches.setting import CHAINED, FROZEN, PEFT, Ready, contenders, setting
 from fastlora import atomic, benchmark
 from fastlora.benchmark import ceilings, providers, results, trial
 from fastlora.cli.common import three_digits
 from fastlora.environment import environment
 
+STEPS: dict[str, Callable[..., Ready]] = {**blocks.STEPS, **decoder.STEPS}  # by kind
 SECONDS_PER_SIZE = {"cuda": 1.5, "cpu": 30.0}  # of timed rounds, see `measure`
 BUDGETS = {"quick": 120.0, "full": 480.0}  # seconds on a GPU
 
@@ -87,14 +89,25 @@ class Suite:
 
         return self._get(size.id, measure, provider, pass_)
 
+    def contenders(self) -> tuple[str, ...]:
+        """Who takes part in a block or a model."""
+        return contenders(self.compiler)
+
     def model(self, kind: str, provider: str, pass_: str) -> tuple[list[float], dict[str, Any]]:
-        """Seconds and row of a decoder layer's pass, or of a training step; raises as `linear` does."""
+        """Seconds and row of a pass of a block or a decoder layer, or of a training step; raises as `linear` does."""
+
+        def failed(name: str, error: Exception) -> None:
+            if name in (FROZEN, PEFT):  # all rows relate to these
+                raise error
+            self._failed[kind][name] = error.with_traceback(None)  # its frames hold the tensors
 
         def measure() -> None:
-            setting = decoder.setting(kind, self.device, toy=self.toy)
-            steps = decoder.STEPS[kind](setting, self.device, self.copies)
+            chosen = setting(kind, self.device, compiler=self.compiler, toy=self.toy)
+            ready = STEPS[kind](chosen, self.device, failed, self.copies)
+            ratios = {"over_frozen": FROZEN, "over_eager": PEFT}
             options: dict[str, Any] = {"repeats": self.repeats, "limit": 4 * self.limit}
-            self._add(setting.facts(kind), *trial.timed(steps, self.device, {"over_eager": "PEFT"}, **options))
+            rows, seconds = trial.timed(ready.steps, self.device, ratios, ready.parameters, **options)
+            self._add(chosen.facts(kind), [row | ({"p": 0.0} if row["provider"] == CHAINED else {}) for row in rows], seconds)
 
         return self._get(kind, measure, provider, pass_)
 

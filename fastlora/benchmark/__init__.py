@@ -4,6 +4,7 @@ clock.py       `measure`: interleaved steps, device time; `fastlora tune` uses i
 providers.py   what is compared
 trial.py       one size, all providers: check, time, count bytes
 memory.py      bytes saved for backward, peak memory
+launches.py    what a GPU is given to run
 ceilings.py    what the machine reaches, and the least time a pass could take
 results.py     the rows of a linear, as a CSV file and as a plot
 """

@@ -4,8 +4,8 @@ All providers get the same random tensors, in as many sets as exceed the last-le
 passes: forward as in training, backward alone (after an untimed forward), and both together.
 
 A row is one pass of one provider, as a dict: "provider", "pass", "median_ms", "p20_ms", "p80_ms", ratios of medians,
-"launch_ms", "saved_bytes" and "peak_bytes".  launch_ms, the host's time to launch the pass, is measured on a GPU only.  Only
-the last pass of a provider has bytes.  A value that was not measured is None.
+"launch_ms", "launches", "saved_bytes" and "peak_bytes".  launch_ms, the host's time to launch the pass, is measured on a GPU
+only.  Only the last pass of a provider has bytes and launches.  A value that was not measured is None.
 """
 
 import itertools
@@ -19,6 +19,7 @@ from torch import Tensor
 from fastlora import oracle
 from fastlora.benchmark.ceilings import compulsory_bytes
 from fastlora.benchmark.clock import WARMUP, CudaClock, Prepared, Step, copies_beyond_cache, device_clock, measure, quantiles
+from fastlora.benchmark.launches import launches
 from fastlora.benchmark.memory import peak_bytes, saved_bytes, total_bytes
 from fastlora.benchmark.providers import COMPILED, EAGER, FROZEN, Provider
 
@@ -101,7 +102,7 @@ def timed(
     parameters: Sequence[Tensor | None] | None = None,
     **options: Any,
 ) -> Timed:
-    """Time steps against each other, and count the bytes of each provider's last pass; a row for each step.
+    """Time steps against each other, and count bytes and launches of each provider's last pass; a row for each step.
 
     Args:
         ratios: column -> the provider to whose median the column relates.
@@ -117,12 +118,14 @@ def timed(
         p20, median, p80 = spread[provider, pass_]
         row = {"provider": provider, "pass": pass_, "median_ms": median * 1e3, "p20_ms": p20 * 1e3, "p80_ms": p80 * 1e3}
         row |= {column: median / spread[other, pass_].median for column, other in ratios.items()}
-        row |= dict.fromkeys(("launch_ms", "saved_bytes", "peak_bytes"))
+        row |= dict.fromkeys(("launch_ms", "launches", "saved_bytes", "peak_bytes"))
         if isinstance(clock, CudaClock):
             row["launch_ms"] = quantiles(clock.launches[provider, pass_][WARMUP:]).median * 1e3
         if last[provider] == pass_:
             row["saved_bytes"] = None if parameters is None else saved_bytes(step, parameters)
             row["peak_bytes"] = peak_bytes(step, device)
+            if device.type == "cuda" or provider not in COMPILED:  # its code on a CPU is no operation of torch
+                row["launches"] = launches(step, device)
         rows.append(row)
     return rows, seconds
 

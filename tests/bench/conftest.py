@@ -25,5 +25,5 @@ def toy_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[Path, dict[str, A
     assert code == 0, shown.getvalue()[-3000:]
     (file,) = folder.glob("*-toy.json")
     assert f"results: {file}" in shown.getvalue()
-    assert "decoder layer: frozen layer" in shown.getvalue()
+    assert "decoder layer: frozen" in shown.getvalue()
     return folder, json.loads(file.read_text()), json.loads(saved.read_text())

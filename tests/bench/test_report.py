@@ -76,7 +76,7 @@ def test_the_page_says_what_a_cut_run_did_not_reach(toy_run, tmp_path):
     left = ["f32-1x2x3-r4-p0", "decoder layer", STEP]
     rows = [row for row in own["rows"] if row["id"] not in left]
     (tmp_path / "cut.json").write_text(json.dumps({**own, "rows": rows, "not_reached": left}))
-    assert "The time budget ended after 2 sizes; 3 were not reached" in report.text(report.load(tmp_path))
+    assert "The time budget ended after 4 sizes; 3 were not reached" in report.text(report.load(tmp_path))
 
 
 def test_the_committed_page_shows_the_committed_results(capsys):

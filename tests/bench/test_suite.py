@@ -13,18 +13,17 @@ from torch.nn import functional as F
 from triton.runtime.errors import OutOfResources
 
 import benches.conftest
-from benches import decoder, grid
-from benches.decoder import LAYER, TRAINING_STEP
-from benches.suite import NotMeasuredError, Suite
-from fastlora.benchmark import PASSES, WrongResultError, ceilings, providers, trial
+from benches import grid
+from benches.setting import LAYER, PASSES_OF
+from benches.suite import STEPS, NotMeasuredError, Suite
+from fastlora.benchmark import PASSES, ceilings, providers, trial
 from fastlora.benchmark.clock import WARMUP, CudaClock
-from fastlora.peft import Report
 
 ROOT = Path(__file__).parents[2]
 CPU = torch.device("cpu")
 FIRST, SECOND = grid.sizes("toy", CPU)
 PROVIDERS = ["frozen linear", "eager LoRA", "PEFT", "chained addmm_", "fastlora"]
-LAYER_PROVIDERS = ["frozen layer", "PEFT", "fastlora"]
+CONTENDERS = ["frozen", "PEFT", "chained addmm_, p = 0", "fastlora, single linears", "fastlora"]
 
 
 def test_a_run_does_not_replace_the_committed_results_unless_asked():
@@ -59,9 +58,9 @@ def test_the_files_have_every_provider_and_pass_of_every_size(toy_run):
     assert list(found.items()) == [
         (FIRST.id, dict.fromkeys(PASSES, PROVIDERS)),
         (SECOND.id, dict.fromkeys(PASSES, PROVIDERS)),
-        (LAYER, dict.fromkeys(PASSES, LAYER_PROVIDERS)),
-        (TRAINING_STEP, {TRAINING_STEP: ["PEFT", "fastlora"]}),
+        *((kind, dict.fromkeys(passes, CONTENDERS)) for kind, passes in PASSES_OF.items()),
     ]
+    assert all(row["p"] == 0 for row in own["rows"] if row["provider"] == "chained addmm_, p = 0")
     assert (own["facts"]["repeats"], own["not_reached"]) == (3, [])
     (file,) = folder.glob("*.csv")
     with file.open() as text:
@@ -141,7 +140,7 @@ def test_large_times_and_launches_of_a_gpu(open_suite, monkeypatch):
     suite = open_suite(repeats=3)
     seconds, row = suite.model(LAYER, "fastlora", "forward")
     assert (seconds, row["median_ms"], row["launch_ms"]) == ([4.52] * 3, 4520.0, 2.0)
-    assert suite.told == ["decoder layer: frozen layer 4520, PEFT 4520, fastlora 4520 ms"]
+    assert suite.told == ["decoder layer: " + ", ".join(f"{name} 4520" for name in CONTENDERS) + " ms"]
 
 
 @pytest.mark.parametrize(
@@ -170,30 +169,9 @@ def test_a_broken_provider_fails_alone_and_a_broken_frozen_linear_fails_all(
 
 def test_what_does_not_fit_is_tried_once_and_reported_to_each_test(open_suite, monkeypatch):
     steps = mock.Mock(side_effect=torch.OutOfMemoryError("too much"))
-    monkeypatch.setitem(decoder.STEPS, LAYER, steps)
+    monkeypatch.setitem(STEPS, LAYER, steps)
     suite = open_suite()
     for provider in ("PEFT", "fastlora"):
         with pytest.raises(NotMeasuredError, match=r"does not fit into the memory of .*too much"):
             suite.model(LAYER, provider, "forward")
     steps.assert_called_once()
-
-
-def wrong_adapter(model, accelerate=decoder.fastlora.accelerate):
-    for name, parameter in model.named_parameters():
-        if "q_proj.lora_A" in name:
-            parameter.data *= 1.001
-    return accelerate(model)
-
-
-@pytest.mark.parametrize(
-    ("name", "planted", "message"),
-    [
-        ("fastlora.accelerate", lambda model: Report((), left=(("q_proj", "planted"),)), "left, planted"),
-        ("fastlora.peft.fallbacks", lambda model: {"planted": {"q_proj": 1}}, "ran PEFT's forward"),
-        ("fastlora.accelerate", wrong_adapter, "is wrong, so it is not timed"),
-    ],
-)
-def test_a_model_that_falls_back_or_is_wrong_is_not_called_fastlora(name, planted, message, monkeypatch):
-    monkeypatch.setattr(name, planted)
-    with pytest.raises(WrongResultError, match=message):
-        decoder.layer_steps(decoder.setting(LAYER, CPU, toy=True), CPU, copies=1)
