@@ -6,7 +6,7 @@ from typing import Any
 import pytest
 import torch
 import torch.nn.functional as F
-from planned import MANY, OPERANDS, VIEWS, Operands, assert_close
+from planned import AMPERE, MANY, OPERANDS, VIEWS, Operands, assert_close
 from torch import Tensor
 
 from fastlora import dropout_mask, oracle
@@ -45,8 +45,8 @@ def kept(M: int, K: int, p: float) -> Tensor | float:
     return dropout_mask(SEED, M, K, p, projection=DOWN) * keep_scale(p) if p else 1.0
 
 
-CASES = [o for o in OPERANDS if o.view == "contiguous" and (o.target != MANY or o.dtypes == (torch.bfloat16, torch.float32))]
-CASES += [Operands(shape, target=MANY) for shape in ((3, 700, 2), (150, 40, 32))]
+CASES = [o for o in OPERANDS if o.view == "contiguous" and o.target == INTERPRETER]
+CASES += [Operands((70, 72, 16), target=target) for target in (MANY, AMPERE)]
 
 
 @pytest.mark.parametrize("operands", CASES, ids=str)
@@ -71,6 +71,7 @@ def test_against_float64(operands: Operands) -> None:
     assert_close(dA, dS.double().t() @ rounded, e.dtype)
 
 
+@pytest.mark.filterwarnings("ignore:overflow encountered in exp")  # of NumPy, at -200
 @pytest.mark.parametrize("target", [INTERPRETER, MANY], ids=["few", "many"])
 @pytest.mark.parametrize("activation", ACTIVATIONS)
 def test_activations_over_their_range_without_an_adapter(activation: str, target: Target) -> None:
