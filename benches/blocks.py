@@ -33,9 +33,9 @@ from benches.setting import (
 from fastlora import dropout, oracle, reference
 from fastlora.benchmark import WrongResultError, providers, trial
 from fastlora.benchmark.clock import copies_beyond_cache
+from fastlora.blocks.mlp import lora_mlp
+from fastlora.blocks.projections import Projection, lora_linears
 from fastlora.functional import dropout_mask, lora_linear
-from fastlora.mlp import lora_mlp
-from fastlora.projections import Projection, lora_linears
 
 SCALING = 2.0
 

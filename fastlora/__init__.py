@@ -6,14 +6,14 @@ from fastlora._version import __version__  # first: it refuses a torch that is t
 from fastlora import oracle, reference
 from fastlora.adapters import from_pretrained, load_adapter, save_adapter
 from fastlora.autograd import LoraLinearFunction
+from fastlora.blocks.mlp import lora_mlp
+from fastlora.blocks.projections import Projection, lora_linears
 from fastlora.functional import dropout_mask, lora_linear
 from fastlora.injection import get_nb_trainable_parameters, inject, merge_and_unload, print_trainable_parameters, unload
 from fastlora.layers.conv import FusedLoraConv
 from fastlora.layers.embedding import FusedLoraEmbedding
-from fastlora.mlp import lora_mlp
 from fastlora.modules import FusedLoraLinear
 from fastlora.peft import accelerate, decelerate
-from fastlora.projections import Projection, lora_linears
 
 __all__ = [
     "FusedLoraConv",

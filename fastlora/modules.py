@@ -7,13 +7,14 @@ from typing import Any, Self, TypedDict, Unpack, cast
 import torch
 from torch import Tensor, nn
 
-from fastlora import dora_ops, validation
-from fastlora.dora import dora_linear
+from fastlora import validation
+from fastlora.blocks.projections import Projection
+from fastlora.blocks.sharing import Group, drop, shared
 from fastlora.functional import lora_linear
 from fastlora.layers.base import FusedLoraLayer
 from fastlora.layers.slices import check_slices, from_blocks, to_blocks
-from fastlora.projections import Projection
-from fastlora.sharing import Group, drop, shared
+from fastlora.variants import dora_ops
+from fastlora.variants.dora import dora_linear
 
 
 class Options(TypedDict, total=False):
@@ -36,7 +37,7 @@ class FusedLoraLinear(FusedLoraLayer):
     Args:
         in_features, out_features, bias: as in nn.Linear.  r: rank.  lora_alpha, lora_dropout: as in PEFT.
         use_rslora: scale by 1/√r (Kalajdzievski, "A rank stabilization scaling factor", 2023).
-        use_dora: train the length of each row of W + scaling · B A as well, see `fastlora.dora`.
+        use_dora: train the length of each row of W + scaling · B A as well, see `fastlora.variants.dora`.
         fan_in_fan_out: weight is stored (in, out), as in transformers' Conv1D.
         merge_weights: merge on `eval()` and unmerge on `train()`, as loralib does.
         dtype, device: of weight and bias.  adapter_dtype: of lora_A and lora_B; default: dtype.  float32 adapters on a
@@ -172,7 +173,7 @@ class FusedLoraLinear(FusedLoraLayer):
         return nn.functional.linear(x, self._W(), self.bias)
 
     def _projection(self, x: Tensor) -> Projection | str:
-        """The operands of a call with x, or why it is none of a plain LoRA linear: see `fastlora.sharing`."""
+        """The operands of a call with x, or why it is none of a plain LoRA linear: see `fastlora.blocks.sharing`."""
         if self.merged or self.lora_A is None or self.lora_B is None:
             return "it is merged" if self.merged else "it has rank 0"
         if self.lora_magnitude_vector is not None:

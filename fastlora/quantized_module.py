@@ -5,9 +5,10 @@ from typing import Any, Self, Unpack, cast
 import torch
 from torch import Tensor, nn
 
-from fastlora import dora_ops, quantized, validation
+from fastlora import quantized, validation
 from fastlora.modules import FusedLoraLinear, Options
 from fastlora.quantized import QuantizedWeight
+from fastlora.variants import dora_ops
 
 
 class FusedLoraLinear4bit(FusedLoraLinear):

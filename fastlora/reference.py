@@ -65,7 +65,7 @@ def dora_linear(
     dropout_p: float = 0.0,
     keep_mask: Tensor | None = None,
 ) -> Tensor:
-    """The forward of `fastlora.dora`, with the operations and casts of `peft.tuners.lora.dora.DoraLinearLayer`.
+    """The forward of `fastlora.variants.dora`, with the operations and casts of `peft.tuners.lora.dora.DoraLinearLayer`.
 
     Args:
         magnitude: (out,).  The others are those of `lora_linear`.

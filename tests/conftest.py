@@ -112,7 +112,8 @@ def target(monkeypatch: pytest.MonkeyPatch) -> Any:
 @pytest.fixture
 def grouped(monkeypatch: pytest.MonkeyPatch) -> list[int]:
     """The number of projections of each call that a group makes."""
-    from fastlora import lora_linears, sharing
+    from fastlora import lora_linears
+    from fastlora.blocks import sharing
 
     made: list[int] = []
 

@@ -23,7 +23,8 @@ from torch.utils._python_dispatch import TorchDispatchMode
 from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
 from triton.tools.tensor_descriptor import TensorDescriptor
 
-from fastlora import group, ops
+from fastlora import ops
+from fastlora.blocks import group
 from fastlora.kernels import launch as launching
 
 ALLOCATIONS = {"empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", "new_empty_strided"}

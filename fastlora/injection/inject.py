@@ -9,6 +9,7 @@ import torch
 from torch import nn
 
 from fastlora import validation
+from fastlora.blocks.sharing import Group
 from fastlora.injection import fast_path
 from fastlora.injection.layer_types import is_conv1d, linear_types, lora_type
 from fastlora.injection.matching import match_modules_to_save, near, targets_of, warn
@@ -17,7 +18,6 @@ from fastlora.injection.walk import is_sharded, lora_layers, named_modules, name
 from fastlora.layers.base import FusedLoraLayer
 from fastlora.modules import FusedLoraLinear
 from fastlora.quantized import is_quantized, quantize
-from fastlora.sharing import Group
 
 _DISTRIBUTED = {"DistributedDataParallel", "FullyShardedDataParallel"}
 Holders = list[tuple[nn.Module, str]]  # the modules that hold one parameter, with its full name in each
@@ -78,7 +78,7 @@ def inject(
         fan_in_fan_out: follows from the class of each linear; another value given here earns PEFT's warning.
         layer: the class of the new linears.
         groups: compute layers that share x, such as q, k and v, in one step.  They are found in the first training forward
-            (`fastlora.sharing`).
+            (`fastlora.blocks.sharing`).
 
     Returns:
         `model` itself.

@@ -39,8 +39,8 @@ def accelerate(model: nn.Module, *, groups: bool = True, mlp: bool = False) -> R
 
     Args:
         model: a PeftModel, or any module that contains PEFT's LoRA layers.
-        groups: compute layers that share x, such as q, k and v, in one step (`fastlora.sharing`). They are found in the first
-            training forward, and again after another `accelerate`.
+        groups: compute layers that share x, such as q, k and v, in one step (`fastlora.blocks.sharing`). They are found in the
+            first training forward, and again after another `accelerate`.
         mlp: also compute each gated MLP, a module whose forward is down(act(gate(x)) * up(x)), as one step by
             `fastlora.lora_mlp`; its class is changed too. One seed gives the masks of all three linears.
 
@@ -122,7 +122,7 @@ def mixed_batch(model: nn.Module, adapter_names: Sequence[str]) -> AbstractConte
     It is PEFT's `model(**batch, adapter_names=[...])`, but training works: each adapter gets the gradients of its rows, if its
     parameters require them (`model.base_model.set_adapter(["first", "second"])` makes all of them trainable). Accelerated
     layers multiply with the base weight once for all rows. Backward belongs inside for models that checkpoint activations.
-    What is NaN or infinite in the rows of one adapter reaches the gradients of the others, see `fastlora.several`.
+    What is NaN or infinite in the rows of one adapter reaches the gradients of the others, see `fastlora.variants.several`.
 
     Raises:
         TypeError: adapter_names is not a list of str.

@@ -8,8 +8,8 @@ from peft.tuners.lora.variants import DoraLinearVariant
 from torch import Tensor, nn
 
 from fastlora.peft.base import PLAIN_TENSORS
-from fastlora.several import Adapter
 from fastlora.validation import is_altered
+from fastlora.variants.several import Adapter
 
 DISABLED = "adapters are disabled"
 MERGED = "adapters are merged"

@@ -25,8 +25,8 @@ from fastlora.functional import _autocast_dtype
 from fastlora.peft.adapters import DISABLED, INACTIVE, MERGED, UNCAST, active, adapters
 from fastlora.peft.base import PLAIN_TENSORS, weight_of
 from fastlora.peft.report import COPIED, SMALL
-from fastlora.several import Adapter
 from fastlora.validation import FLOAT_DTYPES, HALF_DTYPES, autocast_target, is_transformed
+from fastlora.variants.several import Adapter
 
 DECODING = "few rows without a gradient, as in decoding"
 
@@ -37,8 +37,8 @@ INTENDED = frozenset({DISABLED, MERGED, INACTIVE, UNCAST, DECODING, SMALL, COPIE
 class Operands(NamedTuple):
     """The arguments of `lora_linear` after x: weight (out, in), A (r, in), B (out, r), bias (out,) or None.
 
-    With a magnitude (out,) they are those of `fastlora.dora.dora_linear`. With others, the adapters behind the first, or an
-    owner (M,) of each row, they are those of `fastlora.several.lora_adapters`.
+    With a magnitude (out,) they are those of `fastlora.variants.dora.dora_linear`. With others, the adapters behind the first,
+    or an owner (M,) of each row, they are those of `fastlora.variants.several.lora_adapters`.
     """
 
     weight: Tensor | quantized.QuantizedWeight

@@ -26,8 +26,8 @@ from torch.nn.utils import parametrize
 from fastlora.peft.adapters import INACTIVE, MERGED, adapter
 from fastlora.peft.base import PLAIN_TENSORS
 from fastlora.peft.fused import Fused, note
-from fastlora.several import Adapter
 from fastlora.validation import FLOAT_DTYPES, is_altered
+from fastlora.variants.several import Adapter
 
 #: Implementations of transformers that compute the same function; "eager" is the forward of the class.
 IMPLEMENTATIONS = (None, "eager", "grouped_mm", "batched_mm")

@@ -9,14 +9,14 @@ from peft.tuners.lora.layer import Linear
 from peft.tuners.lora.torchao import TorchaoLoraLinear
 from torch import Tensor, nn
 
-from fastlora.dora import dora_linear
+from fastlora.blocks.projections import Projection
+from fastlora.blocks.sharing import Group, drop, shared
 from fastlora.functional import lora_linear
 from fastlora.peft.calls import INTENDED, decide
 from fastlora.peft.report import Tally
-from fastlora.projections import Projection
 from fastlora.quantized import QuantizedWeight
-from fastlora.several import Adapter, lora_adapters
-from fastlora.sharing import Group, drop, shared
+from fastlora.variants.dora import dora_linear
+from fastlora.variants.several import Adapter, lora_adapters
 
 
 class Fused(nn.Module):
@@ -50,7 +50,7 @@ class Fused(nn.Module):
         return y.to(x.dtype) if isinstance(weight, QuantizedWeight) else y
 
     def _projection(self, x: Tensor) -> Projection | str:
-        """What a call with x passes to `lora_linear`, or why something else computes it: see `fastlora.sharing`."""
+        """What a call with x passes to `lora_linear`, or why something else computes it: see `fastlora.blocks.sharing`."""
         given = decide(self, x, (), {})
         if isinstance(given, str):
             return given

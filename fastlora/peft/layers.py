@@ -8,13 +8,13 @@ from peft.tuners.lora import layer as pefts
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import nn
 
+from fastlora.blocks.sharing import Group, groups, single_reason
 from fastlora.functional import available_backends
 from fastlora.peft import conv, embedding, experts
 from fastlora.peft.base import weight_of
 from fastlora.peft.calls import operands
 from fastlora.peft.fused import FUSED, Fused
 from fastlora.peft.report import Report, Tally
-from fastlora.sharing import Group, groups, single_reason
 from fastlora.validation import check_model
 
 #: PEFT's modules whose layers exist with an optional library only, and the modules of their accelerated forms.

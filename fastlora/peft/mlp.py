@@ -20,14 +20,14 @@ import torch
 from peft.tuners.lora.layer import LoraLayer
 from torch import Tensor, nn
 
+from fastlora.blocks.mlp import lora_mlp
+from fastlora.blocks.projections import Projection
 from fastlora.functional import _autocast_dtype
-from fastlora.mlp import lora_mlp
 from fastlora.oracle import FLOOR, relative_error
 from fastlora.peft.base import weight_of
 from fastlora.peft.calls import Operands, _too_small, operands, unsupported_input
 from fastlora.peft.fused import Fused
 from fastlora.peft.gated import Parts, parts_of, shape_of
-from fastlora.projections import Projection
 from fastlora.quantized import QuantizedWeight
 from fastlora.validation import autocast_target, is_altered
 

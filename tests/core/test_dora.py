@@ -11,9 +11,10 @@ from planned import DTYPES
 from saved import saved_by
 from torch import Tensor, nn
 
-from fastlora import FusedLoraLinear, dora_ops, dropout_mask, inject, merge_and_unload, oracle, reference
-from fastlora.dora import dora_linear
+from fastlora import FusedLoraLinear, dropout_mask, inject, merge_and_unload, oracle, reference
 from fastlora.oracle import Case, Inputs
+from fastlora.variants import dora_ops
+from fastlora.variants.dora import dora_linear
 
 OUTPUTS = (*oracle.OUTPUTS, "dmagnitude")
 SHAPE = (40, 56, 264)  # every output has the elements that one draw needs

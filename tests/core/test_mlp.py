@@ -10,7 +10,7 @@ from saved import saved_by
 from torch.utils.checkpoint import checkpoint
 
 from fastlora import Projection, lora_mlp, oracle
-from fastlora.mlp import ACTIVATIONS
+from fastlora.blocks.mlp import ACTIVATIONS
 from fastlora.oracle import DTYPES
 
 BACKENDS = ("fused", "addmm", "torch")

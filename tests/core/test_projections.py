@@ -6,8 +6,9 @@ from grouped import SEED, Group, K, M, fused
 from saved import saved_by
 from torch._dynamo.testing import CompileCounterWithBackend
 
-from fastlora import Projection, group, lora_linears, oracle, reference
-from fastlora.group import LORA_LINEARS, LORA_LINEARS_BACKWARD, passes
+from fastlora import Projection, lora_linears, oracle, reference
+from fastlora.blocks import group
+from fastlora.blocks.group import LORA_LINEARS, LORA_LINEARS_BACKWARD, passes
 from fastlora.kernels import group as kernels
 
 BACKENDS = ("fused", "addmm", "torch")

@@ -10,10 +10,11 @@ from planned import DTYPES
 from saved import saved_by
 from torch import Tensor
 
-from fastlora import dropout_mask, oracle, several_ops
+from fastlora import dropout_mask, oracle
 from fastlora.dropout import keep_scale
 from fastlora.oracle import Case
-from fastlora.several import Adapter, lora_adapters
+from fastlora.variants import several_ops
+from fastlora.variants.several import Adapter, lora_adapters
 
 M, K, N = SHAPE = (40, 56, 264)
 RANKS, SCALINGS, RATES = (4, 7, 3), (1.5, -0.75, 2.0), (0.3, 0.0, 0.5)

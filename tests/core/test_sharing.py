@@ -17,7 +17,8 @@ from siblings import FLOOR, Siblings, assert_close, gradients, learned, model_of
 from torch import Tensor, nn
 
 import fastlora
-from fastlora import dropout_mask, inject, lora_linear, modules, oracle, reference, sharing
+from fastlora import dropout_mask, inject, lora_linear, modules, oracle, reference
+from fastlora.blocks import sharing
 from fastlora.dropout import draw_seed
 
 Step = Callable[[Any, Tensor], list[Tensor]]

@@ -13,7 +13,7 @@ from torch.distributed.fsdp import fully_shard
 from torch.nn.parallel import DistributedDataParallel
 from torch.utils.checkpoint import checkpoint, set_checkpoint_early_stop
 
-from fastlora import sharing
+from fastlora.blocks import sharing
 
 
 class Recorded(nn.Module):

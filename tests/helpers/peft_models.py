@@ -207,7 +207,7 @@ def counted_calls() -> Iterator[list[Any]]:
         made.append(mock.call(*tensors, **options))
         return fastlora.lora_linear(*tensors, **options)
 
-    with mock.patch("fastlora.peft.fused.lora_linear", linear), mock.patch("fastlora.sharing.lora_linears", linears):
+    with mock.patch("fastlora.peft.fused.lora_linear", linear), mock.patch("fastlora.blocks.sharing.lora_linears", linears):
         yield made
 
 

@@ -14,9 +14,10 @@ from quantized_models import dense, quantized_llama
 from torch import Tensor, nn
 
 import fastlora
-from fastlora import dropout_mask, oracle, several
+from fastlora import dropout_mask, oracle
 from fastlora.dropout import draw_seed, keep_scale
 from fastlora.peft import fallbacks, layers, mixed_batch
+from fastlora.variants import several
 
 NAMES = ["second", "__base__", "default"]
 

@@ -25,7 +25,8 @@ from peft_models import (
 from torch import Tensor, nn
 
 import fastlora
-from fastlora import oracle, sharing, torch_backend
+from fastlora import oracle, torch_backend
+from fastlora.blocks import sharing
 
 ATTENTION = ["q_proj", "k_proj", "v_proj"]
 GROUPS = {"llama": 4, "gpt2": 0, "roberta": 2, "t5": 10}  # gpt2 has one projection for q, k and v

@@ -1,4 +1,4 @@
-"""The operators of several adapters on one weight.  `fastlora.several` has their mathematics.
+"""The operators of several adapters on one weight.  `fastlora.variants.several` has their mathematics.
 
 As in `fastlora.ops` they are functional, and the backend "torch" keeps the packed masks for backward.
 """
@@ -12,8 +12,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlora import torch_backend
+from fastlora.blocks.group import Pass, _pick, _rank, _stacked, passes
 from fastlora.dropout import LANES, keep_scale, packed_mask
-from fastlora.group import Pass, _pick, _rank, _stacked, passes
 from fastlora.ops import accumulator, as_rows
 from fastlora.torch_backend import _without_autocast
 

@@ -1,4 +1,4 @@
-"""The three operators of DoRA, on those of the LoRA linear.  `fastlora.dora` has their mathematics."""
+"""The three operators of DoRA, on those of the LoRA linear.  `fastlora.variants.dora` has their mathematics."""
 
 import functools
 import math

@@ -1,7 +1,7 @@
 """The two operators of a gated MLP with LoRA, y = down(act(gate(x)) · up(x)): schemas, fakes, and what runs them.
 
-gate and up share x as in `fastlora.group`.  Of the wide activations e = gate(x) and g = up(x) alone are kept; h = act(e) · g is
-made again in backward.  As in `fastlora.ops` the operators are functional, and the backend "torch" keeps the packed masks.
+gate and up share x as in `fastlora.blocks.group`.  Of the wide activations e = gate(x) and g = up(x) alone are kept;
+h = act(e) · g is made again in backward.  As in `fastlora.ops` the operators are functional, and the backend "torch" keeps the packed masks.
 """
 
 import math
@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor
 
-from fastlora import group, torch_gated
+from fastlora.blocks import group, torch_gated
 from fastlora.dropout import DOWN, GATE, LANES, UP, packed_mask, threshold
 from fastlora.ops import accumulator, as_rows
 

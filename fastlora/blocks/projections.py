@@ -7,9 +7,9 @@ import torch
 from torch import Tensor
 
 from fastlora import validation
+from fastlora.blocks.group import Constants, LoraLinearsFunction
 from fastlora.dropout import draw_seed, threshold
 from fastlora.functional import _autocast_dtype, _choose_backend
-from fastlora.group import Constants, LoraLinearsFunction
 from fastlora.quantized import QuantizedWeight
 
 MASKS = ("separate", "shared")

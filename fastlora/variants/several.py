@@ -26,11 +26,11 @@ import torch
 from torch import Tensor
 
 from fastlora import functional, validation
+from fastlora.blocks.projections import MAX_PROJECTIONS, _cast
 from fastlora.dropout import draw_seed, threshold
 from fastlora.ops import accumulator, as_rows, keeps_mask
-from fastlora.projections import MAX_PROJECTIONS, _cast
 from fastlora.quantized import QuantizedWeight, Scheme, dequantize
-from fastlora.several_ops import LORA_ADAPTERS, LORA_ADAPTERS_BACKWARD
+from fastlora.variants.several_ops import LORA_ADAPTERS, LORA_ADAPTERS_BACKWARD
 
 
 class Adapter(NamedTuple):
@@ -147,7 +147,7 @@ def lora_adapters(
             validation.check_number(adapter.scaling, "scaling")
             validation.check_dropout_p(adapter.dropout_p, "dropout_p")
             if adapter.magnitude is not None:
-                raise ValueError("it has a magnitude, but DoRA scales the weight: use fastlora.dora.dora_linear")
+                raise ValueError("it has a magnitude, but DoRA scales the weight: use fastlora.variants.dora.dora_linear")
         except (TypeError, ValueError) as error:
             raise type(error)(f"adapters[{i}]: {error}") from None
     if owner is not None:

@@ -34,9 +34,9 @@ import torch
 from torch import Tensor
 
 from fastlora import functional, ops, validation
-from fastlora.dora_ops import DORA_LINEAR, DORA_LINEAR_BACKWARD, DORA_NORM
 from fastlora.dropout import draw_seed, threshold
 from fastlora.quantized import QuantizedWeight, Scheme, dequantize
+from fastlora.variants.dora_ops import DORA_LINEAR, DORA_LINEAR_BACKWARD, DORA_NORM
 
 
 class DoraLinearFunction(torch.autograd.Function):

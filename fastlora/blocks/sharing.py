@@ -28,8 +28,8 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from fastlora.blocks.projections import Projection, lora_linears
 from fastlora.functional import _autocast_dtype
-from fastlora.projections import Projection, lora_linears
 from fastlora.quantized import QuantizedWeight
 from fastlora.validation import is_altered, is_transformed
 

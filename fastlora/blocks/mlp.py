@@ -6,13 +6,14 @@ from typing import Any
 import torch
 from torch import Tensor
 
-from fastlora import torch_gated, validation
+from fastlora import validation
+from fastlora.blocks import torch_gated
+from fastlora.blocks.group import Constants, _dense
+from fastlora.blocks.mlp_ops import LORA_MLP, LORA_MLP_BACKWARD
+from fastlora.blocks.projections import Projection, _cast
 from fastlora.dropout import DOWN, GATE, UP, draw_seed, threshold
 from fastlora.functional import _autocast_dtype, _choose_backend
-from fastlora.group import Constants, _dense
-from fastlora.mlp_ops import LORA_MLP, LORA_MLP_BACKWARD
 from fastlora.ops import keeps_mask
-from fastlora.projections import Projection, _cast
 from fastlora.quantized import QuantizedWeight
 
 ACTIVATIONS = tuple(torch_gated.ACTIVATIONS)

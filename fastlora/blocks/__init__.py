@@ -1,0 +1,1 @@
+"""Several linears as one step: projections that share x, and the gated MLP."""

@@ -1,0 +1,1 @@
+"""Other adapters of one linear than plain LoRA: DoRA, and several adapters at once."""
