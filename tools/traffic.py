@@ -24,7 +24,7 @@ from triton.runtime.interpreter import InterpretedFunction, InterpreterBuilder
 from triton.tools.tensor_descriptor import TensorDescriptor
 
 from fastlora import ops
-from fastlora.blocks import group
+from fastlora.blocks import group, mlp_ops
 from fastlora.kernels import launch as launching
 
 ALLOCATIONS = {"empty", "empty_like", "empty_permuted", "empty_strided", "new_empty", "new_empty_strided"}
@@ -34,6 +34,8 @@ STEPS: dict[Any, Callable[..., Any]] = {
     ops.LORA_LINEAR_BACKWARD: ops.backward,
     group.LORA_LINEARS: group.forward,
     group.LORA_LINEARS_BACKWARD: group.backward,
+    mlp_ops.LORA_MLP: mlp_ops.forward,
+    mlp_ops.LORA_MLP_BACKWARD: mlp_ops.backward,
 }
 OVERWRITING = {"copy_", "fill_", "zero_"}  # they write in place without reading
 

@@ -1,7 +1,8 @@
 """The two operators of a gated MLP with LoRA, y = down(act(gate(x)) · up(x)): schemas, fakes, and what runs them.
 
 gate and up share x as in `fastlora.blocks.group`.  Of the wide activations e = gate(x) and g = up(x) alone are kept;
-h = act(e) · g is made again in backward.  As in `fastlora.ops` the operators are functional, and the backend "torch" keeps the packed masks.
+h = act(e) · g is made again in backward.  As in `fastlora.ops` the operators are functional, and the backend "torch" keeps the
+packed masks.
 """
 
 import math

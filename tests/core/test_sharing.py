@@ -1,7 +1,6 @@
 """Layers that share x as one call: what is fetched is what the layer would compute, whatever happens between two calls.
 
-A model with groups and its twin without go through the same steps. What they compute is compared, and the calls are counted.
-"""
+A model with groups and its twin without go through the same steps. Results are compared, and calls counted."""
 
 import copy
 import pickle
