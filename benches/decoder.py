@@ -201,7 +201,9 @@ def layer_steps(setting: Setting, device: torch.device, failed: Failed, copies: 
     peft_model = build(setting, device, layers=1, head=False)
     models = variants(peft_model, outputs, setting, failed)
     nbytes = 2 * setting.rows * hidden * setting.dtype.itemsize
-    turn = itertools.cycle(draw(copies or copies_beyond_cache(nbytes, device), 2, setting.batch, setting.length, hidden))
+    shape = setting.batch, setting.length, hidden
+    # Each x in a storage of its own, which counts as saved.
+    turn = itertools.cycle([(draw(*shape), draw(*shape)) for _ in range(copies or copies_beyond_cache(nbytes, device))])
     steps = {name: trial.passes(*halves(model, turn)) for name, model in models.items()}
     return Ready(
         {(name, pass_): steps[name][pass_] for pass_ in trial.PASSES for name in models}, list(peft_model.parameters())

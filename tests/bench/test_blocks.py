@@ -123,6 +123,12 @@ def test_a_model_that_falls_back_or_is_wrong_is_not_called_fastlora(name, plante
         decoder.layer_steps(toy(LAYER), CPU, failed, copies=1)
 
 
+def test_what_a_layer_saves_does_not_depend_on_the_number_of_inputs():
+    few, many = (STEPS[LAYER](toy(LAYER), CPU, failed, copies) for copies in (1, 3))
+    key = FASTLORA, PASSES[-1]
+    assert saved_bytes(few.steps[key], few.parameters) == saved_bytes(many.steps[key], many.parameters)
+
+
 @pytest.mark.parametrize("kind", decoder.STEPS)
 def test_models_in_16_bits_with_adapters_in_float32(kind):
     chosen = replace(toy(kind, torch.bfloat16), adapter_dtype=torch.float32)
