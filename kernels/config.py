@@ -154,12 +154,13 @@ def stream_config(
         masks: projections that share the pass, each with an operand of rank r and an accumulator.
     """
     # mma keeps the operands of every projection in registers: 64 ranks of three spill 16 bytes (sm_80, Triton 3.7.1).
-    block_r = rank_block(r, 128 if masks == 1 else 64 if target.has_wgmma else 32)
+    # With ragged rows their addresses take as many: there even wgmma spills 2472 bytes.
+    block_r = rank_block(r, 128 if masks == 1 else 64 if target.has_wgmma and aligned else 32)
     # A float32 operand beside a 16-bit tile becomes two 16-bit ones.  From rank 64 on they need a narrower tile not to spill,
     # and a shorter one where mma keeps its operands in registers.
     mixed = small_dtype.itemsize > dtype.itemsize
     hi_lo = mixed and block_r >= 64
-    many_warps = block_r * masks >= 64 or not aligned or (masks > 1 and with_dx)
+    many_warps = block_r * masks >= 64 or not aligned or (masks > 1 and (with_dx or mixed or dtype.itemsize == 4))
     many_warps = many_warps or ((mixed or dtype.itemsize == 4) and target.has_tensor_memory)
     block_m, warps = 64, 8 if many_warps else 4
     if hi_lo and not target.has_wgmma:
@@ -168,7 +169,9 @@ def stream_config(
         block_m = 32
     if dropout and dtype.itemsize == 4 and (block_r >= 64 or not target.has_wgmma):
         block_m = 32  # dots without wgmma keep all operands in registers, beside Philox's words: 64 rows spill 8 bytes on sm_80
-    narrow = hi_lo or with_dx or dtype.itemsize == 4 or (mixed and masks > 1 and not target.has_wgmma)
+    if masks > 1 and (dtype.itemsize == 4 or not aligned or (with_dx and dtype == torch.float16)):
+        block_m = 32  # at 64 rows three masks spill: float32 848 bytes, ragged rows 24, float16 8 (sm_90, Triton 3.7.1)
+    narrow = hi_lo or with_dx or dtype.itemsize == 4 or (masks > 1 and (not aligned or (mixed and not target.has_wgmma)))
     widths = (64,) if narrow else (128, 64)
     candidates = [StreamConfig(block_m, width, block_r, warps, stages, masks) for width in widths for stages in (3, 2)]
     fitting = (
