@@ -16,6 +16,7 @@ from safetensors.torch import load_file
 
 import fastlora
 from fastlora.autograd import LoraLinearFunction
+from fastlora.blocks.group import LoraLinearsFunction
 from fastlora.peft import fused
 
 EXAMPLES = Path(__file__).parents[2] / "examples"
@@ -48,10 +49,12 @@ def test_all_scripts_are_run_here():
 
 @pytest.mark.parametrize(("script", "count"), (WITH_PEFT | WITHOUT_PEFT).items())
 def test_runs(script, count, run):
-    with mock.patch.object(LoraLinearFunction, "apply", side_effect=LoraLinearFunction.apply) as fused_call:
+    alone = mock.patch.object(LoraLinearFunction, "apply", side_effect=LoraLinearFunction.apply)
+    together = mock.patch.object(LoraLinearsFunction, "apply", side_effect=LoraLinearsFunction.apply)
+    with alone as single, together as shared:
         printed = run(script, "--steps", "12")
     assert re.search(r"^loss \d\.\d+ -> \d\.\d+ in 12 steps$", printed, re.MULTILINE)
-    assert fused_call.call_count >= 12 * count
+    assert single.call_count + sum(len(call.args[2].words) for call in shared.call_args_list) >= 12 * count
     if script in WITH_PEFT:
         assert f"fastlora: {count} of {count} LoRA layers accelerated" in printed
 
