@@ -38,8 +38,8 @@ class LoraLinearFunction(torch.autograd.Function):
     one product of forward and, again, for that of backward; it is saved packed.  Second derivatives are refused.
 
     Args of `apply`: x (..., in), weight (out, in), lora_A (r, in), lora_B (out, r), bias (out,) or None, seed int64 (1,) or
-    None for no dropout, scaling, dropout_p, backend as in `lora_linear` but chosen; for a quantised W, weight is its packed
-    tensor, and its scheme and statistics follow.
+    None for no dropout, scaling, dropout_p, backend as in `lora_linear` but chosen, scheme None.  For a quantised W, weight is
+    its packed tensor, and its scheme and statistics come last.
     """
 
     @staticmethod
@@ -54,7 +54,7 @@ class LoraLinearFunction(torch.autograd.Function):
         scaling: float,
         dropout_p: float,
         backend: str,
-        scheme: Scheme | None = None,
+        scheme: Scheme | None,
         *statistics: Tensor,
     ) -> Tensor:
         dense = weight if scheme is None else dequantize(scheme, weight, statistics, x.dtype)
@@ -73,7 +73,7 @@ class LoraLinearFunction(torch.autograd.Function):
         ctx.adapter_dtype = lora_A.dtype
         ctx.bias_dtype = None if bias is None else bias.dtype
         ctx.constants = scaling, dropout_p, backend
-        ctx.scheme, ctx.inputs = scheme, 9 if scheme is None else 10 + len(statistics)
+        ctx.scheme, ctx.inputs = scheme, 10 + len(statistics)
         return y
 
     @staticmethod

@@ -10,7 +10,7 @@ from typing import Any
 
 import torch
 
-from fastlora import functional
+from fastlora import backends
 from fastlora._version import __version__
 
 PACKAGES = ("torch", "triton", "peft", "transformers")
@@ -27,7 +27,7 @@ def environment(device: torch.device) -> dict[str, Any]:
     if device.type == "cpu":
         return {**known, "device": _processor(), "threads": torch.get_num_threads()}
     tuned = None  # a fingerprint of the tuning results that the kernels use
-    if "triton" in functional.available_backends(device):
+    if "triton" in backends.available_backends(device):
         from fastlora import dispatch  # imports Triton, as does the next
         from fastlora.kernels.target import target_of
 

@@ -16,12 +16,13 @@ import torch
 from triton.errors import TritonError
 
 from fastlora import dispatch, oracle
+from fastlora.backends import available_backends
 from fastlora.benchmark import trial
 from fastlora.benchmark.clock import Quantiles, measure, quantiles
 from fastlora.benchmark.providers import Provider, of_call
 from fastlora.dispatch import Problem, default_choice, next_power_of_2
 from fastlora.dropout import threshold
-from fastlora.functional import available_backends, lora_linear
+from fastlora.functional import lora_linear
 from fastlora.kernels.dot import matmul_precision
 from fastlora.kernels.target import Target, target_of
 

@@ -154,6 +154,28 @@ def check_inputs(
         check_rank(r, in_features, out_features)
 
 
+def check_call(
+    x: Tensor,
+    weight: Weight,
+    lora_A: Tensor | None,
+    lora_B: Tensor | None,
+    bias: Tensor | None,
+    scaling: float,
+    dropout_p: float,
+    autocast_dtype: torch.dtype | None,
+    name: str = "",
+) -> None:
+    """`check_inputs`, and the ranges of scaling and dropout_p, of one linear. `name` stands before what an error says."""
+    try:
+        check_inputs(x, weight, lora_A, lora_B, bias, autocast_dtype)  # type: ignore[arg-type]  # None is refused
+        check_number(scaling, "scaling")
+        check_dropout_p(dropout_p, "dropout_p")
+    except (TypeError, ValueError) as error:
+        if not name:
+            raise
+        raise type(error)(f"{name}: {error}") from None
+
+
 def check_linear(linear: nn.Module, fan_in_fan_out: bool) -> tuple[Tensor, Tensor | None]:
     """(weight, bias) of `linear`: an nn.Linear, or with fan_in_fan_out another module with a weight (in, out) and a bias.
 
@@ -205,6 +227,13 @@ def _only_moves_x(module: nn.Module) -> bool:
 def is_transformed() -> bool:
     """Whether a transform of torch.func is active. torch.func.grad makes all its arguments require grad, frozen ones too."""
     return not torch.compiler.is_compiling() and torch._C._are_functorch_transforms_active()
+
+
+def autocast_dtype(device: torch.device) -> torch.dtype | None:
+    """The dtype that autocast gives a linear on `device`, None where autocast is off."""
+    if not torch.amp.is_autocast_available(device.type) or not torch.is_autocast_enabled(device.type):
+        return None
+    return torch.get_autocast_dtype(device.type)
 
 
 def autocast_target(tensor: Tensor, autocast_dtype: torch.dtype | None) -> torch.dtype:

@@ -38,9 +38,9 @@ def cache_of_the_soak(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
 @pytest.fixture
 def torch_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls that name no backend take the torch backend, as on a CPU without the interpreter."""
-    from fastlora import functional
+    from fastlora import backends
 
-    monkeypatch.setattr(functional, "INTERPRETING", False)
+    monkeypatch.setattr(backends, "INTERPRETING", False)
 
 
 @pytest.fixture

@@ -24,7 +24,7 @@ from rich.console import Console
 from rich.progress import track
 from rich.table import Table
 
-from fastlora import functional, lora_linear, oracle
+from fastlora import backends, lora_linear, oracle
 from fastlora.benchmark.providers import Provider, of_call, providers_for
 from fastlora.benchmark.trial import draw, trained
 from fastlora.kernels import steps as kernel_steps
@@ -124,7 +124,7 @@ def launches_on_a_stub() -> Iterator[Any]:
     target = TARGETS[90]
     with (
         stub_gpu(target.capability) as stub,
-        patch.object(functional, "INTERPRETING", True),
+        patch.object(backends, "INTERPRETING", True),
         patch.object(kernel_steps, "target_of", lambda device: target),
     ):
         yield stub

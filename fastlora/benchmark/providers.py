@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlora import dropout, oracle, reference
-from fastlora.functional import available_backends, dropout_mask, lora_linear
+from fastlora.backends import available_backends
+from fastlora.functional import dropout_mask, lora_linear
 
 FROZEN, EAGER = "frozen linear", "eager LoRA"  # ratios are relative to these two
 #: Under torch.compile -> the provider that is compiled.

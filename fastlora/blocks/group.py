@@ -16,6 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlora import torch_backend
+from fastlora.autograd import refuse_second_derivative
 from fastlora.dropout import LANES, packed_mask, threshold
 from fastlora.ops import accumulator, as_rows, keeps_mask
 from fastlora.quantized import Scheme, dequantize
@@ -244,9 +245,7 @@ class LoraLinearsFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, *dys: Tensor | None) -> tuple[Tensor | None, ...]:
-        # once_differentiable alone would let a second derivative that reaches x, A or B but not dy come out as a silent zero.
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError("lora_linears has no second derivative: its backward was called with create_graph=True")
+        refuse_second_derivative("lora_linears")
         constants, n = ctx.constants, len(ctx.constants.words)
         x, seed, *saved = ctx.saved_tensors
         weights, lora_As, lora_Bs = (saved[i * n : i * n + n] for i in range(3))

@@ -7,12 +7,13 @@ import torch
 from torch import Tensor
 
 from fastlora import validation
+from fastlora.autograd import refuse_second_derivative
 from fastlora.blocks import torch_gated
 from fastlora.blocks.group import Constants, _dense
 from fastlora.blocks.mlp_ops import LORA_MLP, LORA_MLP_BACKWARD
-from fastlora.blocks.projections import Projection, _cast
-from fastlora.dropout import DOWN, GATE, UP, draw_seed, threshold
-from fastlora.functional import _autocast_dtype, _choose_backend
+from fastlora.blocks.projections import Projection, flatten
+from fastlora.boundary import cast, settle
+from fastlora.dropout import DOWN, GATE, UP
 from fastlora.ops import keeps_mask
 from fastlora.quantized import QuantizedWeight
 
@@ -49,9 +50,7 @@ class LoraMlpFunction(torch.autograd.Function):
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        # once_differentiable alone would let a second derivative that reaches x, A or B but not dy come out as a silent zero.
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError("lora_mlp has no second derivative: its backward was called with create_graph=True")
+        refuse_second_derivative("lora_mlp")
         constants, needs = ctx.constants, ctx.needs_input_grad[4:]
         x, seed, e, g, *saved = ctx.saved_tensors
         weights, lora_As, lora_Bs = (saved[i : i + 3] for i in range(0, 9, 3))
@@ -107,40 +106,20 @@ def lora_mlp(
     if activation not in ACTIVATIONS:
         raise ValueError(f"activation must be one of {ACTIVATIONS}, got {activation!r}")
     linears: list[Projection] = []
-    h, autocast_dtype = x, _autocast_dtype(x.device)
+    h, autocast = x, validation.autocast_dtype(x.device)
     for name, projection in zip(NAMES, (gate, up, down), strict=True):
         if name == "down":
             h = torch.zeros((0, linears[GATE].weight.shape[0]), dtype=x.dtype, device=x.device)
-        linears.append(_checked(name, h, projection, autocast_dtype))
+        linears.append(_checked(name, h, projection, autocast))
     if (widths := [linear.weight.shape[0] for linear in linears])[GATE] != widths[UP]:
         raise ValueError(f"gate and up must have one out_features, got {widths[GATE]} and {widths[UP]}")
-    validation.check_seed(seed, x.device)
-    dtype = validation.autocast_target(x, autocast_dtype)
-    backend = _choose_backend(backend, x.device, dtype)
-    if validation.is_transformed():
-        raise RuntimeError("lora_mlp does not support functorch transforms (torch.func.grad, vmap, jvp, ...)")
-    rates = tuple(float(item.dropout_p) if training and threshold(item.dropout_p) else 0.0 for item in linears)
-    if not any(rates):
-        seed = None
-    elif seed is None:
-        seed = draw_seed(x.device)
-    elif not isinstance(seed, Tensor):
-        seed = torch.full((1,), seed, dtype=torch.int64, device=x.device)  # without a copy from the host
-    packed = [item.weight if isinstance(item.weight, QuantizedWeight) else None for item in linears]
-    weights = [
-        _cast(item.weight, autocast_dtype) if own is None else own.packed for item, own in zip(linears, packed, strict=True)
-    ]
-    lora_As, lora_Bs = ([_cast(item[i], autocast_dtype) for item in linears] for i in (1, 2))
-    biases = [None if item.bias is None else item.bias.to(dtype) for item in linears]
-    statistics = [() if own is None else own.statistics for own in packed]
-    schemes = tuple(None if own is None else own.scheme for own in packed)
-    scalings = tuple(float(item.scaling) for item in linears)
-    constants = Constants((GATE, UP, DOWN), scalings, rates, backend, schemes, tuple(map(len, statistics)))
-    tensors = *weights, *lora_As, *lora_Bs, *biases, *(tensor for own in statistics for tensor in own)
-    return LoraMlpFunction.apply(_cast(x, autocast_dtype), seed, activation, constants, *tensors)
+    setting = settle("lora_mlp", x, [item.dropout_p for item in linears], training, seed, backend, autocast)
+    x = cast(x, autocast)
+    tensors = flatten(linears, (GATE, UP, DOWN), setting, x.dtype, autocast)
+    return LoraMlpFunction.apply(x, setting.seed, activation, *tensors)
 
 
-def _checked(name: str, x: Tensor, projection: Projection, autocast_dtype: torch.dtype | None) -> Projection:
+def _checked(name: str, x: Tensor, projection: Projection, autocast: torch.dtype | None) -> Projection:
     """The projection, with adapters of rank 0 in place of None, after the checks of `lora_linear`."""
     if not isinstance(projection, Projection):
         raise TypeError(f"{name} must be a Projection, got {type(projection).__name__}")
@@ -151,15 +130,7 @@ def _checked(name: str, x: Tensor, projection: Projection, autocast_dtype: torch
         raise ValueError(
             f"down: gate has {x.shape[1]} out_features, but down's weight {tuple(weight.shape)} expects {weight.shape[1]}"
         )
-    try:
-        if lora_A is None and lora_B is None and isinstance(weight, (Tensor, QuantizedWeight)):
-            out_features, in_features = weight.shape
-            lora_A, lora_B = (
-                torch.zeros(size, dtype=x.dtype, device=x.device) for size in ((0, in_features), (out_features, 0))
-            )
-        validation.check_inputs(x, weight, lora_A, lora_B, bias, autocast_dtype)  # type: ignore[arg-type]  # None is refused
-        validation.check_number(projection.scaling, "scaling")
-        validation.check_dropout_p(projection.dropout_p, "dropout_p")
-    except (TypeError, ValueError) as error:
-        raise type(error)(f"{name}: {error}") from None
+    if lora_A is None and lora_B is None and isinstance(weight, (Tensor, QuantizedWeight)) and len(weight.shape) == 2:
+        lora_A, lora_B = (x.new_zeros(size) for size in ((0, weight.shape[1]), (weight.shape[0], 0)))
+    validation.check_call(x, weight, lora_A, lora_B, bias, *projection[4:], autocast, name=name)
     return projection._replace(lora_A=lora_A, lora_B=lora_B)

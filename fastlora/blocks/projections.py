@@ -1,5 +1,6 @@
 """`lora_linears`: several LoRA projections of one x, as the q, k and v of an attention, in one step."""
 
+import itertools
 from collections.abc import Sequence
 from typing import Any, NamedTuple
 
@@ -8,8 +9,7 @@ from torch import Tensor
 
 from fastlora import validation
 from fastlora.blocks.group import Constants, LoraLinearsFunction
-from fastlora.dropout import draw_seed, threshold
-from fastlora.functional import _autocast_dtype, _choose_backend
+from fastlora.boundary import Setting, cast, settle, unpack
 from fastlora.quantized import QuantizedWeight
 
 MASKS = ("separate", "shared")
@@ -70,42 +70,30 @@ def lora_linears(
         raise ValueError(f"projections must hold 1 to {MAX_PROJECTIONS} projections, got {len(projections)}")
     if masks not in MASKS:
         raise ValueError(f"masks must be one of {MASKS}, got {masks!r}")
-    autocast_dtype = _autocast_dtype(x.device)
+    autocast = validation.autocast_dtype(x.device)
     for i, projection in enumerate(projections):
-        try:
-            validation.check_inputs(x, *projection[:4], autocast_dtype)  # type: ignore[arg-type]  # None is refused
-            validation.check_number(projection.scaling, "scaling")
-            validation.check_dropout_p(projection.dropout_p, "dropout_p")
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"projections[{i}]: {error}") from None
-    validation.check_seed(seed, x.device)
-    dtype = validation.autocast_target(x, autocast_dtype)
-    backend = _choose_backend(backend, x.device, dtype)
-    if validation.is_transformed():
-        raise RuntimeError("lora_linears does not support functorch transforms (torch.func.grad, vmap, jvp, ...)")
-    rates = [float(projection.dropout_p) if training and threshold(projection.dropout_p) else 0.0 for projection in projections]
-    if not any(rates):
-        seed = None
-    elif seed is None:
-        seed = draw_seed(x.device)
-    elif not isinstance(seed, Tensor):
-        seed = torch.full((1,), seed, dtype=torch.int64, device=x.device)  # without a copy from the host
-
-    x, weights, lora_As, lora_Bs, schemes, statistics = _cast(x, autocast_dtype), [], [], [], [], []
-    for weight, lora_A, lora_B, *_ in projections:
-        weights.append(weight.packed if isinstance(weight, QuantizedWeight) else _cast(weight, autocast_dtype))
-        schemes.append(weight.scheme if isinstance(weight, QuantizedWeight) else None)
-        statistics.append(weight.statistics if isinstance(weight, QuantizedWeight) else ())
-        lora_As.append(_cast(lora_A, autocast_dtype))
-        lora_Bs.append(_cast(lora_B, autocast_dtype))
-    biases = [None if item.bias is None else item.bias.to(dtype) for item in projections]
+        validation.check_call(x, *projection, autocast, name=f"projections[{i}]")
+    dropout_ps = [item.dropout_p for item in projections]
+    setting = settle("lora_linears", x, dropout_ps, training, seed, backend, autocast)
     words = tuple(range(len(projections))) if masks == "separate" else (0,) * len(projections)
+    x = cast(x, autocast)
+    return LoraLinearsFunction.apply(x, setting.seed, *flatten(projections, words, setting, x.dtype, autocast))
+
+
+def flatten(
+    projections: Sequence[Any],
+    words: tuple[int, ...],
+    setting: Setting,
+    dtype: torch.dtype,
+    autocast: torch.dtype | None,
+) -> tuple[Any, ...]:
+    """Constants, then n weights, lora_A, lora_B and biases and the statistics, as a Function takes n checked projections.
+
+    dtype: that of x after autocast.
+    """
+    weights, schemes, statistics = zip(*(unpack(item.weight, autocast) for item in projections), strict=True)
+    lora_As, lora_Bs = ([cast(item[i], autocast) for item in projections] for i in (1, 2))
+    biases = [None if item.bias is None else item.bias.to(dtype) for item in projections]
     scalings, lengths = tuple(float(item.scaling) for item in projections), tuple(map(len, statistics))
-    constants = Constants(words, scalings, tuple(rates), backend, tuple(schemes), lengths)
-    flat = (tensor for own in statistics for tensor in own)
-    return LoraLinearsFunction.apply(x, seed, constants, *weights, *lora_As, *lora_Bs, *biases, *flat)
-
-
-def _cast(tensor: Any, autocast_dtype: torch.dtype | None) -> Tensor:
-    result: Tensor = tensor.to(validation.autocast_target(tensor, autocast_dtype))
-    return result
+    constants = Constants(words, scalings, setting.dropout_ps, setting.backend, schemes, lengths)
+    return constants, *weights, *lora_As, *lora_Bs, *biases, *itertools.chain(*statistics)

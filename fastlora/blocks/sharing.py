@@ -29,9 +29,8 @@ from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
 from fastlora.blocks.projections import Projection, lora_linears
-from fastlora.functional import _autocast_dtype
 from fastlora.quantized import QuantizedWeight
-from fastlora.validation import is_altered, is_transformed
+from fastlora.validation import autocast_dtype, is_altered, is_transformed
 
 #: `lora_linears` reads x once for up to so many projections. It also bounds the results that wait.
 MOST = 4
@@ -55,7 +54,7 @@ class Moment(NamedTuple):
     def of(cls, x: Tensor) -> "Moment":
         """Those of a call with x now."""
         region = _region()
-        mode = torch.is_grad_enabled(), _autocast_dtype(x.device), region and weakref.ref(region)
+        mode = torch.is_grad_enabled(), autocast_dtype(x.device), region and weakref.ref(region)
         memory = StorageWeakRef(x.untyped_storage()), x.data_ptr()
         return cls(weakref.ref(x), (x._version, x.requires_grad, *memory, *mode))
 

@@ -20,8 +20,8 @@ import re
 from pathlib import Path
 from typing import Any
 
+from fastlora.backends import BACKENDS, available_backends
 from fastlora.cli import common
-from fastlora.functional import BACKENDS, available_backends
 from fastlora.injection.matching import ALL_LINEAR
 
 

@@ -12,7 +12,7 @@ from dataclasses import asdict
 from functools import partial
 from typing import Any
 
-from fastlora import functional, oracle
+from fastlora import backends, oracle
 from fastlora.cli import common, own_function
 
 #: name -> (base dtype, adapter dtype), "bfloat16+float32" say.
@@ -51,7 +51,7 @@ def register(subparsers: Any) -> None:
 def run(args: argparse.Namespace) -> int:
     """Check the cases and print the verdicts; the exit code."""
     common.require("rich")
-    available = functional.available_backends(args.device)
+    available = backends.available_backends(args.device)
     try:
         checks = _checks(args, available)
     except ValueError as error:

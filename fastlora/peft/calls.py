@@ -21,11 +21,10 @@ import torch
 from torch import Tensor
 
 from fastlora import quantized, torch_backend
-from fastlora.functional import _autocast_dtype
 from fastlora.peft.adapters import DISABLED, INACTIVE, MERGED, UNCAST, active, adapters
 from fastlora.peft.base import PLAIN_TENSORS, weight_of
 from fastlora.peft.report import COPIED, SMALL
-from fastlora.validation import FLOAT_DTYPES, HALF_DTYPES, autocast_target, is_transformed
+from fastlora.validation import FLOAT_DTYPES, HALF_DTYPES, autocast_dtype, autocast_target, is_transformed
 from fastlora.variants.several import Adapter
 
 DECODING = "few rows without a gradient, as in decoding"
@@ -95,7 +94,7 @@ def unsupported_input(x: Tensor, given: Operands, layer: Any) -> str | None:
             return "forward-mode differentiation is active"
         if torch.jit.is_tracing():
             return "torch.jit is tracing"
-    weight, autocast = given.weight, _autocast_dtype(x.device)
+    weight, autocast = given.weight, autocast_dtype(x.device)
     base, fits = autocast_target(x, autocast), True
     pairs = [(given.lora_A, given.lora_B), *(other[:2] for other in given.others)]
     for A, B in pairs:

@@ -8,8 +8,8 @@ from peft.tuners.lora import layer as pefts
 from peft.tuners.lora.layer import LoraLayer, ParamWrapper
 from torch import nn
 
+from fastlora.backends import available_backends
 from fastlora.blocks.sharing import Group, groups, single_reason
-from fastlora.functional import available_backends
 from fastlora.peft import conv, embedding, experts
 from fastlora.peft.base import weight_of
 from fastlora.peft.calls import operands

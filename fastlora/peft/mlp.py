@@ -22,14 +22,13 @@ from torch import Tensor, nn
 
 from fastlora.blocks.mlp import lora_mlp
 from fastlora.blocks.projections import Projection
-from fastlora.functional import _autocast_dtype
 from fastlora.oracle import FLOOR, relative_error
 from fastlora.peft.base import weight_of
 from fastlora.peft.calls import Operands, _too_small, operands, unsupported_input
 from fastlora.peft.fused import Fused
 from fastlora.peft.gated import Parts, parts_of, shape_of
 from fastlora.quantized import QuantizedWeight
-from fastlora.validation import autocast_target, is_altered
+from fastlora.validation import autocast_dtype, autocast_target, is_altered
 
 ROUNDINGS = 5  # e, g, act(e), h and y, in each of two results
 
@@ -111,7 +110,7 @@ def _projection(linear: Any, x: Tensor) -> Projection | str:
             return "its weight is trainable"
         bare = Operands(weight, x, x, linear.bias, 1.0, 0.0)  # an adapter in x's dtype fits wherever x does
         reason, projection = unsupported_input(x, bare, _Bare(linear)), Projection(weight, None, None, linear.bias)
-    if isinstance(projection.weight, QuantizedWeight) and autocast_target(x, _autocast_dtype(x.device)) != x.dtype:
+    if isinstance(projection.weight, QuantizedWeight) and autocast_target(x, autocast_dtype(x.device)) != x.dtype:
         return "its weight is quantised and autocast is on: its output would be cast to x's dtype"
     return reason or projection
 

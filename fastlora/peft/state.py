@@ -6,10 +6,9 @@ from typing import Any, NamedTuple
 import torch
 from torch import Tensor
 
-from fastlora.functional import _autocast_dtype
 from fastlora.peft.adapters import DISABLED, INACTIVE, MERGED
 from fastlora.peft.base import PLAIN_TENSORS
-from fastlora.validation import HALF_DTYPES, is_transformed
+from fastlora.validation import HALF_DTYPES, autocast_dtype, is_transformed
 
 
 class Terms(NamedTuple):
@@ -67,6 +66,6 @@ def unsupported_call(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[
         return "forward-mode differentiation is active"
     if not torch.compiler.is_compiling() and torch.jit.is_tracing():
         return "torch.jit is tracing"
-    if _autocast_dtype(x.device) is None and x.is_floating_point() and x.dtype != layer.base_layer.weight.dtype:
+    if autocast_dtype(x.device) is None and x.is_floating_point() and x.dtype != layer.base_layer.weight.dtype:
         return f"x is {x.dtype}, the base weight {layer.base_layer.weight.dtype}"
     return None

@@ -20,6 +20,7 @@ from torch import Tensor, nn
 from fastlora.quantized import bitsandbytes, fp8, gptq, hqq, torchao
 from fastlora.quantized.bitsandbytes import KINDS, is_quantized, linear_of, of_4bit, quantize
 from fastlora.quantized.weight import DTYPES, Family, QuantizedWeight, Scheme, dequantize
+from fastlora.validation import autocast_dtype
 
 __all__ = ["KINDS", "dequantize", "is_quantized", "linear_of", "of_4bit", "quantize", "read", "unsupported_input", "weight_of"]
 
@@ -95,7 +96,7 @@ def unsupported_input(linear: nn.Module, x: Tensor) -> str | None:
     # On a CPU bitsandbytes would lay the weight out anew for that, and training could not go on from there.
     if kind != "cpu" and not torch.is_grad_enabled() and x.numel() <= family.few_rows * x.shape[-1]:
         return "multiplies few rows straight from its packed weight where no gradient is recorded"
-    autocast = torch.get_autocast_dtype(kind) if _autocasts(kind) else None
+    autocast = autocast_dtype(x.device)
     compute = weight.compute_dtype or x.dtype
     if compute not in DTYPES:
         return f"computes in {compute}"
@@ -112,7 +113,3 @@ def _find(linear: Any) -> tuple[Family | None, QuantizedWeight | str | None]:
         if (weight := family.read(linear)) is not None:
             return family, weight
     return None, None
-
-
-def _autocasts(kind: str) -> bool:
-    return torch.amp.is_autocast_available(kind) and torch.is_autocast_enabled(kind)

@@ -28,13 +28,14 @@ Saved for backward beside what the LoRA linear saves: f and n, and z where the m
 dtype of A, otherwise that of x; PEFT keeps two tensors of z's size. Transient: a copy of W in x's dtype.
 """
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from torch import Tensor
 
-from fastlora import functional, ops, validation
-from fastlora.dropout import draw_seed, threshold
+from fastlora import ops, validation
+from fastlora.autograd import refuse_second_derivative
+from fastlora.boundary import cast, settle, unpack
 from fastlora.quantized import QuantizedWeight, Scheme, dequantize
 from fastlora.variants.dora_ops import DORA_LINEAR, DORA_LINEAR_BACKWARD, DORA_NORM
 
@@ -58,7 +59,7 @@ class DoraLinearFunction(torch.autograd.Function):
         scaling: float,
         dropout_p: float,
         backend: str,
-        scheme: Scheme | None = None,
+        scheme: Scheme | None,
         *statistics: Tensor,
     ) -> Tensor:
         dense = weight if scheme is None else dequantize(scheme, weight, statistics, x.dtype)
@@ -81,13 +82,12 @@ class DoraLinearFunction(torch.autograd.Function):
         )
         ctx.dtypes = lora_A.dtype, magnitude.dtype, None if bias is None else bias.dtype
         ctx.constants = scaling, dropout_p, backend
-        ctx.scheme, ctx.inputs = scheme, 10 if scheme is None else 11 + len(statistics)
+        ctx.scheme, ctx.inputs = scheme, 11 + len(statistics)
         return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError("dora_linear has no second derivative: its backward was called with create_graph=True")
+        refuse_second_derivative("dora_linear")
         need_dx, _, need_dA, need_dB, need_dbias, need_dmagnitude = ctx.needs_input_grad[:6]
         adapter_dtype, magnitude_dtype, bias_dtype = ctx.dtypes
         scaling, dropout_p, backend = ctx.constants
@@ -129,34 +129,17 @@ def dora_linear(
         TypeError, ValueError, RuntimeError: see `fastlora.lora_linear`; or r = 0, or a magnitude of another shape or device.
     """
     validation.check_tensor(x, "x")
-    autocast_dtype = functional._autocast_dtype(x.device)
-    validation.check_inputs(x, weight, lora_A, lora_B, bias, autocast_dtype)
+    autocast = validation.autocast_dtype(x.device)
+    validation.check_call(x, weight, lora_A, lora_B, bias, scaling, dropout_p, autocast)
     validation.check_tensor(magnitude, "magnitude", 1)
     if magnitude.shape != (weight.shape[0],) or magnitude.device != x.device:
         expected = f"(out,) = ({weight.shape[0]},) on {x.device}"
         raise ValueError(f"magnitude must be {expected}, got {tuple(magnitude.shape)} on {magnitude.device}")
     if lora_A.shape[0] == 0:
         raise ValueError("lora_A has r=0, expected r >= 1: DoRA scales a weight with an adapter")
-    validation.check_number(scaling, "scaling")
-    validation.check_dropout_p(dropout_p, "dropout_p")
-    validation.check_seed(seed, x.device)
-    dtype = validation.autocast_target(x, autocast_dtype)
-    backend = functional._choose_backend(backend, x.device, dtype)
-    if validation.is_transformed():
-        raise RuntimeError("dora_linear does not support functorch transforms (torch.func.grad, vmap, jvp, ...)")
-    quantization: tuple[Scheme | Tensor, ...] = ()
-    if isinstance(weight, QuantizedWeight):
-        quantization, weight = (weight.scheme, *weight.statistics), weight.packed
-    if autocast_dtype is not None:
-        x, lora_A, lora_B = (t.to(validation.autocast_target(t, autocast_dtype)) for t in (x, lora_A, lora_B))
-        weight = weight if quantization else weight.to(dtype)
-    if bias is not None:
-        bias = bias.to(dtype)
-    if not training or threshold(dropout_p) == 0:
-        dropout_p, seed = 0.0, None
-    elif seed is None:
-        seed = draw_seed(x.device)
-    elif not isinstance(seed, Tensor):
-        seed = torch.full((1,), seed, dtype=torch.int64, device=x.device)
-    arguments = x, weight, lora_A, lora_B, bias, magnitude, seed, float(scaling), float(dropout_p), backend
-    return cast(Tensor, DoraLinearFunction.apply(*arguments, *quantization))
+    backend, (dropout_p,), seed = settle("dora_linear", x, (dropout_p,), training, seed, backend, autocast)
+    dense, scheme, statistics = unpack(weight, autocast)
+    x, lora_A, lora_B = cast(x, autocast), cast(lora_A, autocast), cast(lora_B, autocast)
+    bias = None if bias is None else bias.to(x.dtype)
+    arguments = x, dense, lora_A, lora_B, bias, magnitude, seed, float(scaling), dropout_p, backend
+    return DoraLinearFunction.apply(*arguments, scheme, *statistics)

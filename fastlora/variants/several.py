@@ -20,14 +20,16 @@ them. Its mask is `dropout_mask(seed, M, in, p, projection=i)`, i the first of i
 """
 
 from collections.abc import Sequence
-from typing import Any, NamedTuple, cast
+from typing import Any, NamedTuple
 
 import torch
 from torch import Tensor
 
-from fastlora import functional, validation
-from fastlora.blocks.projections import MAX_PROJECTIONS, _cast
-from fastlora.dropout import draw_seed, threshold
+from fastlora import validation
+from fastlora.autograd import refuse_second_derivative
+from fastlora.blocks.projections import MAX_PROJECTIONS
+from fastlora.boundary import cast, settle, unpack
+from fastlora.dropout import threshold
 from fastlora.ops import accumulator, as_rows, keeps_mask
 from fastlora.quantized import QuantizedWeight, Scheme, dequantize
 from fastlora.variants.several_ops import LORA_ADAPTERS, LORA_ADAPTERS_BACKWARD
@@ -82,12 +84,11 @@ class LoraAdaptersFunction(torch.autograd.Function):
         held = weight if ctx.needs_input_grad[0] else None
         ctx.save_for_backward(x, held, U, route, kept, *tensors, *masks)
         ctx.constants, ctx.inputs, ctx.bias_dtype = constants, len(tensors), None if bias is None else bias.dtype
-        return cast(Tensor, y)
+        return y
 
     @staticmethod
     def backward(ctx: Any, dy: Tensor) -> tuple[Tensor | None, ...]:
-        if torch.is_grad_enabled() and not torch.compiler.is_compiling():
-            raise RuntimeError("lora_adapters has no second derivative: its backward was called with create_graph=True")
+        refuse_second_derivative("lora_adapters")
         words, dropout_ps, backend, scheme = ctx.constants
         n, needs = len(words), ctx.needs_input_grad
         x, weight, U, route, seed, *saved = ctx.saved_tensors
@@ -140,53 +141,31 @@ def lora_adapters(
         )
     if len(adapters) > MAX_PROJECTIONS:
         raise ValueError(f"adapters must hold at most {MAX_PROJECTIONS} adapters, got {len(adapters)}")
-    autocast_dtype = functional._autocast_dtype(x.device)
-    for i, adapter in enumerate(adapters):
-        try:
-            validation.check_inputs(x, weight, adapter.lora_A, adapter.lora_B, bias, autocast_dtype)
-            validation.check_number(adapter.scaling, "scaling")
-            validation.check_dropout_p(adapter.dropout_p, "dropout_p")
-            if adapter.magnitude is not None:
-                raise ValueError("it has a magnitude, but DoRA scales the weight: use fastlora.variants.dora.dora_linear")
-        except (TypeError, ValueError) as error:
-            raise type(error)(f"adapters[{i}]: {error}") from None
+    autocast = validation.autocast_dtype(x.device)
+    for i, (lora_A, lora_B, scaling, dropout_p, magnitude) in enumerate(adapters):
+        validation.check_call(x, weight, lora_A, lora_B, bias, scaling, dropout_p, autocast, name=f"adapters[{i}]")
+        if magnitude is not None:
+            use = "use fastlora.variants.dora.dora_linear"
+            raise ValueError(f"adapters[{i}]: it has a magnitude, but DoRA scales the weight: {use}")
     if owner is not None:
         _check_owner(owner, x)
-    validation.check_seed(seed, x.device)
-    dtype = validation.autocast_target(x, autocast_dtype)
-    backend = functional._choose_backend(backend, x.device, dtype)
-    if validation.is_transformed():
-        raise RuntimeError("lora_adapters does not support functorch transforms (torch.func.grad, vmap, jvp, ...)")
-    rates = [float(adapter.dropout_p) if training and threshold(adapter.dropout_p) else 0.0 for adapter in adapters]
-    if not any(rates):
-        seed = None
-    elif seed is None:
-        seed = draw_seed(x.device)
-    elif not isinstance(seed, Tensor):
-        seed = torch.full((1,), seed, dtype=torch.int64, device=x.device)  # without a copy from the host
+    dropout_ps = [adapter.dropout_p for adapter in adapters]
+    backend, rates, seed = settle("lora_adapters", x, dropout_ps, training, seed, backend, autocast)
     parts: dict[Any, list[int]] = {}
     for i, (adapter, p) in enumerate(zip(adapters, rates, strict=True)):
         own_mask = i if p and owner is None else None
         parts.setdefault((threshold(p), adapter.lora_A.dtype, own_mask), []).append(i)
     members = list(parts.values())
-    lora_As = [_cast(torch.cat([adapters[i].lora_A for i in part]), autocast_dtype) for part in members]
-    lora_Bs = [
-        _cast(torch.cat([adapters[i].lora_B * adapters[i].scaling for i in part], 1), autocast_dtype) for part in members
-    ]
+    lora_As = [cast(torch.cat([adapters[i].lora_A for i in part]), autocast) for part in members]
+    lora_Bs = [cast(torch.cat([adapters[i].lora_B * adapters[i].scaling for i in part], 1), autocast) for part in members]
     route = None
     if owner is not None:
         columns = [owner.new_full((adapters[i].lora_A.shape[0],), i) for part in members for i in part]
         route = owner.unsqueeze(1) == torch.cat(columns)
-    statistics: tuple[Tensor, ...] = ()
-    scheme = None
-    if isinstance(weight, QuantizedWeight):
-        scheme, statistics, weight = weight.scheme, weight.statistics, weight.packed
-    else:
-        weight = _cast(weight, autocast_dtype)
-    bias = None if bias is None else bias.to(dtype)
+    x, (dense, scheme, statistics) = cast(x, autocast), unpack(weight, autocast)
+    bias = None if bias is None else bias.to(x.dtype)
     constants = Constants(tuple(part[0] for part in members), tuple(rates[part[0]] for part in members), backend, scheme)
-    tensors = (_cast(x, autocast_dtype), weight, bias, route, seed, constants, *lora_As, *lora_Bs, *statistics)
-    return cast(Tensor, LoraAdaptersFunction.apply(*tensors))
+    return LoraAdaptersFunction.apply(x, dense, bias, route, seed, constants, *lora_As, *lora_Bs, *statistics)
 
 
 def _check_owner(owner: Tensor, x: Tensor) -> None:

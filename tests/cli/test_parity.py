@@ -5,7 +5,7 @@ from collections import Counter
 
 import pytest
 
-from fastlora import cli, functional
+from fastlora import backends, cli, functional
 from fastlora.cli import common, parity
 
 
@@ -95,7 +95,7 @@ def test_cases_cover_every_axis_equally():
 
 
 def test_without_the_interpreter_it_says_what_was_not_checked(monkeypatch, capsys):
-    monkeypatch.setattr(functional, "available_backends", lambda device: ("torch",))
+    monkeypatch.setattr(backends, "available_backends", lambda device: ("torch",))
     assert run("--cases 1") == 0
     out = capsys.readouterr().out
     assert "Not checked: the Triton kernels" in out

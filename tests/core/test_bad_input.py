@@ -10,7 +10,7 @@ from torch import nn
 from torch.nn.utils.parametrizations import weight_norm
 from transformers.pytorch_utils import Conv1D
 
-from fastlora import FusedLoraLinear, dropout_mask, functional, lora_linear, ops, reference
+from fastlora import FusedLoraLinear, backends, dropout_mask, lora_linear, ops, reference
 
 M, K, N, R = 6, 8, 10, 3
 
@@ -92,7 +92,7 @@ REFUSED = {
 
 
 def test_triton_without_a_driver(monkeypatch):
-    monkeypatch.setattr(functional, "INTERPRETING", False)
+    monkeypatch.setattr(backends, "INTERPRETING", False)
     with pytest.raises(RuntimeError, match=r'"triton" cannot run tensors on cpu: it needs.*TRITON_INTERPRET=1'):
         lora_linear(**arguments(), backend="triton")
 
@@ -101,35 +101,35 @@ def test_a_gpu_below_capability_80_takes_torch(monkeypatch):
     gpu = torch.device("cuda:0")
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (7, 5))
-    assert functional.available_backends(gpu) == ("torch",)
-    assert functional._choose_backend(None, gpu, torch.float16) == "torch"
+    assert backends.available_backends(gpu) == ("torch",)
+    assert backends.choose_backend(None, gpu, torch.float16) == "torch"
     with pytest.raises(RuntimeError, match=r'backend="fused" cannot run tensors on cuda:0: it needs .* capability 8\.0'):
-        functional._choose_backend("fused", gpu, torch.float16)
+        backends.choose_backend("fused", gpu, torch.float16)
 
 
 @pytest.mark.parametrize(
-    ("name", "backends"),
-    [("gfx942:sramecc+:xnack-", functional.BACKENDS[::-1]), ("gfx1100", ("torch",)), ("gfx90a", ("torch",))],
+    ("name", "expected"),
+    [("gfx942:sramecc+:xnack-", backends.BACKENDS[::-1]), ("gfx1100", ("torch",)), ("gfx90a", ("torch",))],
 )
-def test_an_amd_gpu_takes_triton_on_request_alone(monkeypatch, name, backends):
+def test_an_amd_gpu_takes_triton_on_request_alone(monkeypatch, name, expected):
     gpu = torch.device("cuda:0")
     monkeypatch.setattr(torch.version, "cuda", None)
     monkeypatch.setattr(torch.version, "hip", "7.0")
     monkeypatch.setattr(torch.cuda, "get_device_properties", lambda device: SimpleNamespace(gcnArchName=name))
-    assert functional.available_backends(gpu) == backends
-    assert functional._choose_backend(None, gpu, torch.float16) == "torch"
+    assert backends.available_backends(gpu) == expected
+    assert backends.choose_backend(None, gpu, torch.float16) == "torch"
 
 
 @pytest.mark.parametrize("device", ["cpu", "cuda:0"])
 def test_without_triton_torch_takes_over_and_says_so(monkeypatch, device):
-    monkeypatch.setattr(functional, "HAS_TRITON", False)
-    monkeypatch.setattr(functional, "INTERPRETING", True)
+    monkeypatch.setattr(backends, "HAS_TRITON", False)
+    monkeypatch.setattr(backends, "INTERPRETING", True)
     monkeypatch.setattr(torch.version, "cuda", "12.8")
     monkeypatch.setattr(torch.cuda, "get_device_capability", lambda device: (9, 0))
     with pytest.warns(RuntimeWarning, match=r"Triton is not installed.*plain torch operations"):
-        assert functional.available_backends(device) == ("torch",)
+        assert backends.available_backends(device) == ("torch",)
     with pytest.warns(RuntimeWarning), pytest.raises(RuntimeError, match=r'"fused" cannot run tensors on .*: Triton is not'):
-        functional._choose_backend("fused", torch.device(device), torch.float16)
+        backends.choose_backend("fused", torch.device(device), torch.float16)
 
 
 def test_mixed_dtypes_are_judged_after_autocast():

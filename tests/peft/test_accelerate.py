@@ -144,7 +144,7 @@ def test_report_groups_by_reason() -> None:
 def test_the_backends_are_those_of_the_layers_devices(monkeypatch: pytest.MonkeyPatch) -> None:
     model = wrap(build(), target_modules=["q_proj"])
     assert fastlora.peft.status(model).backends == ()
-    assert fastlora.accelerate(model).backends == (("cpu", fastlora.functional.available_backends("cpu")[0]),)
+    assert fastlora.accelerate(model).backends == (("cpu", layers.available_backends("cpu")[0]),)
     monkeypatch.setattr(layers, "available_backends", lambda device: ("triton", device.type))
     assert fastlora.peft.status(model).backends == (("cpu", "triton"),)
 
