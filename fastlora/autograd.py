@@ -7,6 +7,7 @@ from torch import Tensor
 
 from fastlora import ops
 from fastlora.quantized import Scheme, dequantize
+from fastlora.rows import bias_grad
 
 
 def refuse_second_derivative(name: str) -> None:
@@ -90,6 +91,6 @@ class LoraLinearFunction(torch.autograd.Function):
                 dy, x, weight, lora_A, lora_B, S, mask, scaling, dropout_p, ctx.adapter_dtype, backend
             )
         if need_dbias:
-            dbias = ops.as_rows(dy).sum(0, dtype=ops.accumulator(dy.dtype)).to(ctx.bias_dtype)
+            dbias = bias_grad(dy, ctx.bias_dtype)
         grads = (dx if need_dx else None), None, (dA if need_dA else None), (dB if need_dB else None), dbias
         return *grads, *[None] * (ctx.inputs - len(grads))

@@ -18,6 +18,7 @@ from torch import Tensor
 
 from fastlora import torch_backend
 from fastlora.dropout import LANES, packed_mask
+from fastlora.rows import accumulator, as_rows
 
 _LIBRARY = torch.library.Library("fastlora", "DEF")
 _LIBRARY.define(
@@ -28,11 +29,6 @@ _LIBRARY.define(
     "lora_linear_backward(Tensor dy, Tensor? x, Tensor? weight, Tensor? lora_A, Tensor? lora_B, Tensor? S, Tensor? mask, "
     "float scaling, float dropout_p, ScalarType adapter_dtype, str backend) -> (Tensor dx, Tensor dA, Tensor dB)"
 )
-
-
-def accumulator(dtype: torch.dtype) -> torch.dtype:
-    """The dtype of S and of every sum: float32, and float64 for float64 inputs."""
-    return torch.float64 if dtype == torch.float64 else torch.float32
 
 
 @functools.cache
@@ -49,11 +45,6 @@ def _implementation(direction: str, backend: str) -> Callable[..., Any]:
 def keeps_mask(seed: Tensor | None, backend: str) -> TypeGuard[Tensor]:
     """Whether backward takes the packed mask that forward made, in place of the seed."""
     return backend == "torch" and seed is not None
-
-
-def as_rows(tensor: Tensor) -> Tensor:
-    """(..., K) as (M, K), also where K is 0."""
-    return tensor if tensor.dim() == 2 else tensor.reshape(math.prod(tensor.shape[:-1]), tensor.shape[-1])
 
 
 def forward(

@@ -11,18 +11,14 @@ inputs), also where x is 16-bit.
 Projections that share x share its passes: their A stand below each other, one mask applies to all of them or one to each.
 """
 
-import functools
-from collections.abc import Callable, Sequence
-from typing import Concatenate, ParamSpec, TypeAlias, TypeVar
+from collections.abc import Sequence
+from typing import TypeAlias
 
 import torch
 from torch import Tensor
 
-from fastlora.dropout import byte_masks, keep_scale, row_chunks
-
-# Elements of x per chunk, on a CPU for each thread; an accelerator wants few launches and bounded memory.
-_CPU_CHUNK = 1 << 18
-_DEVICE_CHUNK = 1 << 26
+from fastlora.dropout import keep_scale
+from fastlora.rows import accumulator, chunks, keep_bits, masked, without_autocast
 
 #: Up to so many rows a forward without dropout waits for launches and for W, and nothing of it is worth a kernel of its own.
 DECODE_ROWS = 64
@@ -33,24 +29,8 @@ BREAK_EVEN = 3 << 16
 
 Masks: TypeAlias = Sequence[Tensor | None]  # packed; all None where there is no dropout
 
-P = ParamSpec("P")
-T = TypeVar("T")
 
-
-def _without_autocast(function: Callable[Concatenate[Tensor, P], T]) -> Callable[Concatenate[Tensor, P], T]:
-    """Inputs have been cast at the boundary; inside, float32 S and dS must stay float32."""
-
-    @functools.wraps(function)
-    def run(first: Tensor, /, *args: P.args, **keywords: P.kwargs) -> T:
-        if not torch.is_autocast_enabled(first.device.type):
-            return function(first, *args, **keywords)
-        with torch.autocast(first.device.type, enabled=False):
-            return function(first, *args, **keywords)
-
-    return run
-
-
-@_without_autocast
+@without_autocast
 def forward(
     x: Tensor,
     weight: Tensor,
@@ -66,11 +46,11 @@ def forward(
 
     mask: `dropout.packed_mask`, None for no dropout.
     """
-    S = _shrink(x, lora_A, (mask,), dropout_p)
-    return _expand(x, weight, S, lora_B, bias, scaling, out), S
+    S = shrink(x, lora_A, (mask,), dropout_p)
+    return expand(x, weight, S, lora_B, bias, scaling, out), S
 
 
-@_without_autocast
+@without_autocast
 def backward(
     dy: Tensor,
     x: Tensor | None,
@@ -91,13 +71,13 @@ def backward(
     if dS is None:
         return None, None, dB
     dx = dy.new_empty((dy.shape[0], weight.shape[1])) if out is None and weight is not None else out
-    dA = _grad_a_and_term_of_dx(dS, x, lora_A, dx, (mask,))
+    dA = grad_a_and_term_of_dx(dS, x, lora_A, dx, (mask,))
     if dx is not None and weight is not None:
         dx.addmm_(dy, weight)
     return dx, dA if dA is None else dA.to(adapter_dtype), dB
 
 
-@_without_autocast
+@without_autocast
 def forward_shared(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -110,14 +90,14 @@ def forward_shared(
     outs: Sequence[Tensor],
 ) -> Tensor:
     """S (n, M, r) of n projections of one rank r, their y in `outs`.  lora_A is (n · r, in), masks are one or n."""
-    S = _shrink(x, lora_A, masks, dropout_p)
+    S = shrink(x, lora_A, masks, dropout_p)
     S = S.view(len(S), len(outs), lora_A.shape[0] // len(outs)).transpose(0, 1).contiguous()
     for weight, part, lora_B, bias, scaling, out in zip(weights, S, lora_Bs, biases, scalings, outs, strict=True):
-        _expand(x, weight, part, lora_B, bias, scaling, out)
+        expand(x, weight, part, lora_B, bias, scaling, out)
     return S
 
 
-@_without_autocast
+@without_autocast
 def backward_shared(
     x: Tensor,
     dys: Sequence[Tensor],
@@ -137,12 +117,12 @@ def backward_shared(
     operands = zip(dys, lora_Bs, Ss, scalings, strict=True)
     products = [grad_s_and_b(dy, lora_B, S, scaling, dropout_p) for dy, lora_B, S, scaling in operands]
     dS = torch.cat([dS for dS, _ in products if dS is not None], 1)
-    dA = _grad_a_and_term_of_dx(dS, x, lora_A, dx, masks, add)
+    dA = grad_a_and_term_of_dx(dS, x, lora_A, dx, masks, add)
     assert dA is not None
     return dA.to(lora_A.dtype), [dB.to(lora_A.dtype) for _, dB in products if dB is not None]
 
 
-def _expand(
+def expand(
     x: Tensor, weight: Tensor, S: Tensor, lora_B: Tensor, bias: Tensor | None, scaling: float, out: Tensor | None
 ) -> Tensor:
     """y = x Wᵀ + bias + scaling · S Bᵀ."""
@@ -151,53 +131,53 @@ def _expand(
     return y
 
 
-@_without_autocast
+@without_autocast
 def add_rank_term(y: Tensor, S: Tensor, lora_B: Tensor, scaling: float) -> None:
     """y += scaling · S Bᵀ in place; with B in a wider dtype than y's, summed in B's."""
     if lora_B.dtype == y.dtype:
         y.addmm_(S.to(y.dtype), lora_B.t(), alpha=scaling)
         return
     B_t = lora_B.t() * scaling
-    for rows in _chunks(y):
-        _rows(y, rows).add_(_rows(S, rows) @ B_t)
+    for rows in chunks(y):
+        y[rows].add_(S[rows] @ B_t)
 
 
-def _shrink(x: Tensor, lora_A: Tensor, masks: Masks, dropout_p: float) -> Tensor:
+def shrink(x: Tensor, lora_A: Tensor, masks: Masks, dropout_p: float) -> Tensor:
     """S = c · mask(x) Aᵀ, (M, r).  Of n masks each goes with r / n rows of A."""
-    dtype = _accumulator(x)
+    dtype = accumulator(x.dtype)
     if masks[0] is None and x.dtype == lora_A.dtype == dtype:
         return x @ lora_A.t()
     if masks[0] is None and x.dtype == lora_A.dtype and x.is_cuda:
         return torch.mm(x, lora_A.t(), out_dtype=dtype)  # the sum as it was kept; on a CPU it comes out rounded only
     As, c = lora_A.to(dtype).chunk(len(masks)), keep_scale(dropout_p)
     S = x.new_empty((x.shape[0], lora_A.shape[0]), dtype=dtype)
-    for rows in _chunks(x):
-        x_rows = _rows(x, rows).to(dtype)
-        for mask, A, part in zip(masks, As, _rows(S, rows).chunk(len(masks), 1), strict=True):
-            keep = _keep(mask, rows, x.shape[1], dtype)
-            _product(_masked(x_rows, keep, out=keep), A.t(), c, out=part)
+    for rows in chunks(x):
+        x_rows = x[rows].to(dtype)
+        for mask, A, part in zip(masks, As, S[rows].chunk(len(masks), 1), strict=True):
+            keep = keep_bits(mask, rows, x.shape[1], dtype)
+            _product(masked(x_rows, keep, out=keep), A.t(), c, out=part)
     return S
 
 
-@_without_autocast
+@without_autocast
 def grad_s_and_b(
     dy: Tensor, lora_B: Tensor | None, S: Tensor | None, scaling: float, dropout_p: float
 ) -> tuple[Tensor | None, Tensor | None]:
     """c · dS = c · scaling · dy B where B is given, dB = scaling · dyᵀ S where S is, in one pass over dy."""
-    dtype = _accumulator(dy)
+    dtype = accumulator(dy.dtype)
     B = None if lora_B is None else lora_B.to(dtype)
     dS = None if B is None else dy.new_empty((dy.shape[0], B.shape[1]), dtype=dtype)
     dB_t = None if S is None else dy.new_zeros((S.shape[1], dy.shape[1]), dtype=dtype)  # half the time of dB itself
-    for rows in _chunks(dy) if dy.dtype != dtype else [range(dy.shape[0])]:
-        dy_rows = _rows(dy, rows).to(dtype)
+    for rows in chunks(dy) if dy.dtype != dtype else [slice(None)]:
+        dy_rows = dy[rows].to(dtype)
         if B is not None and dS is not None:
-            _product(dy_rows, B, scaling * keep_scale(dropout_p), out=_rows(dS, rows))
+            _product(dy_rows, B, scaling * keep_scale(dropout_p), out=dS[rows])
         if S is not None and dB_t is not None:
-            dB_t.addmm_(_rows(S, rows).t(), dy_rows, alpha=scaling)
+            dB_t.addmm_(S[rows].t(), dy_rows, alpha=scaling)
     return dS, None if dB_t is None else dB_t.t().contiguous()
 
 
-def _grad_a_and_term_of_dx(
+def grad_a_and_term_of_dx(
     dS: Tensor, x: Tensor | None, lora_A: Tensor | None, dx: Tensor | None, masks: Masks, add: bool = False
 ) -> Tensor | None:
     """dA = dSᵀ mask(x) where x is given, and dx = mask(dS A) where dx is, or added to it; dS holds the dropout scale.
@@ -214,50 +194,22 @@ def _grad_a_and_term_of_dx(
     As = [None] * n if lora_A is None else lora_A.to(dS.dtype).chunk(n)
     dA = None if x is None else dS.new_zeros((dS.shape[1], x.shape[1]))
     grads = [None] * n if dA is None else dA.chunk(n)
-    for rows in _chunks(source) if masks[0] is not None or source.dtype != dS.dtype else [range(source.shape[0])]:
-        x_rows = None if x is None else _rows(x, rows).to(dS.dtype)
+    for rows in chunks(source) if masks[0] is not None or source.dtype != dS.dtype else [slice(None)]:
+        x_rows = None if x is None else x[rows].to(dS.dtype)
         total = None
-        for mask, A, part, grad in zip(masks, As, _rows(dS, rows).chunk(n, 1), grads, strict=True):
-            keep = _keep(mask, rows, source.shape[1], dS.dtype)
+        for mask, A, part, grad in zip(masks, As, dS[rows].chunk(n, 1), grads, strict=True):
+            keep = keep_bits(mask, rows, source.shape[1], dS.dtype)
             if dx is not None and A is not None:
                 term = part @ A
-                term = _masked(term, keep, out=term)
+                term = masked(term, keep, out=term)
                 total = term if total is None else total.add_(term)
             if x_rows is not None and grad is not None:
-                grad.addmm_(part.t(), _masked(x_rows, keep, out=keep))
+                grad.addmm_(part.t(), masked(x_rows, keep, out=keep))
         if dx is not None and total is not None:
-            _rows(dx, rows).add_(total) if add else _rows(dx, rows).copy_(total)
+            dx[rows].add_(total) if add else dx[rows].copy_(total)
     return dA
 
 
 def _product(first: Tensor, second: Tensor, factor: float, out: Tensor) -> None:
     """out = factor · first second, without a pass for the factor."""
     torch.addmm(out, first, second, beta=0, alpha=factor, out=out)
-
-
-def _accumulator(tensor: Tensor) -> torch.dtype:
-    return torch.float64 if tensor.dtype == torch.float64 else torch.float32
-
-
-def _chunks(tensor: Tensor) -> list[range]:
-    elements = _CPU_CHUNK * torch.get_num_threads() if tensor.device.type == "cpu" else _DEVICE_CHUNK
-    return row_chunks(tensor.shape[0], tensor.shape[1], elements)
-
-
-def _rows(tensor: Tensor, rows: range) -> Tensor:
-    return tensor[rows.start : rows.stop]
-
-
-def _keep(mask: Tensor | None, rows: range, cols: int, dtype: torch.dtype) -> Tensor | None:
-    """The keep mask of `rows` as integers of `dtype`'s size, every bit set where kept and zero where dropped."""
-    if mask is None:
-        return None
-    return byte_masks(_rows(mask, rows), cols).to(torch.int64 if dtype == torch.float64 else torch.int32)
-
-
-def _masked(tensor: Tensor, keep: Tensor | None, out: Tensor | None) -> Tensor:
-    """`tensor` with 0 where dropped, written over `out`, by its bits: a selection, not a product, so that a dropped infinity
-    leaves no NaN, in a fifth of the time of torch.where (2048 x 1024 float32 on one core)."""
-    if keep is None or out is None:
-        return tensor
-    return torch.bitwise_and(tensor.view(keep.dtype), keep, out=out.view(keep.dtype)).view(tensor.dtype)

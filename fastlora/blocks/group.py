@@ -18,8 +18,9 @@ from torch import Tensor
 from fastlora import torch_backend
 from fastlora.autograd import refuse_second_derivative
 from fastlora.dropout import LANES, packed_mask, threshold
-from fastlora.ops import accumulator, as_rows, keeps_mask
+from fastlora.ops import keeps_mask
 from fastlora.quantized import Scheme, dequantize
+from fastlora.rows import accumulator, as_rows, bias_grad
 
 MASKS_AT_ONCE = 4  # of one launch: each has its accumulators in registers
 
@@ -47,6 +48,10 @@ class Pass(NamedTuple):
         """The words of the masks to make: none without dropout, one where all projections share it."""
         return tuple(dict.fromkeys(self.words)) if threshold(self.dropout_p) else ()
 
+    def packed(self, seed: Tensor | None, x: Tensor) -> list[Tensor]:
+        """The packed masks of x (M, in), one of each of `masks`."""
+        return [] if seed is None else [packed_mask(seed, x.shape[0], x.shape[1], self.dropout_p, word) for word in self.masks]
+
     def only(self, used: Sequence[int]) -> "Pass":
         """The pass for those of its projections that are in `used`."""
         kept = [(i, word) for i, word in zip(self.members, self.words, strict=True) if i in used]
@@ -68,24 +73,24 @@ def passes(words: tuple[int, ...], dropout_ps: tuple[float, ...], dtypes: tuple[
     return tuple(found)
 
 
-def _passes(words: Sequence[int], dropout_ps: Sequence[float], lora_As: Sequence[Tensor]) -> tuple[Pass, ...]:
+def passes_of(words: Sequence[int], dropout_ps: Sequence[float], lora_As: Sequence[Tensor]) -> tuple[Pass, ...]:
     find = passes.__wrapped__ if torch.compiler.is_compiling() else passes  # Dynamo warns of a cache that it traces through
     return find(tuple(words), tuple(dropout_ps), tuple(A.dtype for A in lora_As))
 
 
-def _stacked(lora_As: Sequence[Tensor], lora_Bs: Sequence[Tensor], r: int) -> tuple[Tensor, list[Tensor]]:
+def stack(lora_As: Sequence[Tensor], lora_Bs: Sequence[Tensor], r: int) -> tuple[Tensor, list[Tensor]]:
     """(A (n · r, in), each B (out, r)), padded with zeros to rank r."""
     As = [A if A.shape[0] == r else F.pad(A, (0, 0, 0, r - A.shape[0])) for A in lora_As]
     Bs = [B if B.shape[1] == r else F.pad(B, (0, r - B.shape[1])) for B in lora_Bs]
     return As[0] if len(As) == 1 else torch.cat(As), Bs
 
 
-def _rank(lora_As: Sequence[Tensor]) -> int:
+def padded_rank(lora_As: Sequence[Tensor]) -> int:
     """The rank that the projections of a pass are padded to, at least 1: kernels take no empty A."""
     return max(1, *(A.shape[0] for A in lora_As))
 
 
-def _pick(tensors: Any, indices: Sequence[int]) -> list[Any]:
+def pick(tensors: Any, indices: Sequence[int]) -> list[Any]:
     return [tensors[i] for i in indices]
 
 
@@ -105,14 +110,13 @@ def forward(
     rows, Ss, masks = as_rows(x), [], []
     ys = [x.new_empty((*x.shape[:-1], weight.shape[0])) for weight in weights]
     outs = [as_rows(y) for y in ys]
-    for step in _passes(words, dropout_ps, lora_As):
-        some = functools.partial(_pick, indices=step.members)
-        A, Bs = _stacked(some(lora_As), some(lora_Bs), _rank(some(lora_As)))
+    for step in passes_of(words, dropout_ps, lora_As):
+        some = functools.partial(pick, indices=step.members)
+        A, Bs = stack(some(lora_As), some(lora_Bs), padded_rank(some(lora_As)))
         operands = rows, some(weights), A, Bs, some(biases)
         constants = some(scalings), step.dropout_p, some(outs)
         if backend == "torch":
-            M, K = rows.shape
-            made = [packed_mask(seed, M, K, step.dropout_p, word) for word in step.masks] if seed is not None else []
+            made = step.packed(seed, rows)
             Ss.append(torch_backend.forward_shared(*operands, made or [None], *constants))
             masks.append(torch.stack(made) if made else x.new_empty(0, dtype=torch.uint8))
         else:
@@ -147,18 +151,18 @@ def backward(
     dx = torch.empty(x.shape if weights else 0, dtype=x.dtype, device=x.device)
     dx_rows = as_rows(dx) if weights else None
     dAs, dBs, written = [], {}, False
-    for index, whole in enumerate(_passes(words, dropout_ps, lora_As)):
+    for index, whole in enumerate(passes_of(words, dropout_ps, lora_As)):
         step = whole.only(used)
         if not step.members:
             dAs.append(x.new_empty(0))
             continue
-        S, some = Ss[index], functools.partial(_pick, indices=step.members)
-        A, Bs = _stacked(some(lora_As), some(lora_Bs), S.shape[-1])
+        S, some = Ss[index], functools.partial(pick, indices=step.members)
+        A, Bs = stack(some(lora_As), some(lora_Bs), S.shape[-1])
         places = [whole.members.index(i) for i in step.members]
-        operands = rows, _pick(grads, step.members), A, Bs, _pick(S, places)
+        operands = rows, pick(grads, step.members), A, Bs, pick(S, places)
         constants = some(scalings), step.dropout_p, dx_rows, written
         if backend == "torch":
-            made = _pick(masks[index], places) if len(whole.masks) > 1 else list(masks[index]) if whole.masks else [None]
+            made = pick(masks[index], places) if len(whole.masks) > 1 else list(masks[index]) if whole.masks else [None]
             dA, made_dBs = torch_backend.backward_shared(*operands, made, *constants)
         else:
             from fastlora.kernels import group  # not at the top: see `ops._implementation`
@@ -178,8 +182,8 @@ def _forward_fake(x, weights, lora_As, lora_Bs, biases, seed, words, scalings, d
     M = math.prod(x.shape[:-1])  # Size.numel() specialises a symbolic size and recompiles for every length
     ys = [x.new_empty((*x.shape[:-1], weight.shape[0])) for weight in weights]
     Ss, masks = [], []
-    for step in _passes(words, dropout_ps, lora_As):
-        r = _rank(_pick(lora_As, step.members))
+    for step in passes_of(words, dropout_ps, lora_As):
+        r = padded_rank(pick(lora_As, step.members))
         Ss.append(x.new_empty((len(step.members), M, r), dtype=accumulator(x.dtype)))
         if backend == "torch":
             bits = (len(step.masks), M, -(-x.shape[-1] // LANES)) if step.masks else 0
@@ -191,7 +195,7 @@ def _forward_fake(x, weights, lora_As, lora_Bs, biases, seed, words, scalings, d
 def _backward_fake(dys, used, x, weights, lora_As, lora_Bs, Ss, masks, seed, words, scalings, dropout_ps, backend):  # type: ignore[no-untyped-def]  # the schema types it
     dx = x.new_empty(x.shape) if weights else x.new_empty(0)
     dAs = []
-    for S, whole in zip(Ss, _passes(words, dropout_ps, lora_As), strict=True):
+    for S, whole in zip(Ss, passes_of(words, dropout_ps, lora_As), strict=True):
         n = len(whole.only(used).members)
         shape = (n * S.shape[-1], x.shape[-1]) if n else 0
         dAs.append(x.new_empty(shape, dtype=lora_As[whole.members[0]].dtype if n else x.dtype))
@@ -233,7 +237,7 @@ class LoraLinearsFunction(torch.autograd.Function):
         n = len(constants.words)
         weights, lora_As, lora_Bs, biases = (tensors[i * n : i * n + n] for i in range(4))
         statistics = tensors[4 * n :]
-        dense = _dense(constants, weights, statistics, range(n), x.dtype)
+        dense = dense_weights(constants, weights, statistics, range(n), x.dtype)
         facts = constants[:4]
         ys, Ss, masks = LORA_LINEARS(x, dense, lora_As, lora_Bs, biases, seed, *facts)
         ctx.save_for_backward(
@@ -250,14 +254,14 @@ class LoraLinearsFunction(torch.autograd.Function):
         x, seed, *saved = ctx.saved_tensors
         weights, lora_As, lora_Bs = (saved[i * n : i * n + n] for i in range(3))
         statistics, made = saved[3 * n : 3 * n + sum(constants.statistics)], saved[3 * n + sum(constants.statistics) :]
-        steps = _passes(constants.words, constants.dropout_ps, lora_As)
+        steps = passes_of(constants.words, constants.dropout_ps, lora_As)
         Ss, masks = made[: len(steps)], made[len(steps) :]
         needs_dx, needs = ctx.needs_input_grad[0], ctx.needs_input_grad[3:]
         given = {i: dy for i, dy in enumerate(dys) if dy is not None}
         used = list(given)
         grads: list[Tensor | None] = [None] * ctx.inputs
         if used and (needs_dx or any(needs[n : 3 * n])):
-            dense = _dense(constants, weights, statistics, used, x.dtype, [*given.values()]) if needs_dx else []
+            dense = dense_weights(constants, weights, statistics, used, x.dtype, [*given.values()]) if needs_dx else []
             dx, dAs, dBs = LORA_LINEARS_BACKWARD(
                 [*given.values()], used, x, dense, lora_As, lora_Bs, Ss, masks, seed, *constants[:4]
             )
@@ -269,11 +273,11 @@ class LoraLinearsFunction(torch.autograd.Function):
                 grads[3 + 2 * n + i] = dB if needs[2 * n + i] else None
         for i, dy in given.items():
             if needs[3 * n + i]:
-                grads[3 + 3 * n + i] = as_rows(dy).sum(0, dtype=accumulator(x.dtype)).to(ctx.bias_dtypes[i])
+                grads[3 + 3 * n + i] = bias_grad(dy, ctx.bias_dtypes[i])
         return tuple(grads)
 
 
-def _dense(
+def dense_weights(
     constants: Constants,
     weights: Sequence[Tensor],
     statistics: Sequence[Tensor],

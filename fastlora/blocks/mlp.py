@@ -9,7 +9,7 @@ from torch import Tensor
 from fastlora import validation
 from fastlora.autograd import refuse_second_derivative
 from fastlora.blocks import torch_gated
-from fastlora.blocks.group import Constants, _dense
+from fastlora.blocks.group import Constants, dense_weights
 from fastlora.blocks.mlp_ops import LORA_MLP, LORA_MLP_BACKWARD
 from fastlora.blocks.projections import Projection, flatten
 from fastlora.boundary import cast, settle
@@ -41,7 +41,7 @@ class LoraMlpFunction(torch.autograd.Function):
     def forward(ctx: Any, x: Tensor, seed: Tensor | None, activation: str, constants: Constants, *tensors: Any) -> Tensor:
         weights, lora_As, lora_Bs, biases = (tensors[i : i + 3] for i in range(0, 12, 3))
         statistics = tensors[12:]
-        dense = _dense(constants, weights, statistics, range(3), x.dtype)
+        dense = dense_weights(constants, weights, statistics, range(3), x.dtype)
         y, e, g, Ss, masks = LORA_MLP(x, dense, lora_As, lora_Bs, biases, seed, *constants[1:3], activation, constants.backend)
         kept_seed = None if keeps_mask(seed, constants.backend) else seed
         ctx.save_for_backward(x, kept_seed, e, g, *weights, *lora_As, *lora_Bs, *statistics, *Ss, *masks)
@@ -57,7 +57,7 @@ class LoraMlpFunction(torch.autograd.Function):
         made = 9 + sum(constants.statistics)
         Ss, masks = saved[made : made + ctx.passes], saved[made + ctx.passes :]
         used = range(3) if ctx.needs_input_grad[0] else (DOWN,)
-        dense = _dense(constants, weights, saved[9:made], used, x.dtype, [dy] * len(used))
+        dense = dense_weights(constants, weights, saved[9:made], used, x.dtype, [dy] * len(used))
         constants_of_backward = *constants[1:3], ctx.activation, needs[9:12], constants.backend
         dx, *grads = LORA_MLP_BACKWARD(dy, x, e, g, dense, lora_As, lora_Bs, Ss, masks, seed, *constants_of_backward)
         wanted = [

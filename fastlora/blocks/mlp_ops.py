@@ -14,8 +14,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlora.blocks import group, torch_gated
+from fastlora.blocks.group import pick
 from fastlora.dropout import DOWN, GATE, LANES, UP, packed_mask, threshold
-from fastlora.ops import accumulator, as_rows
+from fastlora.rows import accumulator, as_rows, bias_grad
 
 ALL = (GATE, UP, DOWN)
 
@@ -35,10 +36,6 @@ _LIBRARY.define(
 def _adapted(lora_As: Sequence[Tensor]) -> list[int]:
     """Which of gate and up have an adapter."""
     return [i for i in (GATE, UP) if lora_As[i].shape[0]]
-
-
-def _pick(indices: Sequence[int], *lists: Sequence[Any]) -> list[list[Any]]:
-    return [[items[i] for i in indices] for items in lists]
 
 
 def _adapter_of_down(lora_As: Sequence[Tensor], lora_Bs: Sequence[Tensor]) -> tuple[Tensor | None, Tensor | None]:
@@ -67,8 +64,8 @@ def forward(
     Ss: list[Tensor] = []
     masks: list[Tensor] = []
     if found:
-        operands: Any = _pick(found, weights, lora_As, lora_Bs, biases)
-        facts: Any = seed, found, *_pick(found, scalings, dropout_ps), backend
+        operands: Any = (pick(items, found) for items in (weights, lora_As, lora_Bs, biases))
+        facts: Any = seed, found, pick(scalings, found), pick(dropout_ps, found), backend
         ys, Ss, masks = group.forward(x, *operands, *facts)
         made = dict(zip(found, ys, strict=True))
     e, g = (made[i] if i in made else F.linear(x, weights[i], biases[i]) for i in (GATE, UP))
@@ -127,12 +124,14 @@ def backward(
     dys, found, needs_dx = (de, dg), _adapted(lora_As), len(weights) == len(ALL)
     dx = x.new_empty(x.shape if needs_dx else 0)
     if found:
-        picked_As, picked_Bs, picked_scalings, picked_ps = _pick(found, lora_As, lora_Bs, scalings, dropout_ps)
-        dense = _pick(found, weights)[0] if needs_dx else []
+        picked_As, picked_Bs, picked_scalings, picked_ps = (
+            pick(items, found) for items in (lora_As, lora_Bs, scalings, dropout_ps)
+        )
+        dense = pick(weights, found) if needs_dx else []
         facts: Any = Ss[:-1], masks[:-1], seed, found, picked_scalings, picked_ps, backend
-        used, picked_dys = range(len(found)), _pick(found, dys)[0]
+        used, picked_dys = range(len(found)), pick(dys, found)
         dx, stacked, made_dBs = group.backward(picked_dys, used, x, dense, picked_As, picked_Bs, *facts)
-        for step, part in zip(group._passes(found, picked_ps, picked_As), stacked, strict=True):
+        for step, part in zip(group.passes_of(found, picked_ps, picked_As), stacked, strict=True):
             for place, made in zip(step.members, part.chunk(len(step.members)), strict=True):
                 dAs[found[place]] = made[: picked_As[place].shape[0]].clone()  # outputs of an operator share no memory
         for i, made in zip(found, made_dBs, strict=True):
@@ -142,8 +141,8 @@ def backward(
             # Without an adapter on gate and up, gate's product is the first to be written to dx.
             torch.addmm(as_rows(dx), dys[i], weights[i], beta=int(bool(found) or i == UP), out=as_rows(dx))
     dbiases = [
-        rows.sum(0, dtype=accumulator(x.dtype)).to(x.dtype) if trained else x.new_empty(0)
-        for rows, trained in zip((de, dg, as_rows(dy)), trained_biases, strict=True)
+        bias_grad(grad, x.dtype) if trained else x.new_empty(0)
+        for grad, trained in zip((de, dg, dy), trained_biases, strict=True)
     ]
     return dx, dAs, dBs, dbiases
 
@@ -152,8 +151,8 @@ def backward(
 def _forward_fake(x, weights, lora_As, lora_Bs, biases, seed, scalings, dropout_ps, activation, backend):  # type: ignore[no-untyped-def]  # the schema types it
     found, Ss, masks = _adapted(lora_As), [], []
     if found:
-        operands = _pick(found, weights, lora_As, lora_Bs, biases)
-        _, Ss, masks = group._forward_fake(x, *operands, seed, found, *_pick(found, scalings, dropout_ps), backend)
+        operands = (pick(items, found) for items in (weights, lora_As, lora_Bs, biases))
+        _, Ss, masks = group._forward_fake(x, *operands, seed, found, pick(scalings, found), pick(dropout_ps, found), backend)
     y, e, g = (x.new_empty((*x.shape[:-1], weights[i].shape[0])) for i in (DOWN, GATE, UP))
     A, M = _adapter_of_down(lora_As, lora_Bs)[0], math.prod(x.shape[:-1])
     Ss = [*Ss, x.new_empty((M, lora_As[DOWN].shape[0]), dtype=accumulator(x.dtype))]

@@ -16,7 +16,8 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlora import torch_backend
-from fastlora.torch_backend import _accumulator, _chunks, _keep, _masked, _rows, _without_autocast, grad_s_and_b
+from fastlora.rows import accumulator, chunks, keep_bits, masked, without_autocast
+from fastlora.torch_backend import grad_s_and_b
 
 _GELU_BACKWARD = torch.ops.aten.gelu_backward
 #: name -> (act(e), dact · act'(e))
@@ -27,7 +28,7 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tenso
 }
 
 
-@_without_autocast
+@without_autocast
 def forward(
     e: Tensor,
     g: Tensor,
@@ -44,15 +45,15 @@ def forward(
     """S (M, r) of e and g (M, K); y (M, out) goes to `out`.  lora_A and lora_B are None where down has no adapter."""
     act, _ = ACTIVATIONS[activation]
     h = torch.empty_like(e)
-    for rows in _chunks(e):
-        _rows(h, rows).copy_(act(_rows(e, rows).to(_accumulator(e))).mul_(_rows(g, rows)))
+    for rows in chunks(e):
+        h[rows].copy_(act(e[rows].to(accumulator(e.dtype))).mul_(g[rows]))
     if lora_A is None or lora_B is None:
         torch.mm(h, weight.t(), out=out) if bias is None else torch.addmm(bias, h, weight.t(), out=out)
-        return h.new_empty((h.shape[0], 0), dtype=_accumulator(h))
+        return h.new_empty((h.shape[0], 0), dtype=accumulator(h.dtype))
     return torch_backend.forward(h, weight, lora_A, lora_B, bias, mask, scaling, dropout_p, out)[1]
 
 
-@_without_autocast
+@without_autocast
 def backward(
     dy: Tensor,
     e: Tensor,
@@ -68,22 +69,22 @@ def backward(
 ) -> tuple[Tensor, Tensor, Tensor | None, Tensor | None]:
     """(de, dg, dA, dB) of dy (M, out); dA and dB are None where there is no adapter."""
     act, act_backward = ACTIVATIONS[activation]
-    dtype = _accumulator(dy)
+    dtype = accumulator(dy.dtype)
     dS, dB, A, dA = None, None, None, None
     if lora_A is not None:
         dS, dB = grad_s_and_b(dy, lora_B, S, scaling, dropout_p)  # dS holds the dropout scale
         A, dA = lora_A.to(dtype), dy.new_zeros(lora_A.shape, dtype=dtype)
     dg, de = dy @ weight, torch.empty_like(e)
-    for rows in _chunks(e):
-        e_rows, g_rows, dh = (_rows(t, rows).to(dtype) for t in (e, g, dg))
+    for rows in chunks(e):
+        e_rows, g_rows, dh = (t[rows].to(dtype) for t in (e, g, dg))
         h_act = act(e_rows)
         if dS is not None and A is not None and dA is not None:
-            term, keep = _rows(dS, rows) @ A, _keep(mask, rows, e.shape[1], dtype)
-            dh = dh + _masked(term, keep, out=term)
+            term, keep = dS[rows] @ A, keep_bits(mask, rows, e.shape[1], dtype)
+            dh = dh + masked(term, keep, out=term)
             h = (h_act * g_rows).to(e.dtype).to(dtype)  # rounded as in forward
-            dA.addmm_(_rows(dS, rows).t(), _masked(h, keep, out=keep))
-        _rows(de, rows).copy_(act_backward(dh * g_rows, e_rows))
-        _rows(dg, rows).copy_(h_act.mul_(dh))
+            dA.addmm_(dS[rows].t(), masked(h, keep, out=keep))
+        de[rows].copy_(act_backward(dh * g_rows, e_rows))
+        dg[rows].copy_(h_act.mul_(dh))
     if lora_A is None or dA is None or dB is None:
         return de, dg, None, None
     return de, dg, dA.to(lora_A.dtype), dB.to(lora_A.dtype)

@@ -6,9 +6,10 @@ import torch
 import torch.nn.functional as F
 from torch import Tensor, nn
 
-from fastlora import ops, torch_backend, validation
+from fastlora import torch_backend, validation
 from fastlora.autograd import refuse_second_derivative
 from fastlora.layers.base import FusedLoraLayer
+from fastlora.rows import as_rows
 
 
 class LoraEmbeddingFunction(torch.autograd.Function):
@@ -32,7 +33,7 @@ class LoraEmbeddingFunction(torch.autograd.Function):
         ctx: Any, ids: Tensor, E: Tensor, A: Tensor, B: Tensor, scaling: float, padding_idx: int, by_frequency: bool
     ) -> Tensor:
         y, rows = F.embedding(ids, E), ids.reshape(-1)
-        torch_backend.add_rank_term(ops.as_rows(y), A.index_select(1, rows).t(), B, scaling)
+        torch_backend.add_rank_term(as_rows(y), A.index_select(1, rows).t(), B, scaling)
         ctx.save_for_backward(rows, A, B)
         ctx.constants = scaling, padding_idx, by_frequency
         return y
@@ -44,7 +45,7 @@ class LoraEmbeddingFunction(torch.autograd.Function):
         scaling, padding_idx, by_frequency = ctx.constants
         _, _, need_dA, need_dB, *others = ctx.needs_input_grad
         S = A.index_select(1, rows).t().to(torch.promote_types(A.dtype, torch.float32)) if need_dB else None
-        dS, dB = torch_backend.grad_s_and_b(ops.as_rows(dy), B if need_dA else None, S, scaling, 0.0)
+        dS, dB = torch_backend.grad_s_and_b(as_rows(dy), B if need_dA else None, S, scaling, 0.0)
         dA = None if dS is None else _sum_by_id(dS, rows, A.shape[1], padding_idx, by_frequency).to(A.dtype)
         return None, None, dA, None if dB is None else dB.to(B.dtype), *[None] * len(others)
 

@@ -37,6 +37,7 @@ from fastlora import ops, validation
 from fastlora.autograd import refuse_second_derivative
 from fastlora.boundary import cast, settle, unpack
 from fastlora.quantized import QuantizedWeight, Scheme, dequantize
+from fastlora.rows import bias_grad
 from fastlora.variants.dora_ops import DORA_LINEAR, DORA_LINEAR_BACKWARD, DORA_NORM
 
 
@@ -97,7 +98,7 @@ class DoraLinearFunction(torch.autograd.Function):
         dx, dA, dB, dfactor = DORA_LINEAR_BACKWARD(
             dy, x, weight, lora_A, lora_B, factor, S, mask, z, scaling, dropout_p, adapter_dtype, backend
         )
-        dbias = ops.as_rows(dy).sum(0, dtype=ops.accumulator(dy.dtype)).to(bias_dtype) if need_dbias else None
+        dbias = bias_grad(dy, bias_dtype) if need_dbias else None
         dmagnitude = (dfactor / n).to(magnitude_dtype) if need_dmagnitude else None
         grads = (dx if need_dx else None), None, (dA if need_dA else None), (dB if need_dB else None), dbias, dmagnitude
         return *grads, *[None] * (ctx.inputs - len(grads))

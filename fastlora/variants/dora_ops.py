@@ -8,9 +8,9 @@ import torch
 from torch import Tensor, nn
 from torch.utils.weak import WeakTensorKeyDictionary
 
-from fastlora import ops
+from fastlora import ops, torch_backend
 from fastlora.dropout import keep_scale
-from fastlora.torch_backend import _chunks, _keep, _masked, _rows, _shrink, _without_autocast
+from fastlora.rows import accumulator, as_rows, chunks, keep_bits, masked, without_autocast
 
 _LIBRARY = torch.library.Library("fastlora", "FRAGMENT")
 _LIBRARY.define("dora_norm(Tensor weight, Tensor lora_A, Tensor lora_B, float scaling) -> Tensor")
@@ -31,7 +31,7 @@ _SQUARES: Any = WeakTensorKeyDictionary()
 def squares(weight: Tensor) -> Tensor:
     """‖W‖² of each row, (out,), in float32 or float64.  It is kept for a Parameter until its version or address changes."""
     owner = weight if weight._base is None else weight._base
-    dtype = ops.accumulator(weight.dtype)
+    dtype = accumulator(weight.dtype)
     if not isinstance(owner, nn.Parameter) or owner.is_inference():
         return torch.linalg.vector_norm(weight, dim=1, dtype=dtype).square()
     state = owner._version, weight.data_ptr(), weight.shape, weight.stride()
@@ -41,12 +41,12 @@ def squares(weight: Tensor) -> Tensor:
     return cast(Tensor, known[1])
 
 
-@_without_autocast
+@without_autocast
 def norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
     """n = ‖W + scaling · B A‖ of each row, (out,), in float32 or float64: the operator dora_norm."""
-    dtype = ops.accumulator(weight.dtype)
+    dtype = accumulator(weight.dtype)
     A, B = lora_A.to(dtype), lora_B.to(dtype)
-    cross = _shrink(weight, lora_A, (None,), 0.0)
+    cross = torch_backend.shrink(weight, lora_A, (None,), 0.0)
     inner = torch.addmm(cross, B, A @ A.t(), beta=2 * scaling, alpha=scaling**2)
     return (squares(weight) + (B * inner).sum(1)).clamp_(min=0).sqrt_()
 
@@ -62,7 +62,7 @@ def scaled(total: Tensor, magnitude: Tensor | None, dim: int) -> Tensor:
     return total * (magnitude.detach().to(n.dtype).unsqueeze(dim) / n)
 
 
-@_without_autocast
+@without_autocast
 def forward(
     x: Tensor,
     weight: Tensor,
@@ -80,23 +80,23 @@ def forward(
     if seed is None:
         u, S, mask = ops.forward(x, weight, lora_A, lora_B, None, None, scaling, dropout_p, backend)
         y = torch.empty_like(u) if keep_z else u
-        z, out = ops.as_rows(u), ops.as_rows(y)
+        z, out = as_rows(u), as_rows(y)
         shift = factor.new_zeros(()) if bias is None else bias
-        for rows in _chunks(z):
-            torch.addcmul(shift, _rows(z, rows), factor, out=_rows(out, rows))
+        for rows in chunks(z):
+            torch.addcmul(shift, z[rows], factor, out=out[rows])
         return y, S, mask, z if keep_z else x.new_empty(0)
     y, S, mask = ops.forward(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, backend)
-    c, out = keep_scale(dropout_p), ops.as_rows(y)
+    c, out = keep_scale(dropout_p), as_rows(y)
     bits = _bits(mask if ops.keeps_mask(seed, backend) else seed, x.shape, dropout_p, backend)
-    z = _dropped_product(ops.as_rows(x), weight, lora_A.dtype, bits)
+    z = _dropped_product(as_rows(x), weight, lora_A.dtype, bits)
     z.addmm_(S.to(z.dtype), lora_B.t(), alpha=scaling / c if c else 0.0)
     gain = (factor - 1) * c
-    for rows in _chunks(z):
-        _rows(out, rows).addcmul_(_rows(z, rows), gain)
+    for rows in chunks(z):
+        out[rows].addcmul_(z[rows], gain)
     return y, S, mask, z if keep_z else x.new_empty(0)
 
 
-@_without_autocast
+@without_autocast
 def backward(
     dy: Tensor,
     x: Tensor | None,
@@ -120,17 +120,17 @@ def backward(
         W = weight if weight is None or mask is not None else (weight * column).to(weight.dtype)
         dx, dA, dB = ops.backward(dy, x, W, lora_A, B, S, mask, scaling, dropout_p, adapter_dtype, backend)
     if weight is not None and mask is not None:
-        term = ops.as_rows(dy) @ (weight * (c * (column - 1))).to(weight.dtype)
+        term = as_rows(dy) @ (weight * (c * (column - 1))).to(weight.dtype)
         bits = _bits(mask, dx.shape, dropout_p, backend)
-        out = ops.as_rows(dx)
-        for rows in _chunks(term):
-            _rows(out, rows).add_(_dropped(_rows(term, rows), bits, rows))
+        out = as_rows(dx)
+        for rows in chunks(term):
+            out[rows].add_(_dropped(term[rows], bits, rows))
     if S is not None:
         dB = (dB * column).to(adapter_dtype)
     if z is not None:
-        dfactor, dy_rows = torch.zeros_like(factor), ops.as_rows(dy)
-        for rows in _chunks(z):
-            dfactor += (_rows(dy_rows, rows).to(factor.dtype) * _rows(z, rows)).sum(0)
+        dfactor, dy_rows = torch.zeros_like(factor), as_rows(dy)
+        for rows in chunks(z):
+            dfactor += (dy_rows[rows].to(factor.dtype) * z[rows]).sum(0)
         dfactor *= c
     return dx, dA, dB, dfactor
 
@@ -155,25 +155,25 @@ def _plan_bits(rows: int, cols: int, code: str) -> Any:
     return plan_pack_bits((rows, cols), code)
 
 
-def _dropped(part: Tensor, bits: Tensor, rows: range) -> Tensor:
+def _dropped(part: Tensor, bits: Tensor, rows: slice) -> Tensor:
     """mask(part) in float32 or float64, where part holds `rows` of an activation."""
-    keep = _keep(bits, rows, part.shape[1], ops.accumulator(part.dtype))
-    return _masked(part.to(ops.accumulator(part.dtype)), keep, out=keep)
+    keep = keep_bits(bits, rows, part.shape[1], accumulator(part.dtype))
+    return masked(part.to(accumulator(part.dtype)), keep, out=keep)
 
 
 def _dropped_product(x: Tensor, weight: Tensor, dtype: torch.dtype, bits: Tensor) -> Tensor:
     """mask(x) Wᵀ, (M, out), in `dtype`: that of x, or a wider one, in which a GPU sums 16-bit operands as they are."""
     widened = x.dtype != dtype and not x.is_cuda
     kept = torch.empty(x.shape, dtype=dtype if widened else x.dtype, device=x.device)
-    for rows in _chunks(x):
-        _rows(kept, rows).copy_(_dropped(_rows(x, rows), bits, rows))
+    for rows in chunks(x):
+        kept[rows].copy_(_dropped(x[rows], bits, rows))
     W_t = weight.to(kept.dtype).t()
     return kept @ W_t if kept.dtype == dtype else torch.mm(kept, W_t, out_dtype=dtype)
 
 
 @torch.library.register_fake("fastlora::dora_norm", lib=_LIBRARY)
 def _norm_fake(weight, lora_A, lora_B, scaling):  # type: ignore[no-untyped-def]  # the schema types it
-    return weight.new_empty(weight.shape[0], dtype=ops.accumulator(weight.dtype))
+    return weight.new_empty(weight.shape[0], dtype=accumulator(weight.dtype))
 
 
 @torch.library.register_fake("fastlora::dora_linear", lib=_LIBRARY)

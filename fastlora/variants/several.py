@@ -30,8 +30,9 @@ from fastlora.autograd import refuse_second_derivative
 from fastlora.blocks.projections import MAX_PROJECTIONS
 from fastlora.boundary import cast, settle, unpack
 from fastlora.dropout import threshold
-from fastlora.ops import accumulator, as_rows, keeps_mask
+from fastlora.ops import keeps_mask
 from fastlora.quantized import QuantizedWeight, Scheme, dequantize
+from fastlora.rows import bias_grad
 from fastlora.variants.several_ops import LORA_ADAPTERS, LORA_ADAPTERS_BACKWARD
 
 
@@ -104,7 +105,7 @@ class LoraAdaptersFunction(torch.autograd.Function):
             for at, grad in enumerate([*dAs, *dBs], start=6):
                 grads[at] = grad if needs[at] else None
         if needs[2]:
-            grads[2] = as_rows(dy).sum(0, dtype=accumulator(dy.dtype)).to(ctx.bias_dtype)
+            grads[2] = bias_grad(dy, ctx.bias_dtype)
         return tuple(grads)
 
 

@@ -12,10 +12,9 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlora import torch_backend
-from fastlora.blocks.group import Pass, _pick, _rank, _stacked, passes
-from fastlora.dropout import LANES, keep_scale, packed_mask
-from fastlora.ops import accumulator, as_rows
-from fastlora.torch_backend import _without_autocast
+from fastlora.blocks.group import padded_rank, passes_of, pick, stack
+from fastlora.dropout import LANES, keep_scale
+from fastlora.rows import accumulator, as_rows, without_autocast
 
 _LIBRARY = torch.library.Library("fastlora", "FRAGMENT")
 _LIBRARY.define(
@@ -28,11 +27,7 @@ _LIBRARY.define(
 )
 
 
-def _passes(words: Sequence[int], dropout_ps: Sequence[float], lora_As: Sequence[Tensor]) -> tuple[Pass, ...]:
-    return passes(tuple(words), tuple(dropout_ps), tuple(A.dtype for A in lora_As))
-
-
-@_without_autocast
+@without_autocast
 def forward(
     x: Tensor,
     weight: Tensor,
@@ -49,14 +44,13 @@ def forward(
     rows, y = as_rows(x), x.new_empty((*x.shape[:-1], weight.shape[0]))
     parts: dict[int, Tensor] = {}
     masks = []
-    for step in _passes(words, dropout_ps, lora_As):
-        some_As = _pick(lora_As, step.members)
-        A, _ = _stacked(some_As, [], _rank(some_As))
+    for step in passes_of(words, dropout_ps, lora_As):
+        some_As = pick(lora_As, step.members)
+        A, _ = stack(some_As, [], padded_rank(some_As))
         if backend == "torch":
-            M, K = rows.shape
-            made = [packed_mask(seed, M, K, step.dropout_p, word) for word in step.masks] if seed is not None else []
+            made = step.packed(seed, rows)
             masks.append(torch.stack(made) if made else x.new_empty(0, dtype=torch.uint8))
-            S = torch_backend._shrink(rows, A, made or [None], step.dropout_p).unflatten(1, (len(some_As), -1)).transpose(0, 1)
+            S = torch_backend.shrink(rows, A, made or [None], step.dropout_p).unflatten(1, (len(some_As), -1)).transpose(0, 1)
         else:
             from fastlora.kernels import several  # not at the top: see `ops._implementation`
 
@@ -68,7 +62,7 @@ def forward(
         U.masked_fill_(~route, 0.0)
     B, out = torch.cat(list(lora_Bs), 1), as_rows(y)
     if backend == "torch":
-        torch_backend._expand(rows, weight, U, B, bias, 1.0, out)
+        torch_backend.expand(rows, weight, U, B, bias, 1.0, out)
     else:
         from fastlora import dispatch
 
@@ -76,7 +70,7 @@ def forward(
     return y, U, masks
 
 
-@_without_autocast
+@without_autocast
 def backward(
     dy: Tensor,
     x: Tensor,
@@ -106,15 +100,15 @@ def backward(
         dU.masked_fill_(~route, 0.0)
     ranks = [A.shape[0] for A in lora_As]
     dSs, dAs = dU.split(ranks, 1), {}
-    for index, step in enumerate(_passes(words, dropout_ps, lora_As)):
-        some_As = _pick(lora_As, step.members)
-        r = _rank(some_As)
-        A, _ = _stacked(some_As, [], r)
-        padded = [F.pad(dS, (0, r - dS.shape[1])) for dS in _pick(dSs, step.members)]
+    for index, step in enumerate(passes_of(words, dropout_ps, lora_As)):
+        some_As = pick(lora_As, step.members)
+        r = padded_rank(some_As)
+        A, _ = stack(some_As, [], r)
+        padded = [F.pad(dS, (0, r - dS.shape[1])) for dS in pick(dSs, step.members)]
         if backend == "torch":
             made = list(masks[index]) if step.masks else [None]
             dS = torch.cat(padded, 1).mul_(keep_scale(step.dropout_p))
-            dA = cast(Tensor, torch_backend._grad_a_and_term_of_dx(dS, rows, A, dx_rows, made, index > 0))
+            dA = cast(Tensor, torch_backend.grad_a_and_term_of_dx(dS, rows, A, dx_rows, made, index > 0))
         else:
             dropout = seed if step.masks else None, step.words, step.dropout_p
             dA = several.grad_a_parts(rows, torch.stack(padded), A, *dropout, dx_rows, index > 0)
@@ -131,7 +125,7 @@ def _forward_fake(x, weight, lora_As, lora_Bs, bias, route, seed, words, dropout
     M = math.prod(x.shape[:-1])  # Size.numel() specialises a symbolic size and recompiles for every length
     U = x.new_empty((M, sum(A.shape[0] for A in lora_As)), dtype=accumulator(x.dtype))
     masks = []
-    for step in _passes(words, dropout_ps, lora_As) if backend == "torch" else ():
+    for step in passes_of(words, dropout_ps, lora_As) if backend == "torch" else ():
         bits = (len(step.masks), M, -(-x.shape[-1] // LANES)) if step.masks and seed is not None else 0
         masks.append(x.new_empty(bits, dtype=torch.uint8))
     return x.new_empty((*x.shape[:-1], weight.shape[0])), U, masks

@@ -6,7 +6,7 @@ import pytest
 import torch
 from saved import saved_by
 
-from fastlora import lora_linear, oracle, torch_backend
+from fastlora import lora_linear, oracle, rows
 from fastlora.dropout import packed_mask
 from fastlora.oracle import Case
 
@@ -206,8 +206,8 @@ def test_backward_in_another_thread():
     assert all(grad is not None for grad in grads(t))
 
 
-@pytest.mark.parametrize("rows", [1, 16, 100])
-def test_the_mask_does_not_depend_on_how_rows_are_cut(monkeypatch, rows):
-    monkeypatch.setattr(torch_backend, "_CPU_CHUNK", rows * 40 // torch.get_num_threads())
-    assert len(torch_backend._chunks(torch.empty(70, 40))) == -(-70 // rows)
+@pytest.mark.parametrize("length", [1, 16, 100])
+def test_the_mask_does_not_depend_on_how_rows_are_cut(monkeypatch, length):
+    monkeypatch.setattr(rows, "_CPU_CHUNK", length * 40 // torch.get_num_threads())
+    assert len(rows.chunks(torch.empty(70, 40))) == -(-70 // length)
     oracle.assert_parity(Case((70, 40, 24), rank=4, dropout_p=0.3), backend="torch")
