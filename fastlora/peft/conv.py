@@ -1,13 +1,13 @@
 """PEFT's Conv1d, Conv2d and Conv3d, accelerated where they are a linear on a view of x: pointwise ones and patches."""
 
-from typing import Any, cast
+from typing import Any
 
 import torch
 from peft.tuners.lora import layer as pefts
 from torch import Tensor, nn
 
 from fastlora.layers.conv import convolve_windows, is_linear, windows
-from fastlora.peft.fused import Fused, note
+from fastlora.peft.fused import Fused
 from fastlora.peft.report import COPIED
 from fastlora.peft.state import Terms, only_adapter, unsupported_call, unsupported_tensors
 from fastlora.validation import is_altered
@@ -19,14 +19,25 @@ OVERLAPS = "its windows overlap, have gaps or are padded: it is no linear on a v
 class FusedConv(Fused):
     """A mixin before a convolution of PEFT."""
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """(N, in, *size) -> (N, out, *size'), fused or by PEFT."""
-        given = _decide(self, x, args, kwargs)
+    base_layer: Any
+
+    def _decide(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Terms | str:
+        given, conv = terms(self), self.base_layer
         if isinstance(given, str):
-            note(self, given)
-            return super(Fused, self).forward(x, *args, **kwargs)
-        conv = cast(Any, self).base_layer
-        return convolve_windows(conv, x, given.lora_A, given.lora_B, scaling=given.scaling, dropout_p=given.dropout_p)
+            return given
+        if reason := unsupported_call(self, x, args, kwargs):
+            return reason
+        if x.dim() not in (conv.weight.dim() - 1, conv.weight.dim()) or x.shape[1 - conv.weight.dim()] != conv.in_channels:
+            return "x has another shape than the convolution takes"
+        on_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
+        if on_cpu and not (all(k == 1 for k in conv.kernel_size) and windows(conv, x).is_contiguous()):
+            return COPIED
+        return given
+
+    def _fused(self, given: Terms, x: Tensor, *_: Any) -> Tensor:
+        """(N, in, *size) -> (N, out, *size')."""
+        constants = {"scaling": given.scaling, "dropout_p": given.dropout_p}
+        return convolve_windows(self.base_layer, x, given.lora_A, given.lora_B, **constants)
 
 
 class FusedConv1d(FusedConv, pefts.Conv1d):
@@ -70,18 +81,3 @@ def terms(layer: Any) -> Terms | str:
     p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
     given = Terms(A.weight, B.weight, layer.scaling[names[0]], p)
     return unsupported_tensors(layer, given) or given
-
-
-def _decide(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Terms | str:
-    given = terms(layer)
-    if isinstance(given, str):
-        return given
-    if reason := unsupported_call(layer, x, args, kwargs):
-        return reason
-    conv = layer.base_layer
-    if x.dim() not in (conv.weight.dim() - 1, conv.weight.dim()) or x.shape[1 - conv.weight.dim()] != conv.in_channels:
-        return "x has another shape than the convolution takes"
-    pointwise = all(k == 1 for k in conv.kernel_size)
-    if x.device.type == "cpu" and not torch.compiler.is_compiling() and not (pointwise and windows(conv, x).is_contiguous()):
-        return COPIED
-    return given

@@ -7,7 +7,7 @@ from peft.tuners.lora.layer import Embedding
 from torch import Tensor, nn
 
 from fastlora.layers.embedding import LoraEmbeddingFunction
-from fastlora.peft.fused import Fused, note
+from fastlora.peft.fused import Fused
 from fastlora.peft.report import SMALL
 from fastlora.peft.state import Terms, only_adapter, unsupported_call, unsupported_tensors
 from fastlora.validation import is_altered
@@ -20,12 +20,21 @@ BREAK_EVEN = 1 << 14
 class FusedEmbedding(Fused, Embedding):
     """`peft.tuners.lora.layer.Embedding`, fused."""
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """ids (...) -> (..., dim), fused or by PEFT."""
-        given = _decide(self, x, args, kwargs)
+    base_layer: Any
+
+    def _decide(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Terms | str:
+        given = terms(self)
         if isinstance(given, str):
-            note(self, given)
-            return Embedding.forward(self, x, *args, **kwargs)
+            return given
+        if reason := unsupported_call(self, x, args, kwargs):
+            return reason
+        if x.dtype not in (torch.int64, torch.int32):
+            return f"x is {x.dtype}, not int64 or int32"
+        on_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
+        return SMALL if on_cpu and x.numel() * self.base_layer.weight.shape[1] < BREAK_EVEN else given
+
+    def _fused(self, given: Terms, x: Tensor, *_: Any) -> Tensor:
+        """ids (...) -> (..., dim)."""
         base = self.base_layer
         padding_idx = -1 if base.padding_idx is None else base.padding_idx
         constants = given.scaling, padding_idx, base.scale_grad_by_freq
@@ -53,15 +62,3 @@ def terms(layer: Any) -> Terms | str:
         return names
     given = Terms(*(values[names[0]] for values in (layer.lora_embedding_A, layer.lora_embedding_B, layer.scaling)))
     return unsupported_tensors(layer, given) or given
-
-
-def _decide(layer: Any, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Terms | str:
-    given = terms(layer)
-    if isinstance(given, str):
-        return given
-    if reason := unsupported_call(layer, x, args, kwargs):
-        return reason
-    if x.dtype not in (torch.int64, torch.int32):
-        return f"x is {x.dtype}, not int64 or int32"
-    on_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
-    return SMALL if on_cpu and x.numel() * layer.base_layer.weight.shape[1] < BREAK_EVEN else given

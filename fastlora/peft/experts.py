@@ -25,7 +25,7 @@ from torch.nn.utils import parametrize
 
 from fastlora.peft.adapters import INACTIVE, MERGED, adapter
 from fastlora.peft.base import PLAIN_TENSORS
-from fastlora.peft.fused import Fused, note
+from fastlora.peft.fused import Fused
 from fastlora.validation import FLOAT_DTYPES, is_altered
 from fastlora.variants.several import Adapter
 
@@ -44,12 +44,16 @@ class ParamWrapper(Fused, pefts.ParamWrapper):
     Wrappers of several parameters are nested. The outermost one computes the terms of all.
     """
 
-    def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """x (tokens, in), expert indices and routing weights, both (tokens, top_k) -> (tokens, in), here or by PEFT."""
-        given = decide(self, x, args, kwargs)
-        if isinstance(given, str):
-            note(self, given)
-            return pefts.ParamWrapper.forward(self, x, *args, **kwargs)
+    def _decide(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Factors | str:
+        if len(args) != 2 or kwargs:
+            return "the experts are called with other arguments than x, indices and routing weights"
+        given = terms(self)
+        if not isinstance(given, str) and x.device != self.get_param().device:
+            return f"x is on {x.device}, the base weight on {self.get_param().device}"
+        return given
+
+    def _fused(self, given: Factors, x: Tensor, *args: Any) -> Tensor:
+        """x (tokens, in), expert indices and routing weights, both (tokens, top_k) -> (tokens, in)."""
         return run(self.get_base_layer(), given, x, *args)
 
 
@@ -70,16 +74,6 @@ def unsupported_reason(layer: pefts.ParamWrapper) -> str | None:
 def stacks_of(experts: Any) -> tuple[str, str]:
     """The names of the two stacks of weights."""
     return "gate_up_proj" if experts.has_gate else "up_proj", "down_proj"
-
-
-def decide(layer: pefts.ParamWrapper, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Factors | str:
-    """The LoRA term of each stack, or the reason why layer(x, *args, **kwargs) runs PEFT's forward."""
-    if len(args) != 2 or kwargs:
-        return "the experts are called with other arguments than x, indices and routing weights"
-    given = terms(layer)
-    if not isinstance(given, str) and x.device != layer.get_param().device:
-        return f"x is on {x.device}, the base weight on {layer.get_param().device}"
-    return given
 
 
 def terms(layer: pefts.ParamWrapper) -> Factors | str:

@@ -22,6 +22,8 @@ from fastlora.variants.several import Adapter, lora_adapters
 class Fused(nn.Module):
     """A mixin before a LoRA linear of PEFT. Its forward is `lora_linear` wherever that computes the same.
 
+    A mixin for another type of layer overrides `_decide` and `_fused`.
+
     There is no constructor: `fastlora.peft.layers.fuse` changes the class of a layer that PEFT made.
     """
 
@@ -30,12 +32,20 @@ class Fused(nn.Module):
     backend: None = None
 
     def forward(self, x: Tensor, *args: Any, **kwargs: Any) -> Tensor:
-        """x (..., in) -> (..., out), fused or by PEFT: see `fastlora.peft.calls`."""
-        given = decide(self, x, args, kwargs)
+        """What PEFT's layer computes of x, fused or by PEFT."""
+        given = self._decide(x, args, kwargs)
         if isinstance(given, str):
             note(self, given)
             drop(self)
             return super().forward(x, *args, **kwargs)
+        return self._fused(given, x, *args)
+
+    def _decide(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Any:
+        """What `_fused` computes with, or why layer(x, *args, **kwargs) runs PEFT's forward."""
+        return decide(self, x, args, kwargs)
+
+    def _fused(self, given: Any, x: Tensor, *args: Any) -> Tensor:
+        """x (..., in) -> (..., out)."""
         weight, A, B, bias, scaling, p, magnitude, others, owner = given
         if given.is_plain:
             y = shared(self, x, Projection(*given[:6]))

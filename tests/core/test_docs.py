@@ -133,7 +133,7 @@ SOURCES = {
     "peft/base.py": {"weight_of"},
     "peft/adapters.py": {"active", "adapters", "adapter", "_adapter", "_magnitude"},
     "peft/calls.py": {"operands", "unsupported_input", "decide"},
-    "peft/experts.py": {"unsupported_reason", "decide", "terms", "_unsupported_experts"},
+    "peft/experts.py": {"unsupported_reason", "_decide", "terms", "_unsupported_experts"},
     "peft/layers.py": {"unsupported_reason"},
     "peft/report.py": set(),
     "quantized/__init__.py": {"unsupported_input"},
@@ -150,7 +150,7 @@ def reasons() -> Iterator[str]:
     """Every reason that the package gives for PEFT's forward, with an ellipsis for what is filled in."""
     for path, functions in SOURCES.items():
         tree = ast.parse((ROOT / "fastlora" / path).read_text())
-        bodies = [node for node in tree.body if isinstance(node, ast.FunctionDef) and node.name in functions]
+        bodies = [node for node in ast.walk(tree) if isinstance(node, ast.FunctionDef) and node.name in functions]
         assert len(bodies) == len(functions), path
         parts = [*bodies, *(node for node in tree.body if isinstance(node, ast.Assign))]
         nodes = [node for part in parts for node in ast.walk(part) if isinstance(node, (ast.Return, ast.Assign))]

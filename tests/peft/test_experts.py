@@ -259,8 +259,8 @@ def test_other_parameters_are_left(parameter: str) -> None:
 def test_other_arguments_are_for_peft() -> None:
     layer = outermost(accelerated())
     x, index, routing = torch.zeros(TOKENS, 32), index_of()["index"], torch.zeros(TOKENS, TOP_K)
-    assert not isinstance(experts.decide(layer, x, (index, routing), {}), str)
-    assert experts.decide(layer, x, (index,), {"top_k_weights": routing}) == (
+    assert not isinstance(layer._decide(x, (index, routing), {}), str)
+    assert layer._decide(x, (index,), {"top_k_weights": routing}) == (
         "the experts are called with other arguments than x, indices and routing weights"
     )
-    assert experts.decide(layer, x.to("meta"), (index, routing), {}) == "x is on meta, the base weight on cpu"
+    assert layer._decide(x.to("meta"), (index, routing), {}) == "x is on meta, the base weight on cpu"
