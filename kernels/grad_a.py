@@ -33,6 +33,28 @@ from fastlora.kernels.tensor_spec import TensorSpec, fits_descriptor, in_units, 
 DX_RANKS = 32  # ranks a step of dx's LoRA term: that tile of V stays in registers
 
 
+@triton.jit
+def lora_term(
+    u_tile, v_tile, U, V, rows, cols, M, K, stride_vr, stride_vk, alpha,
+    R: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr, HI_LO: tl.constexpr,
+):  # fmt: skip
+    """alpha · U V of one tile, float32: of tiles that hold all ranks, or by `lora_tile` where v_tile is None."""
+    if v_tile is None:
+        return lora_tile(U, V, rows, cols, M, K, stride_vr, stride_vk, alpha, R, BLOCK_R, PRECISION, OPERAND, HI_LO)
+    zeros = tl.zeros((rows.shape[0], cols.shape[0]), tl.float32)
+    return lora_dot(u_tile, v_tile, zeros, alpha, PRECISION, OPERAND, HI_LO)
+
+
+@triton.jit
+def store_dx(dx, tile, rows, cols, M, K, ADD: tl.constexpr, DTYPE: tl.constexpr, USE_INT64: tl.constexpr):
+    """Write a tile of dx (M, K), contiguous, or with ADD add it to what dx holds."""
+    inside = (rows[:, None] < M) & (cols[None, :] < K)
+    pointers = dx + rows[:, None].to(tl.int64) * K + (cols.to(tl.int64) if USE_INT64 else cols)[None, :]
+    if ADD:
+        tile += tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
+    tl.store(pointers, round_to(tile, DTYPE), mask=inside)
+
+
 @triton.jit(do_not_specialize=["M", "steps", "row_bytes", "t"], do_not_specialize_on_alignment=["seed"])
 def grad_a_kernel(
     x,
@@ -117,14 +139,11 @@ def grad_a_kernel(
                         store_bytes(bits, m0, m1, m2, m3, rows, first_col, M, row_bytes, BLOCK_K)
             if WITH_DX:
                 if rank_block == 0:
-                    if R <= BLOCK_R:
-                        zeros = tl.zeros((BLOCK_M, BLOCK_K), tl.float32)
-                        term = lora_dot(u_tile, v_tiles[i], zeros, keep_scale, PRECISION, DTYPE, LORA_HI_LO)
-                    else:
-                        term = lora_tile(
-                            Ui, V + i * R * stride_vr, offs_m, offs_k, M, K, stride_vr, stride_vk, keep_scale, R, DX_R,
-                            PRECISION, DTYPE, LORA_HI_LO,
-                        )  # fmt: skip
+                    v_tile, Vi = v_tiles[i] if R <= BLOCK_R else None, V + i * R * stride_vr
+                    term = lora_term(
+                        u_tile, v_tile, Ui, Vi, offs_m, offs_k, M, K, stride_vr, stride_vk, keep_scale, R, DX_R,
+                        PRECISION, DTYPE, LORA_HI_LO,
+                    )  # fmt: skip
                     if COUNT == 1 and not ADD_DX:
                         term = round_to(term, DTYPE)  # before the mask, which takes half the instructions in 16 bits
                     if MASK != "":
@@ -133,11 +152,7 @@ def grad_a_kernel(
                     if i < COUNT - 1:
                         dx_tile = term
                     else:
-                        inside = (rows[:, None] < M) & (cols[None, :] < K)
-                        pointers = dx + offs_m[:, None].to(tl.int64) * K + offs_k[None, :]
-                        if ADD_DX:
-                            term += tl.load(pointers, mask=inside, other=0.0).to(tl.float32)
-                        tl.store(pointers, round_to(term, DTYPE), mask=inside)
+                        store_dx(dx, term, rows, cols, M, K, ADD_DX, DTYPE, USE_INT64)
             acc = dot_mixed(tl.trans(dropped), u_tile, accs[0], PRECISION, HI_LO)
             if WAIT_FOR_DOT:
                 # This select makes Triton wait for the wgmma.  Without it the copy of a later U lands in the buffer that the
