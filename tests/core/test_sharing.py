@@ -294,7 +294,7 @@ def test_torch_compile_traces_each_layer_alone(grouped: list[int]) -> None:
 def test_options_of_inject() -> None:
     assert model_of(groups=False).q._fastlora_group is None
     with pytest.raises(TypeError, match="groups must be a bool, got int 1"):
-        inject(Siblings(), target_modules=["q"], groups=1)  # type: ignore[arg-type]  # the wrong type is the test
+        inject(Siblings(), target_modules=["q"], groups=1)
     layer = fastlora.FusedLoraLinear(8, 8)
     layer(x_of())
     assert layer._fastlora_group is None

@@ -201,27 +201,27 @@ def test_bytes_saved_by_a_llama_mlp() -> None:
 class Forwards:
     """Forwards of gated MLPs, and of others."""
 
-    def plain(self, x):  # type: ignore[no-untyped-def]  # as in models
+    def plain(self, x):
         return self.w2(F.silu(self.w1(x)) * self.w3(x))
 
-    def swapped(self, hidden):  # type: ignore[no-untyped-def]
+    def swapped(self, hidden):
         """Up stands first."""
         up = self.c.b(hidden)
         return self.d(up * self.act(self.a(hidden)))
 
-    def product_first(self, x):  # type: ignore[no-untyped-def]
+    def product_first(self, x):
         h = self.a(x) * self.b(x)
         return self.d(self.act(h))
 
-    def scaled(self, x):  # type: ignore[no-untyped-def]
+    def scaled(self, x):
         return self.d(self.act(self.a(x)) * self.b(x)) * self.scale
 
-    def branching(self, x):  # type: ignore[no-untyped-def]
+    def branching(self, x):
         if self.training:
             x = x + 1
         return self.d(self.act(self.a(x)) * self.b(x))
 
-    def of_another_x(self, x):  # type: ignore[no-untyped-def]
+    def of_another_x(self, x):
         z = self.norm(x)
         return self.d(self.act(self.a(x)) * self.b(z))
 
