@@ -35,14 +35,16 @@ DX_RANKS = 32  # ranks a step of dx's LoRA term: that tile of V stays in registe
 
 @triton.jit
 def lora_term(
-    u_tile, v_tile, U, V, rows, cols, M, K, stride_vr, stride_vk, alpha,
-    R: tl.constexpr, BLOCK_R: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr, HI_LO: tl.constexpr,
+    u_tile, v_tiles, U, V, rows, cols, M, K, stride_vr, stride_vk, alpha, INDEX: tl.constexpr, R: tl.constexpr,
+    BLOCK_R: tl.constexpr, PRECISION: tl.constexpr, OPERAND: tl.constexpr, HI_LO: tl.constexpr,
 ):  # fmt: skip
-    """alpha · U V of one tile, float32: of tiles that hold all ranks, or by `lora_tile` where v_tile is None."""
-    if v_tile is None:
-        return lora_tile(U, V, rows, cols, M, K, stride_vr, stride_vk, alpha, R, BLOCK_R, PRECISION, OPERAND, HI_LO)
-    zeros = tl.zeros((rows.shape[0], cols.shape[0]), tl.float32)
-    return lora_dot(u_tile, v_tile, zeros, alpha, PRECISION, OPERAND, HI_LO)
+    """alpha · U V of one tile, float32: of u_tile and v_tiles[INDEX] where these hold all R ranks, else by `lora_tile`."""
+    if R <= u_tile.shape[1]:
+        zeros = tl.zeros((rows.shape[0], cols.shape[0]), tl.float32)
+        term = lora_dot(u_tile, v_tiles[INDEX], zeros, alpha, PRECISION, OPERAND, HI_LO)
+    else:  # not after a return: Triton would compile both
+        term = lora_tile(U, V, rows, cols, M, K, stride_vr, stride_vk, alpha, R, BLOCK_R, PRECISION, OPERAND, HI_LO)
+    return term
 
 
 @triton.jit
@@ -139,10 +141,9 @@ def grad_a_kernel(
                         store_bytes(bits, m0, m1, m2, m3, rows, first_col, M, row_bytes, BLOCK_K)
             if WITH_DX:
                 if rank_block == 0:
-                    v_tile, Vi = v_tiles[i] if R <= BLOCK_R else None, V + i * R * stride_vr
                     term = lora_term(
-                        u_tile, v_tile, Ui, Vi, offs_m, offs_k, M, K, stride_vr, stride_vk, keep_scale, R, DX_R,
-                        PRECISION, DTYPE, LORA_HI_LO,
+                        u_tile, v_tiles, Ui, V + i * R * stride_vr, offs_m, offs_k, M, K, stride_vr, stride_vk, keep_scale,
+                        i, R, DX_R, PRECISION, DTYPE, LORA_HI_LO,
                     )  # fmt: skip
                     if COUNT == 1 and not ADD_DX:
                         term = round_to(term, DTYPE)  # before the mask, which takes half the instructions in 16 bits
