@@ -71,7 +71,7 @@ def test_tiny(backend, shape, dropout_p):
 @pytest.mark.parametrize(("dtype", "adapter_dtype"), DTYPES)
 def test_several_tiles_and_splits(backend, dropout_p, dtype, adapter_dtype):
     """More than one tile along every axis, more tiles than programs, and split reductions."""
-    case = Case((330, 600, 328), rank=16, dtype=dtype, adapter_dtype=adapter_dtype, dropout_p=dropout_p)
+    case = Case((300, 328, 264), rank=16, dtype=dtype, adapter_dtype=adapter_dtype, dropout_p=dropout_p)
     oracle.assert_parity(case, backend=backend)
 
 
@@ -80,7 +80,7 @@ def test_several_tiles_and_splits(backend, dropout_p, dtype, adapter_dtype):
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 @pytest.mark.filterwarnings("ignore:r=.* is above min")
 def test_any_rank(backend, rank, dtype):
-    oracle.assert_parity(Case((48, 264, 272), rank=rank, dtype=dtype, dropout_p=0.2), backend=backend)
+    oracle.assert_parity(Case((48, 136, 144), rank=rank, dtype=dtype, dropout_p=0.2), backend=backend)
 
 
 @pytest.mark.parametrize("exponent", [-40, -20, 20])

@@ -10,7 +10,7 @@ import torch
 from triton.runtime.errors import OutOfResources
 from tuned import NAMED, watch
 
-from fastlora import dispatch, functional, tune
+from fastlora import backends, dispatch, tune
 from fastlora.benchmark import trial
 from fastlora.benchmark.clock import Prepared, Quantiles
 from fastlora.dispatch import Problem, candidates, default_choice, store, stored
@@ -226,7 +226,7 @@ def test_where_it_must_not_run(place, error, message, empty_cache, monkeypatch):
     """It measures and writes nothing."""
     device = "cuda" if place == "a capture" else "cpu"
     if place == "a capture":
-        monkeypatch.setattr(tune, "available_backends", lambda device: functional.BACKENDS)
+        monkeypatch.setattr(tune, "available_backends", lambda device: backends.BACKENDS)
         monkeypatch.setattr(tune, "target_of", lambda device: NAMED)
         monkeypatch.setattr(torch.cuda, "is_current_stream_capturing", lambda: True)
 
