@@ -24,12 +24,19 @@ def outcomes() -> dict[str, Any]:
 
 
 @pytest.mark.parametrize(
-    ("way", "dtype"),
-    [("DDP", torch.float32), ("FSDP2", torch.float32), ("FSDP2 on a bfloat16 base", torch.bfloat16)],
+    ("way", "dtype", "mlps"),
+    [
+        ("DDP", torch.float32, 0),
+        ("DDP, MLPs as one step", torch.float32, 4),
+        ("FSDP2", torch.float32, 0),
+        ("FSDP2, MLPs as one step", torch.float32, 4),
+        ("FSDP2 on a bfloat16 base", torch.bfloat16, 4),
+    ],
 )
-def test_gradients_are_those_of_the_whole_batch(way: str, dtype: torch.dtype, outcomes: dict[str, Any]) -> None:
+def test_gradients_are_those_of_the_whole_batch(way: str, dtype: torch.dtype, mlps: int, outcomes: dict[str, Any]) -> None:
     outcome = outcomes[way]
     assert outcome["taken"] == 14
+    assert outcome["mlps"] == mlps
     assert outcome["fallbacks"] == {}
     assert outcome["saved"] == 28
     assert outcome["error"] <= bound_of(outcome["eager"], oracle.FLOOR[dtype, dtype])

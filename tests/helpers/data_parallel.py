@@ -8,6 +8,7 @@ import copy
 import json
 import tempfile
 from typing import Any
+from unittest import mock
 
 import torch
 import torch.distributed as dist
@@ -61,10 +62,13 @@ def shard(model: Any) -> nn.Module:
     return fully_shard(model)
 
 
+#: How the model is distributed, the dtype of its base, and whether its MLPs run as one step.
 WAYS = {
-    "DDP": (DistributedDataParallel, torch.float32),
-    "FSDP2": (shard, torch.float32),
-    "FSDP2 on a bfloat16 base": (shard, torch.bfloat16),
+    "DDP": (DistributedDataParallel, torch.float32, False),
+    "DDP, MLPs as one step": (DistributedDataParallel, torch.float32, True),
+    "FSDP2": (shard, torch.float32, False),
+    "FSDP2, MLPs as one step": (shard, torch.float32, True),
+    "FSDP2 on a bfloat16 base": (shard, torch.bfloat16, True),
 }
 
 
@@ -72,12 +76,13 @@ def train(rank: int, way: str, meeting: str) -> None:
     """One process; the first one prints.  The processes meet in the file `meeting`, which is not there yet."""
     torch.set_num_threads(1)
     dist.init_process_group("gloo", init_method=f"file://{meeting}", rank=rank, world_size=RANKS)
-    distribute, dtype = WAYS[way]
+    distribute, dtype, mlp = WAYS[way]
     ids = inputs_of(batch=2 * RANKS)["input_ids"]
     model = prepared(dtype)
     late = distribute(copy.deepcopy(model)) if distribute is shard else None
-    report = fastlora.accelerate(model)
-    result = gradients(distribute(model), ids.chunk(RANKS)[rank], 1, model)
+    report = fastlora.accelerate(model, mlp=mlp)
+    with mock.patch("fastlora.peft.mlp.lora_mlp", wraps=fastlora.lora_mlp) as steps:
+        result = gradients(distribute(model), ids.chunk(RANKS)[rank], 1, model)
     state = get_model_state_dict(model, options=WHOLE)
     if rank == 0:
         model.save_pretrained(f"{meeting} saved", state_dict=state)
@@ -86,6 +91,7 @@ def train(rank: int, way: str, meeting: str) -> None:
         outcome = {
             "way": way,
             "taken": len(report.taken),
+            "mlps": steps.call_count,
             "fallbacks": fastlora.peft.fallbacks(model),
             "error": ((result - truth).norm() / truth.norm()).item(),
             "eager": ((eager - truth).norm() / truth.norm()).item(),

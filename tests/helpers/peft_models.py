@@ -106,6 +106,18 @@ def logits_of(model: nn.Module, inputs: dict[str, Tensor] | None = None, **optio
     return model(**inputs, **options).logits
 
 
+def curve(model: nn.Module, kind: str, steps: int) -> Tensor:
+    """The losses of some training steps."""
+    optimizer, losses = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2), []
+    for step in range(steps):
+        loss = logits_of(model, inputs_of(kind, seed=step)).square().mean()
+        loss.backward()
+        optimizer.step()
+        optimizer.zero_grad()
+        losses.append(loss.detach())
+    return torch.stack(losses)
+
+
 def run(model: nn.Module, inputs: dict[str, Tensor], seed: int = 3) -> dict[str, Tensor]:
     """The logits, and the gradient of every trainable parameter for a random gradient of the logits."""
     torch.manual_seed(seed)

@@ -12,7 +12,7 @@ import torch
 import torch.nn.functional as F
 import transformers
 from peft_layer import hook
-from peft_models import CAUSAL, FLOOR, PRECISIONS, Judged, build, equal, inputs_of, logits_of, run, wrap
+from peft_models import CAUSAL, FLOOR, PRECISIONS, Judged, build, curve, equal, inputs_of, logits_of, run, wrap
 from saved import saved_by
 from torch import nn
 
@@ -78,6 +78,18 @@ def test_some_linears_without_adapters(targets: list[str]) -> None:
         found = run(model, inputs_of())
     assert len(calls) == 2
     assert all(oracle.relative_error(found[name], expected[name]) <= 2 * FLOOR for name in expected)
+
+
+@pytest.mark.parametrize("kind", MODELS)
+def test_the_loss_curve_is_pefts(kind: str) -> None:
+    eager = wrap(build(kind))
+    model = copy.deepcopy(eager)
+    fastlora.accelerate(model, mlp=True)
+    with counted_steps() as calls:
+        expected, losses = curve(eager, kind, 10), curve(model, kind, 10)
+    assert losses[-1] < 0.9 * losses[0]
+    assert oracle.relative_error(losses, expected) <= 2 * FLOOR
+    assert len(calls) == 10 * MODELS[kind]
 
 
 def test_the_report_and_the_way_back() -> None:

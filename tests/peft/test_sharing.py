@@ -16,13 +16,12 @@ from peft_models import (
     build,
     config,
     counted_calls,
+    curve,
     inputs_of,
-    logits_of,
     randomise,
     run,
     wrap,
 )
-from torch import Tensor, nn
 
 import fastlora
 from fastlora import oracle, torch_backend
@@ -30,18 +29,6 @@ from fastlora.blocks import sharing
 
 ATTENTION = ["q_proj", "k_proj", "v_proj"]
 GROUPS = {"llama": 4, "gpt2": 0, "roberta": 2, "t5": 10}  # gpt2 has one projection for q, k and v
-
-
-def curve(model: nn.Module, kind: str, steps: int) -> Tensor:
-    """The losses of some training steps."""
-    optimizer, losses = torch.optim.AdamW([p for p in model.parameters() if p.requires_grad], lr=1e-2), []
-    for step in range(steps):
-        loss = logits_of(model, inputs_of(kind, seed=step)).square().mean()
-        loss.backward()
-        optimizer.step()
-        optimizer.zero_grad()
-        losses.append(loss.detach())
-    return torch.stack(losses)
 
 
 @pytest.mark.filterwarnings("ignore:r=4 is above min", "ignore:fan_in_fan_out is set to False")
