@@ -1,6 +1,6 @@
 """The compiled kernels on this machine's GPU: pytest -m gpu."""
 
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from functools import partial
 from typing import TypeVar
 
@@ -9,7 +9,7 @@ import torch
 from grouped import Group, fused
 from planned import DTYPES, run_grad_a, run_pack_bits
 
-from fastlora import FusedLoraLinear, dropout_mask, lora_linear, oracle
+from fastlora import FusedLoraLinear, Projection, dropout_mask, lora_linear, lora_linears, lora_mlp, oracle
 from fastlora.kernels.target import target_of
 from fastlora.oracle import Case
 
@@ -113,23 +113,34 @@ def captured(step: Callable[[], T]) -> tuple[torch.cuda.CUDAGraph, T]:
     return graph, results
 
 
-def step_of(backend: str, seed: torch.Tensor | None) -> Callable[[], list[torch.Tensor]]:
-    """A step that returns y and the gradients, with a mask from `seed`, or from a seed that each call draws."""
-    inputs = oracle.draw(Case((128, 256, 512), rank=8, dtype=torch.bfloat16), device="cuda")
+#: What is called with x, a projection in -> out and one out -> in, and returns its results.
+CALLS: dict[str, Callable[..., Sequence[torch.Tensor]]] = {
+    "linear": lambda x, up, down, **options: (lora_linear(x, *up[:4], dropout_p=up.dropout_p, **options),),
+    "projections": lambda x, up, down, **options: lora_linears(x, [up, up], **options),
+    "mlp": lambda x, up, down, **options: (lora_mlp(x, up, up, down, **options),),
+}
+
+
+def step_of(call: str, backend: str, seed: torch.Tensor | None, device: str = "cuda") -> Callable[[], list[torch.Tensor]]:
+    """A step that returns y and the gradients, with masks from `seed`, or from a seed that each call draws."""
+    inputs = oracle.draw(Case((128, 256, 512), rank=8, dtype=torch.bfloat16), device=device)
     x, A, B = (t.requires_grad_() for t in (inputs.x, inputs.lora_A, inputs.lora_B))
+    up = Projection(inputs.weight, A, B, dropout_p=0.5)
+    down = Projection(inputs.weight.t(), B.detach().t(), A.detach().t(), dropout_p=0.5)
 
     def step() -> list[torch.Tensor]:
-        y = lora_linear(x, inputs.weight, A, B, dropout_p=0.5, seed=seed, backend=backend)
-        return [y, *torch.autograd.grad(y, (x, A, B), inputs.dy)]
+        ys = CALLS[call](x, up, down, seed=seed, backend=backend)
+        return [*ys, *torch.autograd.grad(ys, (x, A, B), [y.detach() for y in ys])]
 
     return step
 
 
+@pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("backend", ["fused", "addmm"])
-def test_a_replay_follows_its_seed(backend):
+def test_a_replay_follows_its_seed(call, backend):
     """A replay with a new seed gives, bit for bit, what an eager step with that seed gives."""
     seed = torch.tensor([1], device="cuda")
-    step = step_of(backend, seed)
+    step = step_of(call, backend, seed)
     graph, results = captured(step)
     for value in (7, 8):
         seed.fill_(value)
@@ -137,10 +148,11 @@ def test_a_replay_follows_its_seed(backend):
         assert all(torch.equal(a, b) for a, b in zip(results, step(), strict=True))
 
 
+@pytest.mark.parametrize("call", CALLS)
 @pytest.mark.parametrize("backend", ["fused", "addmm"])
-def test_each_replay_draws_its_own_mask(backend):
+def test_each_replay_draws_its_own_mask(call, backend):
     """The step draws its seed inside the graph. Each replay takes the generator's next seed, as an eager step does."""
-    step = step_of(backend, None)
+    step = step_of(call, backend, None)
     graph, results = captured(step)
     for start in (7, 8):
         torch.cuda.manual_seed(start)
