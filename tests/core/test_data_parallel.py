@@ -3,40 +3,29 @@
 import json
 import subprocess
 import sys
-from pathlib import Path
 from typing import Any
 
+import data_parallel
 import pytest
-import torch
 from peft_models import bound_of
 
 from fastlora import oracle
 
-WORKER = Path(__file__).parents[1] / "helpers" / "data_parallel.py"
-
 
 @pytest.fixture(scope="module")
 def outcomes() -> dict[str, Any]:
-    done = subprocess.run([sys.executable, WORKER], capture_output=True, text=True, timeout=300)
+    done = subprocess.run([sys.executable, data_parallel.__file__], capture_output=True, text=True, timeout=300)
     assert done.returncode == 0, done.stderr
     lines = (json.loads(line) for line in done.stdout.splitlines() if line.startswith("{"))
     return {outcome["way"]: outcome for outcome in lines}
 
 
-@pytest.mark.parametrize(
-    ("way", "dtype", "mlps"),
-    [
-        ("DDP", torch.float32, 0),
-        ("DDP, MLPs as one step", torch.float32, 4),
-        ("FSDP2", torch.float32, 0),
-        ("FSDP2, MLPs as one step", torch.float32, 4),
-        ("FSDP2 on a bfloat16 base", torch.bfloat16, 4),
-    ],
-)
-def test_gradients_are_those_of_the_whole_batch(way: str, dtype: torch.dtype, mlps: int, outcomes: dict[str, Any]) -> None:
+@pytest.mark.parametrize("way", data_parallel.WAYS)
+def test_gradients_are_those_of_the_whole_batch(way: str, outcomes: dict[str, Any]) -> None:
+    _, dtype, mlp = data_parallel.WAYS[way]
     outcome = outcomes[way]
     assert outcome["taken"] == 14
-    assert outcome["mlps"] == mlps
+    assert outcome["mlps"] == 2 * data_parallel.STEPS * mlp
     assert outcome["fallbacks"] == {}
     assert outcome["saved"] == 28
     assert outcome["error"] <= bound_of(outcome["eager"], oracle.FLOOR[dtype, dtype])
