@@ -13,6 +13,7 @@ from fastlora.blocks.sharing import Group, drop, shared
 from fastlora.functional import lora_linear
 from fastlora.layers.base import FusedLoraLayer
 from fastlora.layers.slices import check_slices, from_blocks, to_blocks
+from fastlora.rows import accumulator
 from fastlora.variants import dora_ops
 from fastlora.variants.dora import dora_linear
 
@@ -217,7 +218,8 @@ class FusedLoraLinear(FusedLoraLayer):
         """As in the base class; what takes the place of a dropped base weight keeps its length with use_dora."""
         super()._save_to_state_dict(destination, prefix, keep_vars)
         if self.merged and self._base_weight is None and self.lora_magnitude_vector is not None:
-            lengths = dora_ops.squares(self._dense_W()).sqrt()
+            W = self._dense_W()
+            lengths = torch.linalg.vector_norm(W, dim=1, dtype=accumulator(W.dtype))
             destination[prefix + "lora_magnitude_vector"] = lengths.to(self.lora_magnitude_vector.dtype)
 
     def to_file(self, name: str, factor: Tensor) -> Tensor:

@@ -8,7 +8,8 @@
 This is what PEFT computes: its dropout acts on the whole scaled term, and what it drops goes through W unscaled. Each output
 feature scales x and drop(x) in its own proportion, so dropout costs one more product with W in each direction.
 
-The norm never forms B A. One pass over W gives its cross term, and ‖W‖² is kept while W stays as it is (`squares`):
+The norm never forms B A. A pass over W gives its cross term and another ‖W‖². Nothing of it is kept: a weight may change
+without a trace, as under PEFT's merging, which adds to `.data`:
 
     n² = ‖W‖² + 2 · scaling · Σ_r B ∘ (W Aᵀ) + scaling² · Σ_r B ∘ (B (A Aᵀ))
 

@@ -2,11 +2,10 @@
 
 import functools
 import math
-from typing import Any, cast
+from typing import Any
 
 import torch
-from torch import Tensor, nn
-from torch.utils.weak import WeakTensorKeyDictionary
+from torch import Tensor
 
 from fastlora import ops, torch_backend
 from fastlora.dropout import keep_scale
@@ -24,22 +23,6 @@ _LIBRARY.define(
     "-> (Tensor dx, Tensor dA, Tensor dB, Tensor dfactor)"
 )
 
-#: Parameter -> (version, address, strides of W, ‖W‖² of each row).  Assigning to `.data` in place changes none of the three.
-_SQUARES: Any = WeakTensorKeyDictionary()
-
-
-def squares(weight: Tensor) -> Tensor:
-    """‖W‖² of each row, (out,), in float32 or float64.  It is kept for a Parameter until its version or address changes."""
-    owner = weight if weight._base is None else weight._base
-    dtype = accumulator(weight.dtype)
-    if not isinstance(owner, nn.Parameter) or owner.is_inference():
-        return torch.linalg.vector_norm(weight, dim=1, dtype=dtype).square()
-    state = owner._version, weight.data_ptr(), weight.shape, weight.stride()
-    known = _SQUARES.get(owner)
-    if known is None or known[0] != state:
-        known = _SQUARES[owner] = state, torch.linalg.vector_norm(weight, dim=1, dtype=dtype).square()
-    return cast(Tensor, known[1])
-
 
 @without_autocast
 def norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tensor:
@@ -48,7 +31,8 @@ def norm(weight: Tensor, lora_A: Tensor, lora_B: Tensor, scaling: float) -> Tens
     A, B = lora_A.to(dtype), lora_B.to(dtype)
     cross = torch_backend.shrink(weight, lora_A, (None,), 0.0)
     inner = torch.addmm(cross, B, A @ A.t(), beta=2 * scaling, alpha=scaling**2)
-    return (squares(weight) + (B * inner).sum(1)).clamp_(min=0).sqrt_()
+    squares = torch.linalg.vector_norm(weight, dim=1, dtype=dtype).square()
+    return (squares + (B * inner).sum(1)).clamp_(min=0).sqrt_()
 
 
 def scaled(total: Tensor, magnitude: Tensor | None, dim: int) -> Tensor:

@@ -94,22 +94,13 @@ def test_the_norm_is_a_constant_and_never_forms_the_product():
     assert oracle.relative_error(n, with_product.norm(dim=1)) < oracle.FLOOR[torch.float32, torch.float32]
 
 
-def test_squares_are_kept_until_the_weight_changes(monkeypatch):
-    layer = FusedLoraLinear(16, 24, 2, use_dora=True, fan_in_fan_out=True)
-    passes = []
-    real = torch.linalg.vector_norm
-    monkeypatch.setattr(torch.linalg, "vector_norm", lambda *args, **options: passes.append(1) or real(*args, **options))
+def test_the_norm_sees_a_weight_that_changes_without_a_trace():
+    """`.data` in place, as PEFT merges, changes neither the version nor the address of a Parameter."""
+    layer = FusedLoraLinear(16, 24, 2, bias=False, use_dora=True)
     x = torch.randn(3, 16)
     before = layer(x)
-    layer(x)
-    assert not passes  # the first magnitude was made of them
-    with torch.no_grad():
-        layer.weight.mul_(2)
-    torch.testing.assert_close(layer(x) - layer.bias, before - layer.bias)  # the rows keep their length
-    assert len(passes) == 1
-    layer.weight.data = layer.weight.data * 2
-    torch.testing.assert_close(layer(x) - layer.bias, before - layer.bias)
-    assert len(passes) == 2
+    layer.weight.data.mul_(2)
+    torch.testing.assert_close(layer(x), before)  # the rows keep their length
 
 
 def test_what_is_saved():
