@@ -29,6 +29,7 @@ _NEUTRAL: dict[str, tuple[Any, ...]] = {
     "target_parameters": (None, []),
     "layer_replication": (None, []),
     "lora_bias": (False, None),
+    "ensure_weight_tying": (False, None),
     "alora_invocation_tokens": (None, []),
     "enable_lora": (None, []),  # of PEFT's first version, whose files held B's pairs as loralib does
 }

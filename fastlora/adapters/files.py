@@ -7,7 +7,7 @@ The file holds, each in the dtype it trains in, under base_model.model.<path>, w
     <path>.base_layer.bias                                        of LoRA layers, with bias "lora_only" or "all"
     <path>.bias                                                   of all other modules, with bias "all"
     <path>.<name>                                                 the whole state of the modules to save
-    <path>.weight or <path>.base_layer.weight                     of embeddings: where PEFT added them, they are loaded as well
+    <path>.weight or <path>.base_layer.weight                     of embeddings, where PEFT added them: loaded, and saved again
 
 PEFT's `PeftModel.from_pretrained` reads what `save_adapter` writes, `load_adapter` and `from_pretrained` what PEFT writes.
 """
@@ -37,6 +37,9 @@ from fastlora.validation import check_model
 
 WEIGHTS_NAME = "adapter_model.safetensors"
 
+#: Attribute of an embedding whose weight came from an adapter's file, so that the next file holds it too.
+_LOADED = "_fastlora_loaded"
+
 
 def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     """Write what `fastlora.inject` made trainable in `model` to `folder`, which is created when missing.
@@ -61,6 +64,9 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
     safetensors = _safetensors()
     base, layers, options = _injected(model)
     contents = adapter_tensors.contents(base, layers, options)
+    for key, module in adapter_tensors.embedding_modules(base, layers).items():
+        if hasattr(module, _LOADED):
+            contents.setdefault(key, module.weight)
     config = adapter_config.describe(base, layers, options)
     _warn_unsaved(model, contents.values())
     whole, is_collective = sharded.gather(contents)
@@ -95,7 +101,7 @@ def load_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         raise RuntimeError(f"{merged[0]!r} is merged, a new adapter would have no effect on it: unmerge() it first")
     adapter_config.check(adapter_config.read(Path(folder) / CONFIG_NAME), model, layers, options)
     path = Path(folder) / WEIGHTS_NAME
-    adapter_tensors.copy(adapter_tensors.fit(model, layers, options, _read(path), path))
+    _load(model, layers, options, _read(path), path)
 
 
 def from_pretrained(
@@ -134,8 +140,17 @@ def from_pretrained(
     layers = {names[0]: lora for lora, names in injection.layers.items()}
     adapter_tensors.fit(model, layers, options, file, path)
     install(model, injection)
-    adapter_tensors.copy(adapter_tensors.fit(model, layers, options, file, path))
+    _load(model, layers, options, file, path)
     return model if is_trainable else model.requires_grad_(False).eval()
+
+
+def _load(
+    model: nn.Module, layers: dict[str, FusedLoraLayer], options: LoraOptions, file: dict[str, Tensor], path: Path
+) -> None:
+    adapter_tensors.copy(adapter_tensors.fit(model, layers, options, file, path))
+    for key, module in adapter_tensors.embedding_modules(model, layers).items():
+        if key in file:
+            setattr(module, _LOADED, True)
 
 
 def _injected(model: nn.Module) -> tuple[nn.Module, dict[str, FusedLoraLayer], LoraOptions]:

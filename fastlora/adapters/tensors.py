@@ -6,6 +6,7 @@
 from collections.abc import Iterable, Iterator, Mapping
 from functools import reduce
 from pathlib import Path
+from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -36,6 +37,13 @@ def contents(model: nn.Module, layers: Mapping[str, FusedLoraLayer], options: Lo
     return _loaded(factors | {_PREFIX + key: tensor for key, tensor in tensors.items()})
 
 
+def embedding_modules(model: nn.Module, layers: Mapping[str, FusedLoraLayer]) -> dict[str, Any]:
+    """The model's input and output embeddings, by the keys that PEFT gives their weights."""
+    sides = [embeddings(model, side) for side in ("input", "output")]
+    found = {name: module for name, module in named_modules(model) if module in sides and isinstance(module.weight, Tensor)}
+    return {f"{_PREFIX}{name}{'.base_layer' if name in layers else ''}.weight": module for name, module in found.items()}
+
+
 def fit(
     model: nn.Module, layers: Mapping[str, FusedLoraLayer], options: LoraOptions, file: Mapping[str, Tensor], path: Path
 ) -> list[tuple[Tensor, Tensor]]:
@@ -44,11 +52,8 @@ def fit(
     The file may also hold the weights of the embeddings, which PEFT adds when they are targets or were resized, and with
     bias "all" the biases of PEFT's two copies of a module to save, which PEFT does not load either.
     """
-    needed, optional, file = contents(model, layers, options), {}, _from_file(layers, file, path)
-    sides = [embeddings(model, side) for side in ("input", "output")]
-    for name, module in named_modules(model):
-        if module in sides and isinstance(module.weight, Tensor):
-            optional[f"{_PREFIX}{name}{'.base_layer' if name in layers else ''}.weight"] = module.weight
+    needed, file = contents(model, layers, options), _from_file(layers, file, path)
+    optional = {key: module.weight for key, module in embedding_modules(model, layers).items()}
     saved = match_modules_to_save(model, options.modules_to_save) if options.bias == "all" else ()
     copies = tuple(f"{_PREFIX}{name}.{copy}." for name in saved for copy in ("original_module", "modules_to_save"))
     skipped = {key for key in file if key.startswith(copies) and key.endswith(".bias")}

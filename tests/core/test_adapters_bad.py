@@ -112,6 +112,7 @@ BROKEN: dict[str, tuple[Callable[[Path], Any], type[Exception], str]] = {
     "unknown variant": unsupported("use_next_years_lora", True),
     "another method": unsupported("peft_type", "IA3"),
     "trainable tokens": unsupported("trainable_token_indices", [1]),
+    "tied modules to save": unsupported("ensure_weight_tying", True),
     "bad pattern": (config(alpha_pattern={"(q": 3}), ValueError, r"'\(q' is not a regular expression"),
     "pattern of another type": (config(rank_pattern=["q"]), ValueError, "rank_pattern must be a dict"),
     "pattern of names": (config(rank_pattern={"q": "2"}), ValueError, "rank_pattern.'q'. must be an int"),

@@ -103,7 +103,7 @@ def test_a_pefts_task_type_brings_modules_to_save_of_which_the_model_has_some(tm
     load_adapter(inject(roberta(), target_modules=["query"], r=4, modules_to_save=["classifier"]), tmp_path)
 
 
-def test_the_embeddings_that_peft_adds_to_the_file_are_loaded(tmp_path: Path) -> None:
+def test_the_embeddings_that_peft_adds_to_the_file_are_loaded_and_saved_again(tmp_path: Path) -> None:
     base = tied_llama()
     with torch.no_grad():
         base.lm_head.weight.mul_(2)
@@ -114,6 +114,8 @@ def test_the_embeddings_that_peft_adds_to_the_file_are_loaded(tmp_path: Path) ->
     model = from_pretrained(tied_llama(), tmp_path)
     assert torch.equal(model.lm_head.weight, base.lm_head.weight)
     assert model.lm_head.weight is model.model.embed_tokens.weight
+    save_adapter(model, tmp_path / "again")
+    assert safetensors_torch.load_file(tmp_path / "again" / "adapter_model.safetensors").keys() == keys
 
 
 class Normed(nn.Module):
