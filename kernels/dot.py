@@ -91,12 +91,15 @@ def round_to(t, DTYPE: tl.constexpr):
 def into_range(t, OPERAND: tl.constexpr):
     """(t / s, 1 / s, s) for a tile t that is to be rounded to OPERAND.
 
-    s = 1 but for float32 to float16, whose exponents do not cover a gradient's range: there s is the power of two of max |t|.
+    s = 1 but for float32 to float16, whose exponents do not cover a gradient's range: there s is the power of two that brings
+    the largest finite |t| to 2**14 .. 2**15.  So rows far smaller than another keep their digits, and those beside an infinity.
     """
     if OPERAND == tl.float16 and t.dtype == tl.float32:
-        exponent = tl.max(tl.max(tl.abs(t), axis=1), axis=0).to(tl.int32, bitcast=True) & 0x7F800000
-        # Within 2**-40 .. 2**126 the inverse is a normal number, and an accumulator times two of them stays finite.
-        exponent = tl.minimum(tl.maximum(exponent, 0x2B800000), 0x7E800000)
+        size = tl.abs(t)
+        size = tl.where(size < float("inf"), size, 0.0)
+        exponent = (tl.max(tl.max(size, axis=1), axis=0).to(tl.int32, bitcast=True) & 0x7F800000) - 0x07000000
+        # Within 2**-40 .. 2**63 the product of two scales is a normal number, as is its inverse.
+        exponent = tl.minimum(tl.maximum(exponent, 0x2B800000), 0x5F000000)
         inverse = (0x7F000000 - exponent).to(tl.float32, bitcast=True)
         return t * inverse, inverse, exponent.to(tl.float32, bitcast=True)
     return t, 1.0, 1.0

@@ -8,7 +8,7 @@ from hypothesis import Phase, given, settings
 from hypothesis import strategies as st
 from planned import DTYPES, VIEWS
 
-from fastlora import lora_linear, oracle
+from fastlora import lora_linear, oracle, reference
 from fastlora.oracle import Case
 
 BACKENDS = ("fused", "addmm", "torch")
@@ -90,6 +90,22 @@ def test_float32_adapters_keep_their_range_on_a_float16_base(backend, exponent):
     case = Case((64, 96, 80), rank=8, dtype=torch.float16, adapter_dtype=torch.float32, scaling=2.0**-exponent)
     scaled = {"lora_B": lambda B: B * 2.0**exponent}
     oracle.assert_parity(case, backend=backend, views=scaled, outputs=("dA", "dB") if exponent > 0 else None)
+
+
+@pytest.mark.parametrize("outlier", [2.0**13, torch.inf])
+@pytest.mark.parametrize("adapter_dtype", [torch.float16, torch.float32])
+@pytest.mark.parametrize("backend", ["fused", "addmm"])
+@pytest.mark.filterwarnings("ignore:invalid value encountered")
+def test_an_outlier_costs_the_other_rows_nothing(backend, adapter_dtype, outlier):
+    """S is scaled into float16's range by tiles, whose rows may be of different sequences."""
+    inputs = oracle.draw(Case((32, 64, 64), 8, torch.float16, adapter_dtype))
+    x, W, A, B = inputs.x / 64, torch.zeros_like(inputs.weight), inputs.lora_A, inputs.lora_B
+    x[3, 0] = outlier
+    exact = reference.lora_linear(*(t.double() for t in (x, W, A, B)))
+    found, eager = lora_linear(x, W, A, B, backend=backend), reference.lora_linear(x, W, A, B)
+    rows = [row for row in range(32) if row != 3]
+    bound = max(2 * max(oracle.relative_error(eager[row], exact[row]) for row in rows), oracle.FLOOR[x.dtype, A.dtype])
+    assert max(oracle.relative_error(found[row], exact[row]) for row in rows) <= bound
 
 
 @pytest.mark.parametrize("backend", BACKENDS)
