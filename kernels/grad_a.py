@@ -195,7 +195,7 @@ def plan_grad_a(
     (M, K), r, n, with_dx = x.shape, U.shape[1], len(words), V is not None
     kind: dict[str, Any] = {"dropout": bool(mask), "with_dx": with_dx, "masks": n}
     config = stream_config((M, K), r, x.dtype, U.dtype, target, aligned=fits_descriptor(x), **kind)
-    col_blocks, rank_blocks = cdiv(K, config.block_k), cdiv(r, config.block_r)
+    col_blocks, rank_blocks = cdiv(K, config.block_k), max(1, cdiv(r, config.block_r))
     splits, steps = split_steps(
         cdiv(M, config.block_m), col_blocks * rank_blocks, target, n * config.block_r * 4 / (config.block_m * x.dtype.itemsize)
     )

@@ -66,12 +66,13 @@ def test_4_bit_weight_replaced_by_a_wrapper():
 # y and the gradients.
 
 
-@pytest.mark.parametrize("backend", BACKENDS)
+@pytest.mark.parametrize("backend", ["fused", "addmm", "torch"])
 @pytest.mark.parametrize("kind", ["nf4 double", "int8"])
 def test_rank_zero_is_the_frozen_layer(kind, backend):
     weight = weight_of(random_layer(kind))
     x = torch.randn(5, 24, requires_grad=True)
-    y = lora_linear(x, weight, torch.empty(0, 24), torch.empty(40, 0), torch.ones(40), backend=backend)
+    factors = torch.empty(0, 24, requires_grad=True), torch.empty(40, 0, requires_grad=True)
+    y = lora_linear(x, weight, *factors, torch.ones(40), backend=backend)
     (dx,) = torch.autograd.grad(y.sum(), x)
     W = weight.dequantize(torch.float32).double()
     assert oracle.relative_error(y.detach(), x.detach().double() @ W.t() + 1) <= oracle.FLOOR[torch.float32, torch.float32]
