@@ -16,7 +16,7 @@ from torch import Tensor
 from fastlora.blocks import group, torch_gated
 from fastlora.blocks.group import pick
 from fastlora.dropout import DOWN, GATE, LANES, UP, packed_mask, threshold
-from fastlora.rows import accumulator, as_rows, bias_grad
+from fastlora.rows import accumulator, as_rows, bias_grad, without_autocast
 
 ALL = (GATE, UP, DOWN)
 
@@ -46,6 +46,7 @@ def _drops(lora_A: Tensor | None, seed: Tensor | None, dropout_p: float) -> bool
     return lora_A is not None and seed is not None and threshold(dropout_p) > 0
 
 
+@without_autocast
 def forward(
     x: Tensor,
     weights: Sequence[Tensor],
@@ -87,6 +88,7 @@ def forward(
     return y, e, g, [*Ss, S], masks
 
 
+@without_autocast
 def backward(
     dy: Tensor,
     x: Tensor,

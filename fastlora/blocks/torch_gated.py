@@ -16,7 +16,7 @@ import torch.nn.functional as F
 from torch import Tensor
 
 from fastlora import torch_backend
-from fastlora.rows import accumulator, chunks, keep_bits, masked, without_autocast
+from fastlora.rows import accumulator, chunks, keep_bits, masked
 from fastlora.torch_backend import grad_s_and_b
 
 _GELU_BACKWARD = torch.ops.aten.gelu_backward
@@ -28,7 +28,6 @@ ACTIVATIONS: dict[str, tuple[Callable[[Tensor], Tensor], Callable[[Tensor, Tenso
 }
 
 
-@without_autocast
 def forward(
     e: Tensor,
     g: Tensor,
@@ -53,7 +52,6 @@ def forward(
     return torch_backend.forward(h, weight, lora_A, lora_B, bias, mask, scaling, dropout_p, out)[1]
 
 
-@without_autocast
 def backward(
     dy: Tensor,
     e: Tensor,

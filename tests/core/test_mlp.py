@@ -1,6 +1,7 @@
 """lora_mlp: the oracle's verdict on every output, what is saved, and the tools of torch that it works under."""
 
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 import pytest
@@ -151,6 +152,16 @@ def test_autocast_casts_as_linear_does(dtype: torch.dtype) -> None:
         found = results(DROPPING.fused, leaves, dy.to(dtype))
     assert found[0].dtype == dtype
     assert all_equal(found[1:], [grad.float() for grad in expected[1:]])
+
+
+@pytest.mark.parametrize("backend", BACKENDS)
+def test_backward_under_autocast_computes_in_the_dtype_of_forward(backend: str) -> None:
+    case = replace(DROPPING, ranks=(0, 0, 4))
+    leaves, dy = case.draw()
+    _, *expected = results(partial(case.fused, backend=backend), leaves, dy)
+    y = case.fused(leaves, backend=backend)
+    with torch.autocast("cpu", dtype=torch.bfloat16):
+        assert all_equal(torch.autograd.grad(y, [leaf for leaf in leaves if leaf.requires_grad], dy), expected)
 
 
 @pytest.mark.parametrize("backend", ["fused", "torch"])
