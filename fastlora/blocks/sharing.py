@@ -220,6 +220,9 @@ def _alone(layer: Any, x: Tensor, given: Projection) -> str | None:
     plain = Tensor, nn.Parameter
     if type(x) not in plain or is_transformed() or torch.jit.is_tracing():
         return "its x is not a plain tensor"
+    region = _region()
+    if region is not None and not type(region).__weakrefoffset__:
+        return "its saved tensors are unpacked by an object without weak references"
     if x.is_inference() or any(t.is_inference() for t in _tensors(given)):
         return "its tensors are of inference mode, and have no versions"
     if x.requires_grad and _enters_region(x):
