@@ -3,7 +3,7 @@
     shrink.py   Sᵢ = dropᵢ(x) Aᵢᵀ                                  one pass over x
     gemm.py     yᵢ = x Wᵢᵀ + biasᵢ + scalingᵢ · Sᵢ Bᵢᵀ             as for one linear
     grad_b.py   dSᵢ = scalingᵢ · dyᵢ Bᵢ, dBᵢ = scalingᵢ · dyᵢᵀ Sᵢ   as for one linear
-    grad_a.py   dAᵢ = dSᵢᵀ dropᵢ(x), dx = Σ c · maskᵢ(dSᵢ Aᵢ)      one pass over x, with mma one for each
+    grad_a.py   dAᵢ = dSᵢᵀ dropᵢ(x), dx = Σ c · maskᵢ(dSᵢ Aᵢ)      one pass over x; without wgmma one for each i
     cuBLAS      dx += dyᵢ Wᵢ, in place
 
 The projections have one rate of dropout, one dtype of adapters, and one rank: the caller pads A and B with zeros.  Forward
@@ -55,9 +55,7 @@ def forward_shared(
     with on_device(x.device):
         target, precision = target or target_of(x.device), matmul_precision(x.dtype)
         mask = mask_code(dropout_p, seed, target)
-        to_S, sum_S = _plan_s(target, precision, mask, words, *TensorSpec.of_each(x, lora_A))
-        (S,) = sum_partials(sum_S, shrink(to_S, x, lora_A, seed=seed, dropout_p=dropout_p))
-        S = S.view(len(outs), x.shape[0], lora_A.shape[0] // len(outs))
+        S = shrink_shared(x, lora_A, seed, words, dropout_p, target)
         for part, *operands, scaling, out in zip(S, weights, lora_Bs, biases, scalings, outs, strict=True):
             run = (plan or _plan_y)(choice, target, precision, mask, *TensorSpec.of_each(x, *operands))
             run(x, *operands, part, scaling, out)
@@ -85,24 +83,48 @@ def backward_shared(
     """
     with on_device(x.device):
         target, precision = target or target_of(x.device), matmul_precision(x.dtype)
-        mask = mask_code(dropout_p, seed, target)
         dSs, dBs = [], []
         for dy, lora_B, S, scaling in zip(dys, lora_Bs, Ss, scalings, strict=True):
             to_dS_dB, sum_dS_dB = _plan_dS_dB(target, precision, lora_B.dtype, *TensorSpec.of_each(dy, lora_B, S))
             dS, dB = sum_partials(sum_dS_dB, *to_dS_dB(dy, lora_B, S, scaling))
             dSs.append(dS)
             dBs.append(dB)
-        # mma keeps operands in registers: three masks spill 136 bytes, or take tiles too small to pay (sm_80, Triton 3.7.1).
-        n, at_once = len(dys), len(dys) if target.has_wgmma else 1
-        dAs: list[Tensor] = []
-        for first in range(0, n, at_once):
-            A, U = lora_A.chunk(n // at_once)[first // at_once], torch.cat(dSs[first : first + at_once])
-            V = None if dx is None else A
-            own = words[first : first + at_once]
-            to_dA, sum_dA = _plan_a(target, precision, mask, own, A.dtype, add or first > 0, *TensorSpec.of_each(x, U, V))
-            dA, _ = grad_a(to_dA, x, U, V, seed=seed, dropout_p=dropout_p, dx=dx)
-            dAs += sum_partials(sum_dA, dA)
-        return torch.cat([dA.flatten(0, -2) for dA in dAs]) if len(dAs) > 1 else dAs[0].view(lora_A.shape), dBs
+        return grad_a_shared(x, dSs, lora_A, seed, words, dropout_p, dx, add, target), dBs
+
+
+def shrink_shared(
+    x: Tensor, lora_A: Tensor, seed: Tensor | None, words: tuple[int, ...], dropout_p: float, target: Target
+) -> Tensor:
+    """S (n, M, r) float32, on the current device."""
+    facts = target, matmul_precision(x.dtype), mask_code(dropout_p, seed, target), words
+    to_S, sum_S = _plan_s(*facts, *TensorSpec.of_each(x, lora_A))
+    (S,) = sum_partials(sum_S, shrink(to_S, x, lora_A, seed=seed, dropout_p=dropout_p))
+    return S.view(len(words), x.shape[0], lora_A.shape[0] // len(words))
+
+
+def grad_a_shared(
+    x: Tensor,
+    dSs: Sequence[Tensor],
+    lora_A: Tensor,
+    seed: Tensor | None,
+    words: tuple[int, ...],
+    dropout_p: float,
+    dx: Tensor | None,
+    add: bool,
+    target: Target,
+) -> Tensor:
+    """dA (n · r, in) for n dS (M, r), on the current device; dx as in `backward_shared`."""
+    facts = target, matmul_precision(x.dtype), mask_code(dropout_p, seed, target)
+    # mma keeps operands in registers: three masks spill 136 bytes, or take tiles too small to pay (sm_80, Triton 3.7.1).
+    n, at_once = len(dSs), len(dSs) if target.has_wgmma else 1
+    dAs: list[Tensor] = []
+    for first, A in zip(range(0, n, at_once), lora_A.chunk(n // at_once), strict=True):
+        some, own = dSs[first : first + at_once], words[first : first + at_once]
+        U, V = torch.cat(list(some)) if len(some) > 1 else some[0], None if dx is None else A
+        to_dA, sum_dA = _plan_a(*facts, own, A.dtype, add or first > 0, *TensorSpec.of_each(x, U, V))
+        dA, _ = grad_a(to_dA, x, U, V, seed=seed, dropout_p=dropout_p, dx=dx)
+        dAs += sum_partials(sum_dA, dA)
+    return torch.cat([dA.flatten(0, -2) for dA in dAs]) if len(dAs) > 1 else dAs[0].view(lora_A.shape)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -3,7 +3,7 @@
 shrink.py   Sᵢ = dropᵢ(x) Aᵢᵀ                  one pass over x for adapters of one rate
 gemm.py     y = x Wᵀ + bias + U Bᵀ             as for one linear, of the rank of all
 grad_b.py   dU = dy B, dB = dyᵀ U              one pass over dy, up to rank MAX_RANK
-grad_a.py   dAᵢ = dSᵢᵀ dropᵢ(x), dx = Σ c · maskᵢ(dSᵢ Aᵢ)     one pass over x, as the first
+grad_a.py   dAᵢ = dSᵢᵀ dropᵢ(x), dx = Σ c · maskᵢ(dSᵢ Aᵢ)     as for projections that share x
 """
 
 from collections.abc import Callable, Sequence
@@ -12,9 +12,6 @@ from torch import Tensor
 
 from fastlora.kernels import group
 from fastlora.kernels.dot import matmul_precision
-from fastlora.kernels.dropout import mask_code
-from fastlora.kernels.grad_a import grad_a
-from fastlora.kernels.shrink import shrink
 from fastlora.kernels.steps import Run, on_device
 from fastlora.kernels.sums import sum_partials
 from fastlora.kernels.target import target_of
@@ -24,11 +21,7 @@ from fastlora.kernels.tensor_spec import TensorSpec
 def shrink_parts(x: Tensor, lora_A: Tensor, seed: Tensor | None, words: tuple[int, ...], dropout_p: float) -> Tensor:
     """S (n, M, r) float32 of x (M, in) and A (n · r, in), without dropout where seed is None."""
     with on_device(x.device):
-        target = target_of(x.device)
-        facts = target, matmul_precision(x.dtype), mask_code(dropout_p, seed, target), words
-        to_S, sum_S = group._plan_s(*facts, *TensorSpec.of_each(x, lora_A))
-        (S,) = sum_partials(sum_S, shrink(to_S, x, lora_A, seed=seed, dropout_p=dropout_p))
-        return S.view(len(words), x.shape[0], -1)
+        return group.shrink_shared(x, lora_A, seed, words, dropout_p, target_of(x.device))
 
 
 def expand(
@@ -57,7 +50,7 @@ def grad_u_and_b(dy: Tensor, lora_B: Tensor, U: Tensor) -> Sequence[Tensor]:
 
 def grad_a_parts(
     x: Tensor,
-    dS: Tensor,
+    dSs: Sequence[Tensor],
     lora_A: Tensor,
     seed: Tensor | None,
     words: tuple[int, ...],
@@ -65,11 +58,6 @@ def grad_a_parts(
     dx: Tensor | None,
     add: bool,
 ) -> Tensor:
-    """dA (n · r, in) in A's dtype for dS (n, M, r); dx (M, in) gets the LoRA terms, added with `add` to what is there."""
+    """dA (n · r, in) in A's dtype for n contiguous dS (M, r); dx (M, in) gets the LoRA terms, added with `add`."""
     with on_device(x.device):
-        target, V, U = target_of(x.device), None if dx is None else lora_A, dS.reshape(-1, dS.shape[-1])
-        facts = target, matmul_precision(x.dtype), mask_code(dropout_p, seed, target), words, lora_A.dtype, add
-        to_dA, sum_dA = group._plan_a(*facts, *TensorSpec.of_each(x, U, V))
-        dA, _ = grad_a(to_dA, x, U, V, seed=seed, dropout_p=dropout_p, dx=dx)
-        (dA,) = sum_partials(sum_dA, dA)
-        return dA.view(lora_A.shape)
+        return group.grad_a_shared(x, dSs, lora_A, seed, words, dropout_p, dx, add, target_of(x.device))
