@@ -156,10 +156,10 @@ def stream_config(
     # mma keeps the operands of every projection in registers: 64 ranks of three spill 16 bytes (sm_80, Triton 3.7.1).
     # With ragged rows their addresses take as many: there even wgmma spills 2472 bytes.
     block_r = rank_block(r, 128 if masks == 1 else 64 if target.has_wgmma and aligned else 32)
-    # A float32 operand beside a 16-bit tile becomes two 16-bit ones.  From rank 64 on they need a narrower tile not to spill,
-    # and a shorter one where mma keeps its operands in registers.
+    # A float32 operand beside a 16-bit tile becomes two 16-bit ones.  From rank 64 on they need a narrower tile not to spill.
+    # mma keeps its operands in registers: it needs that from rank 32 on, and a shorter tile (sm_80 and sm_86, Triton 3.7.1).
     mixed = small_dtype.itemsize > dtype.itemsize
-    hi_lo = mixed and block_r >= 64
+    hi_lo = mixed and block_r >= (64 if target.has_wgmma else 32)
     many_warps = block_r * masks >= 64 or not aligned or (masks > 1 and (with_dx or mixed or dtype.itemsize == 4))
     many_warps = many_warps or ((mixed or dtype.itemsize == 4) and target.has_tensor_memory)
     block_m, warps = 64, 8 if many_warps else 4
@@ -173,6 +173,8 @@ def stream_config(
         block_m = 32  # at 64 rows three masks spill: float32 848 bytes, ragged rows 24, float16 8 (sm_90, Triton 3.7.1)
     narrow = hi_lo or with_dx or dtype.itemsize == 4 or (masks > 1 and (not aligned or (mixed and not target.has_wgmma)))
     widths = (64,) if narrow else (128, 64)
+    if hi_lo and with_dx and block_r == 64 and not target.has_wgmma:
+        widths = (32,)  # 64 columns spill 216 bytes in bfloat16 (sm_80, Triton 3.7.1)
     candidates = [StreamConfig(block_m, width, block_r, warps, stages, masks) for width in widths for stages in (3, 2)]
     fitting = (
         config for config in candidates if config.shared_memory(dtype.itemsize, small_dtype.itemsize) <= target.shared_memory

@@ -185,6 +185,9 @@ def _on_other_cards() -> list[CompileCase]:
         ]
     return [
         *whole,
+        CompileCase("forward", "bfloat16+float32", 32, 86),
+        CompileCase("addmm-backward", "bfloat16+float32", 32, 86),
+        CompileCase("addmm-backward", "bfloat16+float32", 64, 86),
         CompileCase("forward", "float16+float32", 128, 86),
         CompileCase("forward", "bfloat16", 128, 120),
         CompileCase("backward", "bfloat16+float32", 16, 120),
