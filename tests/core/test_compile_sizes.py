@@ -63,9 +63,9 @@ def fresh_compiler() -> None:
 def test_twelve_lengths_take_two_graphs(name: str, batch: tuple[int, ...], compiler: str) -> None:
     """The first length is compiled as it is, the second makes it dynamic, forward and backward."""
     counter = CompileCounterWithBackend(compiler)
-    model = torch.compile(MODELS[name](), fullgraph=True, backend=counter)
+    compiled = torch.compile(MODELS[name](), fullgraph=True, backend=counter)
     for length in range(3, 15):
-        model(torch.randn(*batch, length, 16, requires_grad=True)).sum().backward()
+        compiled(torch.randn(*batch, length, 16, requires_grad=True)).sum().backward()
     assert counter.frame_count == 2
 
 
@@ -78,10 +78,9 @@ def test_twelve_scalings_take_two_graphs(name: str) -> None:
     x = torch.randint(16, (3, 5)) if "embedding" in name else torch.randn(3, 2, 16)
     for scaling in (0.05 + step / 7 for step in range(12)):
         for layer in model.modules():
-            if not isinstance(held := getattr(layer, "scaling", None), dict):
-                layer.scaling = scaling
-            else:
+            if isinstance(held := getattr(layer, "scaling", None), dict):
                 held["default"] = held["default"].fill_(scaling) if name == "hot-swapped" else scaling
+            layer.scaling = held if isinstance(held, dict) else scaling
         results = []
         for call in (model, compiled):
             torch.manual_seed(1)
