@@ -32,6 +32,19 @@ def unpack(weight: Tensor | QuantizedWeight, autocast: torch.dtype | None) -> tu
     return cast(weight, autocast), None, ()
 
 
+def changing(lora_B: Tensor, scaling: float) -> tuple[Tensor, float]:
+    """(lora_B, scaling); or (scaling · lora_B, 1) where torch.compile traces a scaling that it has seen change.
+
+    A float argument of an operator is a constant of the graph, so that each value would compile anew.  A factor is none.
+    """
+    if torch.compiler.is_compiling():
+        from torch.fx.experimental.symbolic_shapes import has_static_value  # not at the top: it imports sympy
+
+        if not has_static_value(scaling):
+            return lora_B * scaling, 1.0
+    return lora_B, scaling
+
+
 def settle(
     function: str,
     x: Tensor,

@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastlora import ops, validation
 from fastlora.autograd import LoraLinearFunction
-from fastlora.boundary import cast, settle, unpack
+from fastlora.boundary import cast, changing, settle, unpack
 from fastlora.dropout import keep_mask
 from fastlora.quantized import QuantizedWeight
 
@@ -67,6 +67,7 @@ def lora_linear(
     dense, scheme, statistics = unpack(weight, autocast)
     x, lora_A, lora_B = cast(x, autocast), cast(lora_A, autocast), cast(lora_B, autocast)
     bias = None if bias is None else bias.to(x.dtype)
+    lora_B, scaling = changing(lora_B, scaling)
     if lora_A.shape[0] == 0 and scheme is None:
         return F.linear(x, dense, bias)
     arguments = x, dense, lora_A, lora_B, bias, seed, float(scaling), dropout_p, backend

@@ -1,6 +1,6 @@
 """The checks at the public boundary. Each error names the argument, its value and what was expected, before any launch."""
 
-import math
+import sys
 import warnings
 from typing import TYPE_CHECKING, TypeAlias, cast
 
@@ -14,6 +14,7 @@ if TYPE_CHECKING:
 Weight: TypeAlias = "Tensor | QuantizedWeight"
 FLOAT_DTYPES = (torch.float32, torch.float16, torch.bfloat16, torch.float64)
 HALF_DTYPES = (torch.float16, torch.bfloat16)
+LARGEST = sys.float_info.max  # an int may be beyond it
 
 
 def _check_type(value: object, name: str, expected: str, *kinds: type) -> None:
@@ -37,9 +38,9 @@ def check_dropout_p(p: float, name: str) -> None:
 
 
 def check_number(value: float, name: str) -> None:
-    """`value` is a finite number: an infinite or NaN scaling would first show as NaN in the loss."""
+    """`value` is a number that a float holds, and finite: an infinite or NaN scaling would first show as NaN in the loss."""
     _check_type(value, name, "a float", int, float)
-    if not abs(value) < math.inf:  # torch.compile cannot trace math.isfinite on a symbolic float
+    if not abs(value) <= LARGEST:  # torch.compile cannot trace math.isfinite on a symbolic float
         raise ValueError(f"{name} must be finite, got {value}")
 
 

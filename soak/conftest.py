@@ -35,6 +35,14 @@ def cache_of_the_soak(tmp_path_factory: pytest.TempPathFactory) -> Iterator[None
         yield
 
 
+@pytest.fixture(autouse=True)
+def small_calls_are_fused(monkeypatch: pytest.MonkeyPatch) -> None:
+    """The models of the soak are small, and an accelerated one leaves small calls on a CPU to PEFT's forward."""
+    from fastlora import torch_backend
+
+    monkeypatch.setattr(torch_backend, "BREAK_EVEN", 0)
+
+
 @pytest.fixture
 def torch_backend(monkeypatch: pytest.MonkeyPatch) -> None:
     """Calls that name no backend take the torch backend, as on a CPU without the interpreter."""

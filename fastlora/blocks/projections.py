@@ -9,7 +9,7 @@ from torch import Tensor
 
 from fastlora import validation
 from fastlora.blocks.group import Constants, LoraLinearsFunction
-from fastlora.boundary import Setting, cast, settle, unpack
+from fastlora.boundary import Setting, cast, changing, settle, unpack
 from fastlora.quantized import QuantizedWeight
 
 MASKS = ("separate", "shared")
@@ -92,8 +92,9 @@ def flatten(
     dtype: that of x after autocast.
     """
     weights, schemes, statistics = zip(*(unpack(item.weight, autocast) for item in projections), strict=True)
-    lora_As, lora_Bs = ([cast(item[i], autocast) for item in projections] for i in (1, 2))
+    lora_As = [cast(item.lora_A, autocast) for item in projections]
+    lora_Bs, scalings = zip(*(changing(cast(item.lora_B, autocast), item.scaling) for item in projections), strict=True)
     biases = [None if item.bias is None else item.bias.to(dtype) for item in projections]
-    scalings, lengths = tuple(float(item.scaling) for item in projections), tuple(map(len, statistics))
-    constants = Constants(words, scalings, setting.dropout_ps, setting.backend, schemes, lengths)
+    lengths = tuple(map(len, statistics))
+    constants = Constants(words, tuple(map(float, scalings)), setting.dropout_ps, setting.backend, schemes, lengths)
     return constants, *weights, *lora_As, *lora_Bs, *biases, *itertools.chain(*statistics)

@@ -7,6 +7,7 @@ import torch.nn.functional as F
 from torch import Tensor, nn
 
 from fastlora import validation
+from fastlora.boundary import changing
 from fastlora.functional import lora_linear
 from fastlora.layers.base import FusedLoraLayer
 
@@ -107,8 +108,9 @@ class FusedLoraConv(FusedLoraLayer):
         validation.check_frozen(self.weight)
         base = self._conv(x, self.weight, self.bias, self.groups)
         S = self._conv(F.dropout(x.to(self.lora_A.dtype), dropout_p), self.lora_A)
-        update = _FUNCTIONS[self.dims - 1](S, self.lora_B, groups=self.groups)
-        return torch.add(base, update, alpha=self.scaling).to(base.dtype)
+        lora_B, scaling = changing(self.lora_B, self.scaling)
+        update = _FUNCTIONS[self.dims - 1](S, lora_B, groups=self.groups)
+        return torch.add(base, update, alpha=scaling).to(base.dtype)
 
     def _conv(self, x: Tensor, weight: Tensor, bias: Tensor | None = None, groups: int = 1) -> Tensor:
         """A convolution with this one's stride, padding and dilation."""

@@ -8,6 +8,7 @@ from torch import Tensor, nn
 
 from fastlora import torch_backend, validation
 from fastlora.autograd import refuse_second_derivative
+from fastlora.boundary import changing
 from fastlora.layers.base import FusedLoraLayer
 from fastlora.rows import as_rows
 
@@ -143,8 +144,10 @@ class FusedLoraEmbedding(FusedLoraLayer):
             return F.embedding(ids, self.weight)
         validation.check_frozen(self.weight)
         padding_idx = -1 if self.padding_idx is None else self.padding_idx
-        constants = self.scaling, padding_idx, self.scale_grad_by_freq
-        return LoraEmbeddingFunction.apply(ids, self.weight, self.lora_embedding_A, self.lora_embedding_B, *constants)
+        A, lora_B = self.factors
+        B, scaling = changing(lora_B, self.scaling)
+        constants = scaling, padding_idx, self.scale_grad_by_freq
+        return LoraEmbeddingFunction.apply(ids, self.weight, A, B, *constants)
 
     def delta_weight(self) -> Tensor:
         """scaling · (B A)ᵀ, (num, dim), in float32 (float64 for float64 factors)."""

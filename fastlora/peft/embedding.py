@@ -6,6 +6,7 @@ import torch
 from peft.tuners.lora.layer import Embedding
 from torch import Tensor, nn
 
+from fastlora.boundary import changing
 from fastlora.layers.embedding import LoraEmbeddingFunction
 from fastlora.peft.fused import Fused
 from fastlora.peft.report import SMALL
@@ -37,8 +38,8 @@ class FusedEmbedding(Fused, Embedding):
         """ids (...) -> (..., dim)."""
         base = self.base_layer
         padding_idx = -1 if base.padding_idx is None else base.padding_idx
-        constants = given.scaling, padding_idx, base.scale_grad_by_freq
-        return LoraEmbeddingFunction.apply(x, base.weight, given.lora_A, given.lora_B, *constants)
+        B, scaling = changing(given.lora_B, given.scaling)
+        return LoraEmbeddingFunction.apply(x, base.weight, given.lora_A, B, scaling, padding_idx, base.scale_grad_by_freq)
 
 
 def unsupported_reason(layer: Any) -> str | None:

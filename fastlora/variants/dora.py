@@ -36,7 +36,7 @@ from torch import Tensor
 
 from fastlora import ops, validation
 from fastlora.autograd import refuse_second_derivative
-from fastlora.boundary import cast, settle, unpack
+from fastlora.boundary import cast, changing, settle, unpack
 from fastlora.quantized import QuantizedWeight, Scheme, dequantize
 from fastlora.rows import bias_grad
 from fastlora.variants.dora_ops import DORA_LINEAR, DORA_LINEAR_BACKWARD, DORA_NORM
@@ -143,5 +143,6 @@ def dora_linear(
     dense, scheme, statistics = unpack(weight, autocast)
     x, lora_A, lora_B = cast(x, autocast), cast(lora_A, autocast), cast(lora_B, autocast)
     bias = None if bias is None else bias.to(x.dtype)
+    lora_B, scaling = changing(lora_B, scaling)
     arguments = x, dense, lora_A, lora_B, bias, magnitude, seed, float(scaling), dropout_p, backend
     return DoraLinearFunction.apply(*arguments, scheme, *statistics)

@@ -183,7 +183,7 @@ MODULE = {
     "r a float": ({"r": 8.0}, TypeError, "r must be an int, got float 8.0"),
     "in_features negative": ({"in_features": -8}, ValueError, "in_features must be >= 0, got -8"),
     "dropout above 1": ({"lora_dropout": 1.1}, ValueError, r"lora_dropout must be in \[0, 1\], got 1.1"),
-    "alpha infinite": ({"lora_alpha": math.inf}, ValueError, "lora_alpha must be finite, got inf"),
+    "alpha beyond a float": ({"lora_alpha": 10**400}, ValueError, "lora_alpha must be finite, got 1000"),
     "half adapters on a float32 base": ({"adapter_dtype": torch.float16}, TypeError, "adapters must have weight's dtype"),
     "an integer dtype": ({"dtype": torch.int8}, TypeError, "dtype must be float32.*got torch.int8"),
     "the name of a dtype": ({"adapter_dtype": "float32"}, TypeError, "adapter_dtype must be float32.*got 'float32'"),
