@@ -166,7 +166,7 @@ def plan_y(choice: str, target: Target, precision: str, mask: str, *specs: Any) 
     x, weight, lora_B, _ = specs
     if choice == "triton":
         choice = _choose("forward", target, precision, bool(mask), x, weight, lora_B.t())
-    return steps.plan_y("addmm" if choice == "torch" else choice, target, precision, *specs)
+    return steps.plan_y("addmm" if choice == "torch" else choice, target, precision, mask, *specs)
 
 
 def _choose(

@@ -95,8 +95,7 @@ def into_range(t, OPERAND: tl.constexpr):
     the largest finite |t| to 2**14 .. 2**15.  So rows far smaller than another keep their digits, and those beside an infinity.
     """
     if OPERAND == tl.float16 and t.dtype == tl.float32:
-        size = tl.abs(t)
-        size = tl.where(size < float("inf"), size, 0.0)
+        size = tl.where(tl.abs(t) < float("inf"), tl.abs(t), 0.0)
         exponent = (tl.max(tl.max(size, axis=1), axis=0).to(tl.int32, bitcast=True) & 0x7F800000) - 0x07000000
         # Within 2**-40 .. 2**63 the product of two scales is a normal number, as is its inverse.
         exponent = tl.minimum(tl.maximum(exponent, 0x2B800000), 0x5F000000)

@@ -14,8 +14,6 @@ from fastlora.kernels.dot import INTERPRETED
 from fastlora.kernels.launch import Plan, Result
 from fastlora.kernels.target import Target
 
-MAX_MASKS = 4  # of one launch: each has its accumulators in registers
-MAX_PROJECTIONS = 256  # words of a byte
 _INFINITY = 0x7C00  # of float16
 _M0, _M1 = map(tl.constexpr, MULTIPLIERS)
 _W0, _W1 = map(tl.constexpr, WEYL)

@@ -190,7 +190,7 @@ def plan_grad_a(
     a `mask` and one projection, the packed mask is a second one.  With V (n · r, K) the launch also writes drop(U V) (M, K), or
     adds it with `add` to what is there.  For several projections the results get n as their first dimension.
 
-    words: the projection word of each mask, at most MAX_MASKS.
+    words: the projection word of each mask, at most four, each with accumulators in registers.
     """
     (M, K), r, n, with_dx = x.shape, U.shape[1], len(words), V is not None
     kind: dict[str, Any] = {"dropout": bool(mask), "with_dx": with_dx, "masks": n}

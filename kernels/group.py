@@ -42,7 +42,7 @@ def forward_shared(
     *,
     choice: str,
     target: Target | None = None,
-    plan: Callable[..., Run] | None = None,
+    plan: Callable[..., Run] = plan_y,
 ) -> Tensor:
     """S (n, M, r) float32 of n projections, their y in `outs`.
 
@@ -50,14 +50,14 @@ def forward_shared(
         x: (M, in).  lora_A: (n · r, in).  words: the projection words of the masks.  outs: contiguous memory for each y.
         choice: "fused", "fused/<tile>" or "addmm", the form of each y.
         target: the GPU to plan for; default: x's.
-        plan: what resolves the choice; default `steps.plan_y`.
+        plan: what resolves the choice.
     """
     with on_device(x.device):
         target, precision = target or target_of(x.device), matmul_precision(x.dtype)
         mask = mask_code(dropout_p, seed, target)
         S = shrink_shared(x, lora_A, seed, words, dropout_p, target)
         for part, *operands, scaling, out in zip(S, weights, lora_Bs, biases, scalings, outs, strict=True):
-            run = (plan or _plan_y)(choice, target, precision, mask, *TensorSpec.of_each(x, *operands))
+            run = plan(choice, target, precision, mask, *TensorSpec.of_each(x, *operands))
             run(x, *operands, part, scaling, out)
         return S
 
@@ -131,11 +131,6 @@ def grad_a_shared(
 def _plan_s(target: Target, precision: str, mask: str, words: tuple[int, ...], x: Any, lora_A: Any) -> tuple[Plan, Plan]:
     to_S = plan_shrink(x, lora_A, mask, precision, target, words=words)
     return to_S, plan_sum(*to_S.results)
-
-
-@functools.lru_cache(maxsize=4096)
-def _plan_y(choice: str, target: Target, precision: str, mask: str, *specs: Any) -> Run:
-    return plan_y(choice, target, precision, *specs)
 
 
 @functools.lru_cache(maxsize=4096)

@@ -42,7 +42,7 @@ def forward(
     *,
     choice: str,
     target: Target | None = None,
-    plan: Callable[..., Run] | None = None,
+    plan: Callable[..., Run] = plan_y,
 ) -> Tensor:
     """S (M, r) float32 of contiguous e and g (M, K); y (M, out) goes to `out`, contiguous.
 
@@ -50,7 +50,7 @@ def forward(
         lora_A, lora_B: both None where down has no adapter; S is then (M, 0) and cuBLAS makes y.
         choice: "fused", "fused/<tile>" or "addmm", the form of y.
         target: the GPU to plan for; default: e's.
-        plan: what resolves the choice; default `steps.plan_y`.
+        plan: what resolves the choice.
     """
     with on_device(e.device):
         target, precision = target or target_of(e.device), matmul_precision(e.dtype)
@@ -61,7 +61,7 @@ def forward(
             torch.mm(h, weight.t(), out=out) if bias is None else torch.addmm(bias, h, weight.t(), out=out)
             return h.new_empty((h.shape[0], 0), dtype=torch.float32)
         (S,) = sum_partials(sum_S, S)
-        to_y = (plan or _plan_y)(choice, target, precision, mask, *TensorSpec.of_each(h, weight, lora_B, bias))
+        to_y = plan(choice, target, precision, mask, *TensorSpec.of_each(h, weight, lora_B, bias))
         to_y(h, weight, lora_B, bias, S, scaling, out)
         return S
 
@@ -97,11 +97,6 @@ def backward(
 def _plan_h(target: Target, precision: str, mask: str, activation: str, e: Any, g: Any, lora_A: Any) -> tuple[Plan, Plan]:
     to_h = plan_gated(e, lora_A, activation, mask, precision, target)
     return to_h, plan_sum(to_h.results[1])
-
-
-@functools.lru_cache(maxsize=4096)
-def _plan_y(choice: str, target: Target, precision: str, mask: str, *specs: Any) -> Run:
-    return plan_y(choice, target, precision, *specs)
 
 
 @functools.lru_cache(maxsize=4096)

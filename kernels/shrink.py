@@ -88,7 +88,7 @@ def plan_shrink(
 ) -> Plan:
     """The launch for x (M, K) and A (n · r, K) of any strides, n = len(words).  Split-K makes its result come in parts.
 
-    words: the projection word of each mask, at most MAX_MASKS.  With one projection the result is (M, r), else (n, M, r).
+    words: the projection word of each mask, at most four.  With one projection the result is (M, r), else (n, M, r).
     """
     (M, K), n = x.shape, len(words)
     r = A.shape[0] // n

@@ -109,7 +109,7 @@ def plan_forward(choice: str, target: Target, precision: str, mask: str, *specs:
     """The function that runs forward.  specs: those of x, weight, lora_A, lora_B and bias."""
     x, weight, lora_A, lora_B, bias = specs
     to_S = plan_shrink(x, lora_A, mask, precision, target)
-    sum_S, to_y = plan_sum(*to_S.results), plan_y(choice, target, precision, x, weight, lora_B, bias)
+    sum_S, to_y = plan_sum(*to_S.results), plan_y(choice, target, precision, mask, x, weight, lora_B, bias)
 
     def run(x, weight, lora_A, lora_B, bias, seed, scaling, dropout_p, out):
         (S,) = sum_partials(sum_S, shrink(to_S, x, lora_A, seed=seed, dropout_p=dropout_p))
@@ -118,8 +118,12 @@ def plan_forward(choice: str, target: Target, precision: str, mask: str, *specs:
     return run
 
 
-def plan_y(choice: str, target: Target, precision: str, *specs: Any) -> Run:
-    """The function of (x, W, B, bias, S, scaling, out) that makes y.  specs: those of x, W, B and bias."""
+@functools.lru_cache(maxsize=4096)
+def plan_y(choice: str, target: Target, precision: str, mask: str, *specs: Any) -> Run:
+    """The function of (x, W, B, bias, S, scaling, out) that makes y.  specs: those of x, W, B and bias.
+
+    mask: that of S, which makes no difference here.  `fastlora.dispatch.plan_y`, which may stand in for this, chooses by it.
+    """
     x, weight, lora_B, bias = specs
     fused, config = parse_choice(choice, x.dtype, precision, target)
     U = TensorSpec.new(x.shape[0], lora_B.shape[1], dtype=torch.float32)
@@ -131,7 +135,7 @@ def plan_y(choice: str, target: Target, precision: str, *specs: Any) -> Run:
             return gemm(plan, x, weight, S, lora_B, alpha=scaling, bias=bias, out=out)
         return gemm(plan, None, None, S, lora_B, alpha=scaling, bias=bias, out=out).addmm_(x, weight.t())
 
-    return _or_addmm(run, plan_y, target, precision, *specs) if choice == "fused" else run
+    return _or_addmm(run, plan_y, target, precision, mask, *specs) if choice == "fused" else run
 
 
 @functools.lru_cache(maxsize=4096)

@@ -32,7 +32,7 @@ from fastlora.blocks.projections import Projection, lora_linears
 from fastlora.quantized import QuantizedWeight
 from fastlora.validation import autocast_dtype, is_altered, is_transformed
 
-#: `lora_linears` reads x once for up to so many projections. It also bounds the results that wait.
+#: `lora_linears` reads x once for up to so many projections (`MASKS_AT_ONCE`). It also bounds the results that wait.
 MOST = 4
 
 ALTERED = "it has hooks, or a forward of its own"
