@@ -51,7 +51,9 @@ def unsupported_reason(layer: Any) -> str | None:
         return "its base layer has hooks, or a forward of its own"
     if base.max_norm is not None or base.sparse:
         return "its base layer has max_norm or sparse gradients"
-    return "it is split for tensor parallelism" if layer.input_fns else None
+    if getattr(base, "embed_scale", None) is not None:
+        return "its base layer has an embed_scale, which PEFT applies to the adapter"
+    return "it is split for tensor parallelism" if getattr(layer, "input_fns", None) else None  # new in PEFT 0.19
 
 
 def terms(layer: Any) -> Terms | str:

@@ -27,6 +27,9 @@ TAKEN: dict[str, tuple[nn.Module, Tensor | None]] = {
     "Conv3d patches": (nn.Conv3d(6, 8, (1, 2, 2), stride=(1, 2, 2)), None),
 }
 
+SCALED = nn.Embedding(9, 4)
+SCALED.embed_scale = torch.tensor(2.0)
+
 
 def accelerated(base: nn.Module, dtypes=oracle.DTYPES[0], **options: Any) -> tuple[Any, Any]:
     """(accelerated layer, PEFT's)."""
@@ -95,6 +98,7 @@ def test_states_that_run_pefts_forward(name, change, reason):
         (nn.Conv2d(6, 8, 3, padding=1), conv.OVERLAPS),
         (nn.Conv1d(6, 8, 1, padding=1), conv.OVERLAPS),
         (nn.Embedding(9, 4, max_norm=1.0), "its base layer has max_norm or sparse gradients"),
+        (SCALED, "its base layer has an embed_scale"),
         (nn.Embedding(9, 4, sparse=True), "its base layer has max_norm or sparse gradients"),
         (type("Odd", (nn.Embedding,), {})(9, 4), "its base layer is a "),
     ],
@@ -104,6 +108,12 @@ def test_what_is_left(base, reason):
     ((name, found),) = fastlora.accelerate(nn.ModuleList([layer])).left
     assert name == "0"
     assert found.startswith(reason)
+
+
+def test_an_embedding_of_peft_0_18_has_no_input_fns():
+    layer = of_peft(nn.Embedding(9, 4))
+    vars(layer).pop("input_fns", None)
+    assert not fastlora.accelerate(nn.ModuleList([layer])).left
 
 
 def test_dropout_of_a_pointwise_convolution_is_one_mask():
