@@ -32,6 +32,7 @@ from fastlora.injection.matching import match_modules_to_save, targets_of, warn
 from fastlora.injection.options import LoraOptions
 from fastlora.injection.walk import named_modules, named_parameters, some_lora_layers, unwrapped
 from fastlora.layers.base import FusedLoraLayer
+from fastlora.layers.conv import FusedLoraConv
 from fastlora.modules import FusedLoraLinear
 from fastlora.validation import check_model
 
@@ -68,6 +69,7 @@ def save_adapter(model: nn.Module, folder: str | os.PathLike[str]) -> None:
         if hasattr(module, _LOADED):
             contents.setdefault(key, module.weight)
     config = adapter_config.describe(base, layers, options)
+    _warn_dilated(layers)
     _warn_unsaved(model, contents.values())
     whole, is_collective = sharded.gather(contents)
     tensors = adapter_tensors.to_file(layers, whole)
@@ -147,6 +149,7 @@ def from_pretrained(
 def _load(
     model: nn.Module, layers: dict[str, FusedLoraLayer], options: LoraOptions, file: dict[str, Tensor], path: Path
 ) -> None:
+    _warn_dilated(layers)
     adapter_tensors.copy(adapter_tensors.fit(model, layers, options, file, path))
     for key, module in adapter_tensors.embedding_modules(model, layers).items():
         if key in file:
@@ -176,6 +179,11 @@ def _injected(model: nn.Module) -> tuple[nn.Module, dict[str, FusedLoraLayer], L
                 "save before such a merge, load into a new layer on the base weight"
             )
     return base, layers, vars(base).get("lora_options", LoraOptions())
+
+
+def _warn_dilated(layers: dict[str, FusedLoraLayer]) -> None:
+    if dilated := [path for path, layer in layers.items() if isinstance(layer, FusedLoraConv) and layer.is_dilated]:
+        warn(f"{dilated[0]!r} has a dilation, which PEFT's lora_A ignores: with PEFT its adapter computes something else")
 
 
 def _warn_unsaved(model: nn.Module, saved: Iterable[Tensor]) -> None:

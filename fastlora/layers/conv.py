@@ -24,7 +24,7 @@ class FusedLoraConv(FusedLoraLayer):
     update is no convolution of W's form and cannot be merged, as in PEFT.
 
     A convolution whose windows do not overlap and have no padding, such as a pointwise one or the patches of a vision
-    transformer, is a linear on a view of x.  It runs through `lora_linear`, and y is then channels-last in memory.
+    transformer, is a linear on a view of x.  It runs through `lora_linear`.
 
     Attributes:
         weight (out, in / groups, *kernel); bias (out,) or None; lora_A; lora_B; see `FusedLoraLayer` for the others.
@@ -117,6 +117,11 @@ class FusedLoraConv(FusedLoraLayer):
         convolve = _FUNCTIONS[self.dims - 1]
         return convolve(x, weight, bias, self.stride, self.padding, self.dilation, groups)
 
+    @property
+    def is_dilated(self) -> bool:
+        """Whether the dilation makes a difference."""
+        return any(k > 1 and d > 1 for k, d in zip(self.kernel_size, self.dilation, strict=True))
+
     def unmergeable_reason(self) -> str | None:
         """That of a grouped convolution."""
         if self.groups == 1 or not self.r:
@@ -176,6 +181,10 @@ def windows(conv: Any, x: Tensor) -> Tensor:
 
 
 def convolve_windows(conv: Any, x: Tensor, A: Tensor, B: Tensor, **options: Any) -> Tensor:
-    """y of a convolution that `is_linear`, with its weight and bias, by `lora_linear`, which takes the options."""
+    """y of a convolution that `is_linear`, with its weight and bias, by `lora_linear`, which takes the options.
+
+    Of a contiguous x it is contiguous, as of torch's convolutions; else its channels lie next to each other.
+    """
     weight, A, B = (tensor.flatten(1) for tensor in (conv.weight, A, B))
-    return lora_linear(windows(conv, x), weight, A, B, conv.bias, **options).movedim(-1, -len(conv.kernel_size) - 1)
+    y = lora_linear(windows(conv, x), weight, A, B, conv.bias, **options).movedim(-1, -len(conv.kernel_size) - 1)
+    return y.contiguous() if x.is_contiguous() else y

@@ -9,7 +9,7 @@ from layer_parity import assert_as_accurate, factors, of_peft, ours, results
 from torch import Tensor, nn
 from torch.utils.checkpoint import checkpoint
 
-from fastlora import FusedLoraConv, dropout_mask, inject, merge_and_unload, oracle
+from fastlora import FusedLoraConv, dropout_mask, inject, load_adapter, merge_and_unload, oracle, save_adapter
 from fastlora.dropout import draw_seed, keep_scale
 from fastlora.layers.conv import is_linear, windows
 
@@ -96,9 +96,10 @@ def test_channels_last(memory_format):
     for name in ("2d pointwise", "2d patches", "2d strided"):
         own, layer, x = case(name)
         assert_as_accurate(own.to(memory_format=memory_format), layer, x.to(memory_format=memory_format))
+        assert own(x.contiguous()).is_contiguous() or memory_format == torch.channels_last
 
 
-def test_dilation_reaches_the_update_where_peft_ignores_it():
+def test_dilation_reaches_the_update_where_peft_ignores_it(tmp_path):
     base, x = nn.Conv2d(6, 8, 3, padding=2, dilation=2), torch.randn(2, 6, 9, 9)
     own = FusedLoraConv.from_module(base, r=4)
     nn.init.normal_(own.lora_B)
@@ -107,6 +108,11 @@ def test_dilation_reaches_the_update_where_peft_ignores_it():
     assert oracle.relative_error(own(x).detach(), merged(x).detach()) <= oracle.FLOOR[oracle.DTYPES[0]]
     with pytest.raises(RuntimeError, match="must match"):
         of_peft(base)(x)
+    model = inject(nn.Sequential(base), target_modules=["0"], r=4)
+    with pytest.warns(UserWarning, match="'0' has a dilation, which PEFT's lora_A ignores"):
+        save_adapter(model, tmp_path)
+    with pytest.warns(UserWarning, match="'0' has a dilation"):
+        load_adapter(model, tmp_path)
 
 
 @pytest.mark.parametrize("name", [name for name in CONVS if name != "2d groups"])
