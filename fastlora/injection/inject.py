@@ -187,7 +187,10 @@ def _lora_layer(name: str, module: nn.Module, options: LoraOptions, layer: type[
         if not issubclass(layer, needed):
             raise TypeError(f"layer={layer.__name__} cannot hold a quantised weight, expected a {needed.__name__}")
         needed = layer
-    new = needed.from_module(base, **options.of_layer(name))
+    try:
+        new = needed.from_module(base, **options.of_layer(name))
+    except (TypeError, ValueError) as error:
+        raise type(error)(f"{name!r}: {error}") from error
     new.weight, new.bias = base.get_parameter("weight"), base._parameters.get("bias")
     return new
 

@@ -51,6 +51,9 @@ class LoraOptions:
                 raise ValueError(f"{name} must be >= 1, got {r}: a model without adapters needs no injection")
         for name, alpha in {"lora_alpha": self.lora_alpha, **self._of_pattern("alpha_pattern")}.items():
             validation.check_number(alpha, name)
+        layers = self.layers_to_transform
+        for index in (layers,) if isinstance(layers, int) else layers or ():
+            validation.check_size(index, "layers_to_transform")
         for name, enabled in self._of_pattern("enable_lora").items():
             check_enabled(enabled, name)
         validation.check_dropout_p(self.lora_dropout, "lora_dropout")
