@@ -47,7 +47,7 @@ def lora_linear(
             generator of x.device.
         backend: None takes "triton" on an NVIDIA GPU of capability 8.0 or newer unless x is float64, otherwise "torch".
             "triton" runs the form that suits the shape (`fastlora.dispatch`).  "fused" and "addmm" insist on one;
-            "fused/128,256,64,32,8,3,8" also names the GEMM's tile, which operands that cannot take it ignore.
+            "fused/128,256,64,32,8,3,8" also names the GEMM's tile, where the operands can use it.
 
     Dtypes: x, weight and bias share one of float32, float16, bfloat16, float64.  lora_A and lora_B share that dtype too, or are
     float32 while x is 16-bit.  Under autocast all are cast first, as F.linear would.  float32 products use TF32 on the tensor

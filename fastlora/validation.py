@@ -152,7 +152,7 @@ def check_inputs(
     check_adapter_dtype(dtypes["lora_A"], dtype, base)
     check_frozen(frozen)
     if x is not None:
-        check_rank(r, in_features, out_features)
+        check_rank(r, in_features, out_features, stacklevel=5)
 
 
 def check_call(

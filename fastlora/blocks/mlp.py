@@ -31,7 +31,7 @@ class LoraMlpFunction(torch.autograd.Function):
         dx = dx_gate(de) + dx_up(dg)                   (..., in), one tensor
 
     Saved for backward: x, e = gate(x), g = up(x), W, A and B of the three, the S of each, and the seed; on the backend "torch"
-    one bit an element and mask.  None of them is written.  Second derivatives are refused.
+    one bit an element and mask.  Backward writes to none of them.  Second derivatives are refused.
 
     Args of `apply`: x (..., in), seed int64 (1,) or None, activation, Constants, then the weights, lora_A, lora_B and biases or
     None of gate, up and down, and the statistics of the quantised weights.  A linear without an adapter has lora_A (0, in).

@@ -52,7 +52,7 @@ class Moment(NamedTuple):
 
     @classmethod
     def of(cls, x: Tensor) -> "Moment":
-        """Those of a call with x now."""
+        """The circumstances of a call with x at this moment."""
         region = _region()
         mode = torch.is_grad_enabled(), autocast_dtype(x.device), region and weakref.ref(region)
         memory = StorageWeakRef(x.untyped_storage()), x.data_ptr()
@@ -136,7 +136,7 @@ def shared(layer: Any, x: Tensor, given: Projection) -> Tensor | None:
 
 
 def drop(layer: Any) -> Pending | None:
-    """Forget what waits for the group that `layer` leads, at a call of it. Returns what was left."""
+    """Discard and return the results that wait in the group led by `layer`."""
     group: Group | None = None if torch.compiler.is_compiling() else layer._fastlora_group
     if group is None or group.pending is None or group.layers()[:1] != [layer]:
         return None
