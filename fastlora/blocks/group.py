@@ -22,7 +22,7 @@ from fastlora.ops import keeps_mask
 from fastlora.quantized import Scheme, dequantize
 from fastlora.rows import accumulator, as_rows, bias_grad
 
-MASKS_AT_ONCE = 4  # of one launch: each has its accumulators in registers
+MASKS_AT_ONCE = 4  # of one launch: each has its accumulators in registers. Layers that share x are as many at the most
 
 _LIBRARY = torch.library.Library("fastlora", "FRAGMENT")
 _LIBRARY.define(

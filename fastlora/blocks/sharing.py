@@ -28,12 +28,10 @@ import torch
 from torch import Tensor, nn
 from torch.multiprocessing.reductions import StorageWeakRef
 
+from fastlora.blocks.group import MASKS_AT_ONCE
 from fastlora.blocks.projections import Projection, lora_linears
 from fastlora.quantized import QuantizedWeight
 from fastlora.validation import autocast_dtype, is_altered, is_transformed
-
-#: `lora_linears` reads x once for up to so many projections (`MASKS_AT_ONCE`). It also bounds the results that wait.
-MOST = 4
 
 ALTERED = "it has hooks, or a forward of its own"
 REMADE = "its adapter's tensors are no parameters, but made at each call"
@@ -147,7 +145,7 @@ def drop(layer: Any) -> Pending | None:
 def _learn(layer: Any, moment: Moment, given: Projection) -> None:
     """Join the layers called just before with the same x, or be the first of a new group."""
     group = _last.group() if _last.moment is not None and _last.moment.same(moment) else None
-    if group is None or group.state is not LEARNING or len(group.members) == MOST:
+    if group is None or group.state is not LEARNING or len(group.members) == MASKS_AT_ONCE:
         group = Group()
         _settled(group, given)
         group.outstanding = int(_may_run_again())

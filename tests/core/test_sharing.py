@@ -79,7 +79,7 @@ def test_more_layers_than_one_pass_serves_are_several_groups(grouped: list[int])
         x = x_of()
         for layer in model:
             layer(x)
-    assert grouped == [sharing.MOST, 2]
+    assert grouped == [sharing.MASKS_AT_ONCE, 2]
 
 
 def between(change: Callable[[Any, Tensor], Any]) -> Step:
