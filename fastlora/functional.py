@@ -43,8 +43,8 @@ def lora_linear(
         scaling: alpha / r, or alpha / √r with rsLoRA.
         dropout_p: drop probability in [0, 1], realised in steps of 1/32768.
         training: False turns dropout off, whatever dropout_p and seed are.
-        seed: the mask's seed: an int, or an int64 tensor of one element on x.device.  None draws one from torch's default
-            generator of x.device.
+        seed: the mask's seed: an int, or an int64 tensor of one element on x.device, which must keep its value until backward.
+            None draws one from torch's default generator of x.device.
         backend: None takes "triton" on an NVIDIA GPU of capability 8.0 or newer unless x is float64, otherwise "torch".
             "triton" runs the form that suits the shape (`fastlora.dispatch`).  "fused" and "addmm" insist on one;
             "fused/128,256,64,32,8,3,8" also names the GEMM's tile, where the operands can use it.
