@@ -9,8 +9,9 @@ from torch import Tensor, nn
 from fastlora.layers.conv import convolve_windows, is_linear, windows
 from fastlora.peft.fused import Fused
 from fastlora.peft.report import COPIED
-from fastlora.peft.state import Terms, only_adapter, unsupported_call, unsupported_tensors
+from fastlora.peft.state import only_adapter, unsupported_call, unsupported_tensors
 from fastlora.validation import is_altered
+from fastlora.variants.several import Adapter
 
 #: Why a convolution stays PEFT's.
 OVERLAPS = "its windows overlap, have gaps or are padded: it is no linear on a view of x, and torch's convolutions are as fast"
@@ -21,7 +22,7 @@ class FusedConv(Fused):
 
     base_layer: Any
 
-    def _decide(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Terms | str:
+    def _decide(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Adapter | str:
         given, conv = terms(self), self.base_layer
         if isinstance(given, str):
             return given
@@ -34,7 +35,7 @@ class FusedConv(Fused):
             return COPIED
         return given
 
-    def _fused(self, given: Terms, x: Tensor, *_: Any) -> Tensor:
+    def _fused(self, given: Adapter, x: Tensor, *_: Any) -> Tensor:
         """(N, in, *size) -> (N, out, *size')."""
         constants = {"scaling": given.scaling, "dropout_p": given.dropout_p}
         return convolve_windows(self.base_layer, x, given.lora_A, given.lora_B, **constants)
@@ -62,7 +63,7 @@ def unsupported_reason(layer: Any) -> str | None:
     return None if is_linear(base) else OVERLAPS
 
 
-def terms(layer: Any) -> Terms | str:
+def terms(layer: Any) -> Adapter | str:
     """The adapter that the layer adds in its present state, or why PEFT computes it."""
     if reason := unsupported_reason(layer):
         return reason
@@ -79,5 +80,5 @@ def terms(layer: Any) -> Terms | str:
     if not layer.cast_input_dtype_enabled:
         return "casting of the input is disabled"
     p = dropout.p if type(dropout) is nn.Dropout and dropout.training else 0.0
-    given = Terms(A.weight, B.weight, layer.scaling[names[0]], p)
+    given = Adapter(A.weight, B.weight, layer.scaling[names[0]], p)
     return unsupported_tensors(layer, given) or given

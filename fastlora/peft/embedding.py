@@ -10,8 +10,9 @@ from fastlora.boundary import changing
 from fastlora.layers.embedding import LoraEmbeddingFunction
 from fastlora.peft.fused import Fused
 from fastlora.peft.report import SMALL
-from fastlora.peft.state import Terms, only_adapter, unsupported_call, unsupported_tensors
+from fastlora.peft.state import only_adapter, unsupported_call, unsupported_tensors
 from fastlora.validation import is_altered
+from fastlora.variants.several import Adapter
 
 #: On a CPU, elements of y below which PEFT's step takes as long: ours is 1.03 of theirs at 2**10 (16 ids of dim 64), 0.95 at
 #: 2**15 and 0.5 at 2**22 (float32, one thread).
@@ -23,7 +24,7 @@ class FusedEmbedding(Fused, Embedding):
 
     base_layer: Any
 
-    def _decide(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Terms | str:
+    def _decide(self, x: Tensor, args: tuple[Any, ...], kwargs: dict[str, Any]) -> Adapter | str:
         given = terms(self)
         if isinstance(given, str):
             return given
@@ -34,7 +35,7 @@ class FusedEmbedding(Fused, Embedding):
         on_cpu = x.device.type == "cpu" and not torch.compiler.is_compiling()
         return SMALL if on_cpu and x.numel() * self.base_layer.weight.shape[1] < BREAK_EVEN else given
 
-    def _fused(self, given: Terms, x: Tensor, *_: Any) -> Tensor:
+    def _fused(self, given: Adapter, x: Tensor, *_: Any) -> Tensor:
         """ids (...) -> (..., dim)."""
         base = self.base_layer
         padding_idx = -1 if base.padding_idx is None else base.padding_idx
@@ -56,12 +57,12 @@ def unsupported_reason(layer: Any) -> str | None:
     return "it is split for tensor parallelism" if getattr(layer, "input_fns", None) else None  # new in PEFT 0.19
 
 
-def terms(layer: Any) -> Terms | str:
+def terms(layer: Any) -> Adapter | str:
     """The adapter that the layer adds in its present state, or why PEFT computes it."""
     if reason := unsupported_reason(layer):
         return reason
     names = only_adapter(layer, layer.lora_embedding_A)
     if isinstance(names, str):
         return names
-    given = Terms(*(values[names[0]] for values in (layer.lora_embedding_A, layer.lora_embedding_B, layer.scaling)))
+    given = Adapter(*(values[names[0]] for values in (layer.lora_embedding_A, layer.lora_embedding_B, layer.scaling)))
     return unsupported_tensors(layer, given) or given

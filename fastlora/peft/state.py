@@ -1,7 +1,7 @@
 """What PEFT's embeddings and convolutions have in common for a fused call: which adapter, and which circumstances."""
 
 from collections.abc import Container
-from typing import Any, NamedTuple
+from typing import Any
 
 import torch
 from torch import Tensor
@@ -9,15 +9,7 @@ from torch import Tensor
 from fastlora.peft.adapters import DISABLED, INACTIVE, MERGED
 from fastlora.peft.base import PLAIN_TENSORS
 from fastlora.validation import HALF_DTYPES, autocast_dtype, is_transformed
-
-
-class Terms(NamedTuple):
-    """The one active adapter of a layer."""
-
-    lora_A: Tensor
-    lora_B: Tensor
-    scaling: float
-    dropout_p: float = 0.0
+from fastlora.variants.several import Adapter
 
 
 def only_adapter(layer: Any, held: Container[str]) -> list[str] | str:
@@ -34,9 +26,9 @@ def only_adapter(layer: Any, held: Container[str]) -> list[str] | str:
     return names
 
 
-def unsupported_tensors(layer: Any, given: Terms) -> str | None:
+def unsupported_tensors(layer: Any, given: Adapter) -> str | None:
     """Why the frozen weight and the adapter cannot be computed with, or None."""
-    weight, (A, B, scaling, _) = layer.base_layer.weight, given
+    weight, (A, B, scaling, *_) = layer.base_layer.weight, given
     if not all(type(tensor) in PLAIN_TENSORS for tensor in (weight, A, B)):
         return f"its weights are a {type(weight).__name__}, a {type(A).__name__} and a {type(B).__name__}"
     if isinstance(scaling, Tensor):
