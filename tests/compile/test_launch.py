@@ -23,7 +23,7 @@ from fastlora.kernels.sums import plan_sum, sum_partials_kernel
 from tools.cases import TARGETS
 from tools.stub_driver import Unavailable, stub_gpu
 
-PLANS = (steps.plan_forward, steps.plan_backward)
+PLANS = (steps.plan_forward, steps.plan_backward, steps.plan_y)
 M, K, N = 1024, 512, 768
 PARAM = re.compile(r"\.param (?:\.align \d+ )?\.[a-z](\d+) [^\n]*?_param_\d+(?:\[(\d+)\])?")
 
