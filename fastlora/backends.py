@@ -45,6 +45,10 @@ def _is_amd_gpu(device: torch.device) -> bool:
 
 
 def choose_backend(backend: str | None, device: torch.device, dtype: torch.dtype) -> str:
+    """The backend that runs a call: `backend` itself if it can run here, or the default for None.
+
+    Raises ValueError for an unknown name, TypeError for float64 on kernels, RuntimeError where the kernels cannot run.
+    """
     if backend == "torch":
         return backend
     available = available_backends(device)

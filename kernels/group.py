@@ -120,7 +120,7 @@ def grad_a_shared(
     dAs: list[Tensor] = []
     for first, A in zip(range(0, n, at_once), lora_A.chunk(n // at_once), strict=True):
         some, own = dSs[first : first + at_once], words[first : first + at_once]
-        U, V = torch.cat(list(some)) if len(some) > 1 else some[0], None if dx is None else A
+        U, V = torch.cat(list(some)) if len(some) > 1 else some[0].contiguous(), None if dx is None else A
         to_dA, sum_dA = _plan_a(*facts, own, A.dtype, add or first > 0, *TensorSpec.of_each(x, U, V))
         dA, _ = grad_a(to_dA, x, U, V, seed=seed, dropout_p=dropout_p, dx=dx)
         dAs += sum_partials(sum_dA, dA)

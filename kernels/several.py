@@ -58,6 +58,6 @@ def grad_a_parts(
     dx: Tensor | None,
     add: bool,
 ) -> Tensor:
-    """dA (n · r, in) in A's dtype for n contiguous dS (M, r); dx (M, in) gets the LoRA terms, added with `add`."""
+    """dA (n · r, in) in A's dtype for n dS (M, r); dx (M, in) gets the LoRA terms, added with `add`."""
     with on_device(x.device):
         return group.grad_a_shared(x, dSs, lora_A, seed, words, dropout_p, dx, add, target_of(x.device))

@@ -74,6 +74,7 @@ def passes(words: tuple[int, ...], dropout_ps: tuple[float, ...], dtypes: tuple[
 
 
 def passes_of(words: Sequence[int], dropout_ps: Sequence[float], lora_As: Sequence[Tensor]) -> tuple[Pass, ...]:
+    """The passes over x that serve projections with these words, rates and factors, see `passes`."""
     find = passes.__wrapped__ if torch.compiler.is_compiling() else passes  # Dynamo warns of a cache that it traces through
     return find(tuple(words), tuple(dropout_ps), tuple(A.dtype for A in lora_As))
 
@@ -91,6 +92,7 @@ def padded_rank(lora_As: Sequence[Tensor]) -> int:
 
 
 def pick(tensors: Any, indices: Sequence[int]) -> list[Any]:
+    """The elements of `tensors` at `indices`, in their order."""
     return [tensors[i] for i in indices]
 
 

@@ -111,7 +111,7 @@ def backward(
             dA = cast(Tensor, torch_backend.grad_a_and_term_of_dx(dS, rows, A, dx_rows, made, index > 0))
         else:
             dropout = seed if step.masks else None, step.words, step.dropout_p
-            dA = several.grad_a_parts(rows, [dS.contiguous() for dS in padded], A, *dropout, dx_rows, index > 0)
+            dA = several.grad_a_parts(rows, padded, A, *dropout, dx_rows, index > 0)
         for i, own in zip(step.members, dA.chunk(len(some_As)), strict=True):
             dAs[i] = own[: ranks[i]].to(A.dtype, copy=True)
     if dx_rows is not None and weight is not None:
