@@ -93,13 +93,15 @@ def backward_shared(
 
 
 def shrink_shared(
-    x: Tensor, lora_A: Tensor, seed: Tensor | None, words: tuple[int, ...], dropout_p: float, target: Target
+    x: Tensor, lora_A: Tensor, seed: Tensor | None, words: tuple[int, ...], dropout_p: float, target: Target | None = None
 ) -> Tensor:
-    """S (n, M, r) float32, on the current device."""
-    facts = target, matmul_precision(x.dtype), mask_code(dropout_p, seed, target), words
-    to_S, sum_S = _plan_s(*facts, *TensorSpec.of_each(x, lora_A))
-    (S,) = sum_partials(sum_S, shrink(to_S, x, lora_A, seed=seed, dropout_p=dropout_p))
-    return S.view(len(words), x.shape[0], lora_A.shape[0] // len(words))
+    """S (n, M, r) float32 of x (M, in) and A (n · r, in), without dropout where seed is None."""
+    with on_device(x.device):
+        target = target or target_of(x.device)
+        facts = target, matmul_precision(x.dtype), mask_code(dropout_p, seed, target), words
+        to_S, sum_S = _plan_s(*facts, *TensorSpec.of_each(x, lora_A))
+        (S,) = sum_partials(sum_S, shrink(to_S, x, lora_A, seed=seed, dropout_p=dropout_p))
+        return S.view(len(words), x.shape[0], lora_A.shape[0] // len(words))
 
 
 def grad_a_shared(
@@ -111,20 +113,22 @@ def grad_a_shared(
     dropout_p: float,
     dx: Tensor | None,
     add: bool,
-    target: Target,
+    target: Target | None = None,
 ) -> Tensor:
-    """dA (n · r, in) for n dS (M, r), on the current device; dx as in `backward_shared`."""
-    facts = target, matmul_precision(x.dtype), mask_code(dropout_p, seed, target)
-    # mma keeps operands in registers: three masks spill 136 bytes, or take tiles too small to pay (sm_80, Triton 3.7.1).
-    n, at_once = len(dSs), len(dSs) if target.has_wgmma else 1
-    dAs: list[Tensor] = []
-    for first, A in zip(range(0, n, at_once), lora_A.chunk(n // at_once), strict=True):
-        some, own = dSs[first : first + at_once], words[first : first + at_once]
-        U, V = torch.cat(list(some)) if len(some) > 1 else some[0].contiguous(), None if dx is None else A
-        to_dA, sum_dA = _plan_a(*facts, own, A.dtype, add or first > 0, *TensorSpec.of_each(x, U, V))
-        dA, _ = grad_a(to_dA, x, U, V, seed=seed, dropout_p=dropout_p, dx=dx)
-        dAs += sum_partials(sum_dA, dA)
-    return torch.cat([dA.flatten(0, -2) for dA in dAs]) if len(dAs) > 1 else dAs[0].view(lora_A.shape)
+    """dA (n · r, in) in A's dtype for n dS (M, r); dx as in `backward_shared`."""
+    with on_device(x.device):
+        target = target or target_of(x.device)
+        facts = target, matmul_precision(x.dtype), mask_code(dropout_p, seed, target)
+        # mma keeps operands in registers: three masks spill 136 bytes, or take tiles too small to pay (sm_80, Triton 3.7.1).
+        n, at_once = len(dSs), len(dSs) if target.has_wgmma else 1
+        dAs: list[Tensor] = []
+        for first, A in zip(range(0, n, at_once), lora_A.chunk(n // at_once), strict=True):
+            some, own = dSs[first : first + at_once], words[first : first + at_once]
+            U, V = torch.cat(list(some)) if len(some) > 1 else some[0].contiguous(), None if dx is None else A
+            to_dA, sum_dA = _plan_a(*facts, own, A.dtype, add or first > 0, *TensorSpec.of_each(x, U, V))
+            dA, _ = grad_a(to_dA, x, U, V, seed=seed, dropout_p=dropout_p, dx=dx)
+            dAs += sum_partials(sum_dA, dA)
+        return torch.cat([dA.flatten(0, -2) for dA in dAs]) if len(dAs) > 1 else dAs[0].view(lora_A.shape)
 
 
 @functools.lru_cache(maxsize=4096)

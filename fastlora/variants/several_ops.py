@@ -52,9 +52,9 @@ def forward(
             masks.append(torch.stack(made) if made else x.new_empty(0, dtype=torch.uint8))
             S = torch_backend.shrink(rows, A, made or [None], step.dropout_p).unflatten(1, (len(some_As), -1)).transpose(0, 1)
         else:
-            from fastlora.kernels import several  # not at the top: see `ops._implementation`
+            from fastlora.kernels import group, several  # not at the top: see `ops._implementation`
 
-            S = several.shrink_parts(rows, A, seed if step.masks else None, step.words, step.dropout_p)
+            S = group.shrink_shared(rows, A, seed if step.masks else None, step.words, step.dropout_p)
         for i, own, part_A in zip(step.members, S, some_As, strict=True):
             parts[i] = own[:, : part_A.shape[0]]
     U = torch.cat([parts[i] for i in range(len(lora_As))], 1)
@@ -93,7 +93,7 @@ def backward(
     if backend == "torch":
         dU, dB = cast(tuple[Tensor, Tensor], torch_backend.grad_s_and_b(dy_rows, B, U, 1.0, 0.0))
     else:
-        from fastlora.kernels import several
+        from fastlora.kernels import group, several
 
         dU, dB = several.grad_u_and_b(dy_rows, B, U)
     if route is not None:
@@ -111,7 +111,7 @@ def backward(
             dA = cast(Tensor, torch_backend.grad_a_and_term_of_dx(dS, rows, A, dx_rows, made, index > 0))
         else:
             dropout = seed if step.masks else None, step.words, step.dropout_p
-            dA = several.grad_a_parts(rows, padded, A, *dropout, dx_rows, index > 0)
+            dA = group.grad_a_shared(rows, padded, A, *dropout, dx_rows, index > 0)
         for i, own in zip(step.members, dA.chunk(len(some_As)), strict=True):
             dAs[i] = own[: ranks[i]].to(A.dtype, copy=True)
     if dx_rows is not None and weight is not None:
