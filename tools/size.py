@@ -15,7 +15,7 @@ from rich.console import Console
 from rich.table import Table
 
 ROOT = Path(__file__).parents[1]
-BOUNDS = {"package": 8700, "kernels": 1900, "tests": 11550}  # code lines; kernels/ is part of the package
+BOUNDS = {"package": 8690, "kernels": 1890, "tests": 11535}  # code lines; kernels/ is part of the package
 AIMS = {"package": 4400, "kernels": 1100, "tests": 6500}
 LONGEST_FILE = 300  # lines, whatever they hold
 FOLDERS = {
